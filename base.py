@@ -1,0 +1,703 @@
+"""base.py - the text-to-video model: 16 keyframes of latents from a prompt's tokens, and the root of every stage.
+
+Make-A-Video (2209.14792) section 3.2 inflates a text-to-image U-Net to video: each spatial layer of Stable Diffusion
+(2112.10752) is followed by a temporal one that starts as the identity, so that step 0 of video training *is* the
+image model applied to every frame. The article's two further ingredients are here too: the frame rate as an input
+(section 3.2.2) and attention gates on the skip connections (1804.03999).
+
+    in    text.pt   tokens (B, L, D) of B prompts, from text.py
+    out   base.pt   latents (B, T, 4, h, w) of unit variance, for vae.py decode
+
+    python base.py text.pt -o base.pt --frames 16 --fps 4 --steps 25 --guidance 3 --seed 0
+
+Read top to bottom: what all stages share, pseudo-3D layers, the U-Net, diffusion and its samplers, main.
+Shapes: (B, T, C, H, W) is a video, (B*T, C, H, W) are its frames, (B, L, D) is text.
+"""
+import argparse
+import hashlib
+import math
+import os
+import pickle
+import sys
+import zipfile
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+MADE_BY = {"text": 'python text.py "a red star moving left" -o text.pt', "latents": "python base.py text.pt -o base.pt",
+           "pixels": "python vae.py decode base.pt -o pixels.pt"}
+
+
+# ------------------------------------------------------------------------------------------------
+# What every stage shares: errors in one line, the command line, and files that are whole or not there.
+
+class UserError(Exception):
+    """Something only the user can mend; `run` prints it as one line on stderr and exits with code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows every default, knows the flags all stages have, and errs in one line."""
+
+    def __init__(self, description: str, **kwargs):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def common(self, out: str):
+        self.add_argument("-o", "--out", default=out, help="file to write")
+        self.add_argument("--seed", type=int, default=0, help="video i of a call starts from the noise of seed + i")
+        self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+        return self
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def positive(kind: type):
+    """An argparse type: a finite number of `kind` above zero."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (0 < value < math.inf):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a positive {'whole ' if kind is int else ''}number")
+        return value
+    return parse
+
+
+def note(message: str):
+    """A remark to the user, beside the output."""
+    print(message, file=sys.stderr)
+
+
+def run(main):
+    """The last line of every script: call main(), with a UserError as one clear line."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path` and rename it when all went well: no half-written file has the final name."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def check_folder(folder):
+    """Make a folder, or say at once that nothing can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write into {folder}: permission denied")
+
+
+def write_pt(path, content: dict):
+    """torch.save of plain tensors and values. Through an open handle, since torch.save(path) stores the file's own name
+    inside: this way equal content gives equal bytes."""
+    with atomic(path) as temporary, open(temporary, "wb") as handle:
+        torch.save(content, handle)
+
+
+def read_pt(path) -> dict:
+    """The dict of a .pt file, by torch's weights_only reader: a file from a stranger never runs code."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is truncated, or no .pt file at all")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds a pickled object, which is refused and not run") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a bare {type(content).__name__}, not one of our files")
+    return content
+
+
+def save_stage(path, kind: str, data, *, text, prompts, fps: float, seed, history: list, vae: str | None = None):
+    """Hand tensors to the next stage. Latents are float (B, T, 4, h, w), pixels uint8 (B, T, 3, H, W), text has no data;
+    `fps` is that of this very clip, `vae` the short hash of the autoencoder whose latents these are."""
+    write_pt(path, {"format": 1, "kind": kind, "data": data, "text": text, "prompts": prompts, "fps": float(fps),
+                    "seed": seed, "history": history, "vae": vae})
+
+
+def load_stage(path, kind: str) -> dict:
+    """Read a stage file and check all that the next stage relies on. Raises UserError, naming what would mend it."""
+    stage = read_pt(path)
+    remake = f"make one with `{MADE_BY[kind]}`"
+    if stage.get("format") != 1 or "kind" not in stage:
+        raise UserError(f"{path} is no stage file; {remake}")
+    if stage["kind"] != kind:
+        raise UserError(f"{path} holds {stage['kind']} where {kind} {'are' if kind != 'text' else 'is'} wanted; {remake}")
+    data, text = stage["data"], stage["text"]
+    if kind != "text":
+        shape_ok = isinstance(data, torch.Tensor) and data.ndim == 5 and data.numel() > 0
+        dtype_ok = shape_ok and (data.dtype == torch.uint8 if kind == "pixels" else data.is_floating_point())
+        if not dtype_ok or data.shape[2] != (3 if kind == "pixels" else 4):
+            got = f"{data.dtype} {tuple(data.shape)}" if isinstance(data, torch.Tensor) else type(data).__name__
+            wanted = "uint8 (B, T, 3, H, W)" if kind == "pixels" else "float (B, T, 4, h, w)"
+            raise UserError(f"{path}: {kind} are {got} where {wanted} is wanted; {remake}")
+    tensors = [data] if kind == "latents" else []
+    if text is not None:
+        tensors += [text[key] for key in ("tokens", "pooled", "null_tokens", "null_pooled")]
+    if kind == "text" and (text is None or text["tokens"].ndim != 3 or len(text["tokens"]) != len(stage["prompts"])):
+        raise UserError(f"{path}: one (L, D) of tokens per prompt is wanted; {remake}")
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise UserError(f"{path} holds NaN or infinite values; {remake}")
+    if kind != "text" and not (isinstance(stage["fps"], float) and 0 < stage["fps"] < math.inf):
+        raise UserError(f"{path}: fps is {stage['fps']}, where a positive number is wanted; {remake}")
+    return stage
+
+
+def save_weights(path, stage: str, config: dict, model: nn.Module, **made_by):
+    """Weights of one model: its config, its tensors in fp16, and how they came to be."""
+    tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_pt(path, {"format": 1, "config": config, "model": tensors, "made_by": {"stage": stage, **made_by}})
+
+
+def load_weights(path, stage: str) -> dict:
+    """Read what save_weights wrote, and add `hash`: eight letters that name these very weights in every later file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such weights; train them with `python train.py {stage}`")
+    weights = read_pt(path)
+    if "made_by" not in weights:
+        raise UserError(f"{path} holds no weights; train them with `python train.py {stage}`")
+    if weights["made_by"]["stage"] != stage:
+        raise UserError(f"{path} holds weights of {weights['made_by']['stage']}, where {stage} is wanted")
+    return weights | {"hash": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}
+
+
+def fill(model: nn.Module, weights: dict, path, may_lack=lambda name: False) -> nn.Module:
+    """load_state_dict, where only names that `may_lack` allows may be missing. Raises UserError on any other difference."""
+    own, given = model.state_dict(), weights["model"]
+    wrong = [name for name in own.keys() ^ given.keys() if name in given or not may_lack(name)]
+    wrong += [name for name in own.keys() & given.keys() if own[name].shape != given[name].shape]
+    if wrong:
+        raise UserError(f"{path} is of another config: {len(wrong)} tensors differ, {sorted(wrong)[0]} among them")
+    model.load_state_dict({name: tensor.float() for name, tensor in given.items()}, strict=False)
+    return model
+
+
+def configure(config_class, values: dict, path):
+    """A config dataclass from the plain dict that weights keep. Raises UserError on fields it does not know."""
+    try:
+        return config_class(**values)
+    except TypeError as error:
+        raise UserError(f"{path} is of another config: {str(error).split('__init__() ')[-1]}") from error
+
+
+def fast_autocast(device):
+    """bf16 where the hardware multiplies it natively, fp32 elsewhere (a CPU without AMX is slower in bf16)."""
+    fast = torch.cuda.is_bf16_supported() if torch.device(device).type == "cuda" else torch.cpu._is_amx_tile_supported()
+    return torch.autocast(torch.device(device).type, torch.bfloat16) if fast else nullcontext()
+
+
+def initial_noise(shape: tuple, seed: int) -> torch.Tensor:
+    """Standard normal (B, ...) on the CPU, one generator per video: video i does not depend on how many are made."""
+    return torch.stack([torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed + i)) for i in range(shape[0])])
+
+
+# ------------------------------------------------------------------------------------------------
+# Pseudo-3D layers. Frames are kept channels-last, (B*T, H, W, C) in memory, so that what is a batch of pictures to a
+# spatial layer is (B, T, H*W, C) to a temporal one without moving a byte.
+
+def sinusoid(position: torch.Tensor, dim: int) -> torch.Tensor:
+    """[cos, sin] of a position (N,) at dim/2 frequencies from 1 down to 1/10000. (N, dim)"""
+    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=position.device) / (dim // 2))
+    angle = position.float()[:, None] * frequency                                   # (N, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class PseudoConv3d(nn.Conv2d):
+    """Conv_P3D(h) = Conv1D( Conv2D(h) . T ) . T                                       Make-A-Video, Eq. 2
+
+    A Conv2d of Stable Diffusion, parameter names included, and a convolution over frames that starts as the identity.
+    (B*T, C, H, W) -> (B*T, C', H', W')."""
+
+    def __init__(self, in_channels: int, out_channels: int, temporal: bool):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        if temporal:
+            self.temporal = nn.Conv1d(out_channels, out_channels, 3, padding=1)
+            nn.init.dirac_(self.temporal.weight)
+            nn.init.zeros_(self.temporal.bias)
+
+    def forward(self, x, frames: int = 1):                                          # (B*T, C, H, W)
+        x = super().forward(x)
+        if frames == 1 or not hasattr(self, "temporal"):
+            return x
+        N, C, H, W = x.shape
+        x = x.permute(0, 2, 3, 1).reshape(N // frames, frames, H * W, C)            # (B, T, H*W, C)
+        x = F.conv2d(x.permute(0, 3, 1, 2), self.temporal.weight[..., None], self.temporal.bias, padding=(1, 0))
+        return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)        # (B*T, C, H, W)
+
+
+def attend(q, k, v, is_causal: bool = False):
+    """softmax(q k^T / sqrt(d)) v, all (B, heads, L, d)."""
+    if q.device.type == "cpu":  # where the backward of attention is several times slower in bf16 than in fp32
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, N, C) to itself or to a context (B, L, D)."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        split = lambda h: h.unflatten(-1, (self.heads, -1)).transpose(1, 2)         # (B, heads, N, C/heads)
+        h = attend(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+        return self.to_out[0](h.transpose(1, 2).flatten(2))                         # (B, N, C)
+
+
+class GEGLU(nn.Module):
+    """value * gelu(gate), both from one projection."""
+
+    def __init__(self, dim: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention within a frame, cross-attention to the prompt, feed-forward; all residual."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None):
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads)
+        if context_dim:
+            self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, context_dim)
+        self.norm3, self.ff = nn.LayerNorm(dim), nn.Module()
+        self.ff.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x, context=None):                                             # (B*T, H*W, C), (B, L, D)
+        x = x + self.attn1(self.norm1(x))
+        if context is not None:
+            queries = self.norm2(x).reshape(len(context), -1, x.shape[-1])          # (B, T*H*W, C): one prompt per clip
+            x = x + self.attn2(queries, context).view_as(x)
+        h = self.norm3(x)
+        for layer in self.ff.net:
+            h = layer(h)
+        return x + h                                                                # (B*T, H*W, C)
+
+
+class SpatialTransformer(nn.Module):
+    """Stable Diffusion's attention block on every frame by itself: ATTN2D of Make-A-Video, Eq. 3."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.proj_in = nn.Conv2d(dim, dim, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, heads, context_dim)])
+        self.proj_out = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x, context=None):                                             # (B*T, C, H, W)
+        N, C, H, W = x.shape
+        h = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(N, H * W, C)     # (B*T, H*W, C)
+        h = self.transformer_blocks[0](h, context)
+        return x + self.proj_out(h.reshape(N, H, W, C).permute(0, 3, 1, 2))         # (B*T, C, H, W)
+
+
+class TemporalAttention(nn.Module):
+    """ATTN1D of Make-A-Video, Eq. 3: every position attends over the frames, residual, output projection zero at first.
+
+    Differs: the paper's frame positions are relative; sinusoids of the frame number need no table, work past the
+    trained length, and are not zero at the start (behind a zero projection, a zero encoding would never learn)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(dim), Attention(dim, heads)
+        nn.init.zeros_(self.attn.to_out[0].weight)
+        nn.init.zeros_(self.attn.to_out[0].bias)
+
+    def forward(self, x, frames: int = 1):                                          # (B*T, C, H, W)
+        if frames == 1:
+            return x
+        N, C, H, W = x.shape
+        tokens = x.permute(0, 2, 3, 1).reshape(N // frames, frames, H * W, C)       # (B, T, H*W, C)
+        tokens = tokens.transpose(1, 2).reshape(-1, frames, C)                      # (B*H*W, T, C)
+        position = sinusoid(torch.arange(frames, device=x.device), C)               # (T, C)
+        h = self.attn(self.norm(tokens) + position.to(tokens.dtype))                # (B*H*W, T, C)
+        h = h.reshape(N // frames, H * W, frames, C).transpose(1, 2)                # (B, T, H*W, C)
+        return x + h.reshape(N, H, W, C).permute(0, 3, 1, 2)                        # (B*T, C, H, W)
+
+
+class ResnetBlock(nn.Module):
+    """Two pseudo-3D convolutions around the timestep embedding. Norms are per frame: across frames they would leak."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int | None = None, groups: int = 32,
+                 eps: float = 1e-5, temporal: bool = False):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = PseudoConv3d(in_channels, out_channels, temporal)
+        if time_dim:
+            self.time_emb_proj = nn.Linear(time_dim, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = PseudoConv3d(out_channels, out_channels, temporal)
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, emb=None, frames: int = 1):                                # (B*T, C, H, W), (B, E)
+        h = self.conv1(F.silu(self.norm1(x)), frames)
+        if emb is not None:
+            h = h + self.time_emb_proj(F.silu(emb)).repeat_interleave(frames, 0)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)), frames)
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)  # (B*T, C', H, W)
+
+
+class Downsample(nn.Module):
+    """Halve H and W. The U-Net pads all around, Stable Diffusion's VAE only at the right and below."""
+
+    def __init__(self, channels: int, padding: tuple = (1, 1, 1, 1)):
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, self.padding))
+
+
+class Upsample(nn.Module):
+    """Double H and W: nearest neighbours, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class AttentionGate(nn.Module):
+    """alpha = sigmoid( psi( relu( W_x x + W_g g ) ) ), skip <- alpha * skip         Attention U-Net (1804.03999), Eqs. 1-2
+
+    Differs: doubled, with psi zero at first, so that a fresh gate is the identity and pretrained weights keep their output."""
+
+    def __init__(self, skip_channels: int, gating_channels: int):
+        super().__init__()
+        inner = max(skip_channels // 2, 1)
+        self.to_skip = nn.Conv2d(skip_channels, inner, 1, bias=False)
+        self.to_gating = nn.Conv2d(gating_channels, inner, 1)
+        self.psi = nn.Conv2d(inner, 1, 1)
+        nn.init.zeros_(self.psi.weight)
+        nn.init.zeros_(self.psi.bias)
+
+    def forward(self, skip, gating):                                                # (B*T, C, H, W), (B*T, C', H, W)
+        return skip * 2 * self.psi(F.relu(self.to_skip(skip) + self.to_gating(gating))).sigmoid()
+
+
+class Embedding(nn.Module):
+    """A scalar (B,) as a vector (B, E): sinusoid, then a two-layer MLP."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(in_dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, value):
+        return self.linear_2(F.silu(self.linear_1(sinusoid(value, self.linear_1.in_features))))
+
+
+# ------------------------------------------------------------------------------------------------
+# The U-Net: Stable Diffusion's, inflated.
+
+@dataclass
+class UNetConfig:
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple = (64, 128)           # width of each level; each level but the last halves H and W
+    layers: int = 1                       # residual blocks per level (one more on the way up)
+    attention: tuple = (True, True)       # which levels attend
+    heads: int = 4
+    context_dim: int | None = 128         # width of the prompt's tokens; None: no text
+    groups: int = 8                       # of GroupNorm: 32 groups of few channels would erase colour
+    temporal: str = "attention+conv"      # or "conv", or "none": an image model
+    gates: bool = True                    # attention gates on the skips
+    patch_size: int = 1                   # fold patches into channels around the network: what makes 256 px affordable
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, each followed by attention within its frame and then over frames, and a resampler."""
+
+    def __init__(self, config: UNetConfig, widths_in: list, width: int, attend: int, skips: list | None = None, resampler: str = ""):
+        super().__init__()
+        c = config
+        self.resnets = nn.ModuleList(ResnetBlock(w, width, 4 * c.channels[0], c.groups, temporal=c.temporal != "none") for w in widths_in)
+        self.attentions = nn.ModuleList(SpatialTransformer(width, c.heads, c.context_dim, c.groups) for _ in range(attend))
+        self.temporal_attentions = nn.ModuleList(
+            TemporalAttention(width, c.heads) for _ in range(attend if "attention" in c.temporal else 0))
+        self.gates = nn.ModuleList(AttentionGate(s, w - s) for s, w in zip(skips or [], widths_in) if c.gates)
+        self.downsamplers = nn.ModuleList([Downsample(width)] if resampler == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample(width)] if resampler == "up" else [])
+
+    def layer(self, i: int, x, skip, emb, context, frames: int):                    # x, skip (B*T, C, H, W)
+        if skip is not None:
+            x = torch.cat([x, self.gates[i](skip, x) if self.gates else skip], dim=1)
+        x = self.resnets[i](x, emb, frames)
+        if i < len(self.attentions):
+            x = self.attentions[i](x, context)
+        if i < len(self.temporal_attentions):
+            x = self.temporal_attentions[i](x, frames)
+        return x
+
+
+class UNet(nn.Module):
+    """What was added to a noisy video? (B, T, C, H, W) -> (B, T, C', H, W), at noise level t, for a prompt and a frame rate.
+
+    Names are Stable Diffusion's: its weights load as they are, and all that is missing then is `is_inflation(name)`."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        c = self.config = config
+        n, width, patch = len(c.channels), c.channels[0], c.patch_size ** 2
+        self.gradient_checkpointing = False
+        self.conv_in = nn.Conv2d(c.in_channels * patch, width, 3, padding=1)
+        self.time_embedding = Embedding(width, 4 * width)
+        if c.temporal != "none":
+            self.fps_embedding = Embedding(width, 4 * width)
+            nn.init.zeros_(self.fps_embedding.linear_2.weight)
+            nn.init.zeros_(self.fps_embedding.linear_2.bias)
+
+        skips = [width]
+        self.down_blocks = nn.ModuleList()
+        for i, out in enumerate(c.channels):
+            self.down_blocks.append(Level(c, [skips[-1]] + [out] * (c.layers - 1), out, c.layers * c.attention[i],
+                                          resampler="down" if i < n - 1 else ""))
+            skips += [out] * (c.layers + (i < n - 1))
+        self.mid_block = Level(c, [out, out], out, int(any(c.attention)))
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(n)):
+            popped = [skips.pop() for _ in range(c.layers + 1)]
+            widths_in = [w + s for w, s in zip([out] + [c.channels[i]] * c.layers, popped)]
+            out = c.channels[i]
+            self.up_blocks.append(Level(c, widths_in, out, (c.layers + 1) * c.attention[i], popped, resampler="up" if i else ""))
+        self.conv_norm_out = nn.GroupNorm(c.groups, width)
+        self.conv_out = nn.Conv2d(width, c.out_channels * patch, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    @staticmethod
+    def is_inflation(name: str) -> bool:
+        """Is this parameter one that an image model does not have?"""
+        return any(part in name for part in ("temporal", "fps_embedding", "gates"))
+
+    def forward(self, x, t, context=None, fps=None):                                # (B, T, C, H, W), (B,), (B, L, D), (B,)
+        B, T = x.shape[:2]
+        emb = self.time_embedding(t)                                                # (B, E)
+        if fps is not None and T > 1:  # a picture has no frame rate
+            emb = emb + self.fps_embedding(fps)
+        run = lambda *args: checkpoint(*args, use_reentrant=False) if self.gradient_checkpointing and self.training else args[0](*args[1:])
+
+        x = F.pixel_unshuffle(x.flatten(0, 1), self.config.patch_size)              # (B*T, C*p*p, H/p, W/p)
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        skips = [x]
+        for block in self.down_blocks:
+            for i in range(len(block.resnets)):
+                x = run(block.layer, i, x, None, emb, context, T)
+                skips.append(x)
+            for downsample in block.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+        for i in range(len(self.mid_block.resnets)):
+            x = run(self.mid_block.layer, i, x, None, emb, context, T)
+        for block in self.up_blocks:
+            for i in range(len(block.resnets)):
+                x = run(block.layer, i, x, skips.pop(), emb, context, T)
+            for upsample in block.upsamplers:
+                x = upsample(x)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return F.pixel_shuffle(x, self.config.patch_size).unflatten(0, (B, T)).float()  # (B, T, C', H, W)
+
+
+# ------------------------------------------------------------------------------------------------
+# Diffusion: z_t = alpha_t x + sigma_t eps, with alpha^2 + sigma^2 = 1 and alpha_bar = alpha^2.
+
+class Diffusion:
+    """1000 discrete noise levels t = 0 ... 999, what the network predicts at each, and how to walk back from noise.
+
+    schedule  "cosine" (Imagen Video section 2.1) or "scaled_linear" (Stable Diffusion)
+    target    "v" (Imagen Video section 2.4), "epsilon" (Stable Diffusion) or "sample" (the clean x itself)"""
+
+    def __init__(self, schedule: str = "cosine", target: str = "v"):
+        self.config = {"schedule": schedule, "target": target}
+        self.target = target
+        if schedule == "cosine":  # alpha = cos(pi t / 2), at the middle of each of 1000 steps: neither end is ever reached
+            alpha_bar = torch.cos(math.pi / 2 * (torch.arange(1000, dtype=torch.float64) + .5) / 1000) ** 2
+        elif schedule == "scaled_linear":
+            beta = torch.linspace(.00085 ** .5, .012 ** .5, 1000, dtype=torch.float64) ** 2
+            alpha_bar = torch.cumprod(1 - beta, 0)
+        else:
+            raise ValueError(f"schedule {schedule!r} is neither 'cosine' nor 'scaled_linear'")
+        self.alpha_bar = torch.cat([alpha_bar, torch.ones(1, dtype=torch.float64)])  # so that [-1] is no noise at all
+
+    def alpha_sigma(self, t, like: torch.Tensor):
+        """alpha_t and sigma_t of timesteps (B,), shaped to multiply `like` (B, ...). t = -1 means clean."""
+        alpha_bar = self.alpha_bar[t.cpu()].view(-1, *[1] * (like.ndim - 1))
+        return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
+
+    def add_noise(self, x, noise, t):
+        """z_t = alpha_t x + sigma_t eps"""
+        alpha, sigma = self.alpha_sigma(t, x)
+        return alpha * x + sigma * noise
+
+    def target_of(self, x, noise, t):
+        """What the network should say, having seen add_noise(x, noise, t)."""
+        alpha, sigma = self.alpha_sigma(t, x)
+        return {"v": alpha * noise - sigma * x, "epsilon": noise, "sample": x}[self.target]
+
+    def x_and_noise(self, prediction, z, t):
+        """Both the clean x and the noise that a prediction at z implies."""
+        alpha, sigma = self.alpha_sigma(t, z)
+        if self.target == "v":
+            return alpha * z - sigma * prediction, sigma * z + alpha * prediction
+        if self.target == "epsilon":
+            return (z - sigma * prediction) / alpha, prediction
+        return prediction, (z - alpha * prediction) / sigma
+
+    def loss(self, predict, x, noise, t):
+        """Mean squared error of the target, one number per video. (B, ...) -> (B,)"""
+        error = predict(self.add_noise(x, noise, t), t) - self.target_of(x, noise, t)
+        return error.float().pow(2).flatten(1).mean(1)
+
+    def ddim_step(self, z, x, noise, t, s, eta: float = 0., fresh=None):
+        """z_s = alpha_s x + sqrt(sigma_s^2 - eta^2 var) eps + eta sqrt(var) n     DDIM (2010.02502), Eq. 12"""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
+        var = (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2) * sigma_s ** 2   # of q(z_s | z_t, x) at eta = 1
+        z = alpha_s * x + (sigma_s ** 2 - eta ** 2 * var).clamp(min=0).sqrt() * noise
+        return z + eta * var.clamp(min=0).sqrt() * fresh if eta else z
+
+    def dpmpp_step(self, z, x, x_before, t, s, t_before):
+        """z_s = (sigma_s / sigma_t) z - alpha_s (e^-h - 1) D                        DPM-Solver++ (2211.01095), Alg. 2
+
+        D extrapolates x from the step before; h is the stride in half log-SNR, log(alpha / sigma)."""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
+        if (s < 0).all():  # no noise is left to step to: z is x
+            return x
+        h = (alpha_s / sigma_s).log() - (alpha_t / sigma_t).log()
+        if x_before is not None:
+            alpha_b, sigma_b = self.alpha_sigma(t_before, z)
+            ratio = ((alpha_t / sigma_t).log() - (alpha_b / sigma_b).log()) / h
+            x = x + (x - x_before) / (2 * ratio)
+        return (sigma_s / sigma_t) * z - alpha_s * torch.expm1(-h) * x
+
+    @torch.no_grad()
+    def sample(self, predict, z, steps: int = 25, sampler: str = "dpmpp", eta: float = 0., seed: int = 0, label: str = ""):
+        """Walk z (B, ...) from pure noise to clean data in `steps` calls of predict(z, t). A label shows a progress bar.
+
+        Timesteps are trailing: the first is the noisiest that was trained, the last step ends at no noise."""
+        timesteps = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)] + [-1]
+        at = lambda i: torch.full((len(z),), timesteps[i], device=z.device)
+        x_before = None
+        for i in tqdm(range(steps), desc=label, disable=not label, leave=False):
+            t, s = at(i), at(i + 1)
+            x, noise = self.x_and_noise(predict(z, t), z, t)
+            if sampler == "dpmpp":
+                z, x_before = self.dpmpp_step(z, x, x_before, t, s, at(i - 1)), x
+            else:
+                fresh = initial_noise(z.shape, seed + 1000003 * (i + 1)).to(z) if eta else None
+                z = self.ddim_step(z, x, noise, t, s, eta, fresh)
+        return z
+
+
+def guided(unet: UNet, context, null_context, fps, guidance_scale: float):
+    """Classifier-free guidance as a predict(z, t): null + scale * (prompt - null), on all channels.
+
+    A scale of 1 is the prompt alone, 0 the null prompt alone; Imagen Video's weight w is scale - 1 (Eq. 5)."""
+    null_context = null_context.expand_as(context)
+    def predict(z, t):
+        with fast_autocast(z.device):
+            if guidance_scale in (0, 1):
+                return unet(z, t, context if guidance_scale else null_context, fps)
+            both = unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([context, null_context]), torch.cat([fps, fps]))
+        prompt, null = both.chunk(2)
+        return null + guidance_scale * (prompt - null)
+    return predict
+
+
+# ------------------------------------------------------------------------------------------------
+# The base model itself.
+
+TINY = UNetConfig()
+SD15 = UNetConfig(channels=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=8, context_dim=768, groups=32)
+
+
+def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
+    """Loss per video, (B,). batch: latents (B, T, 4, h, w), context (B, L, D), fps (B,), noise like latents, t (B,)."""
+    return diffusion.loss(lambda z, t: unet(z, t, batch["context"], batch["fps"]), batch["latents"], batch["noise"], batch["t"])
+
+
+def load(path=WEIGHTS / "base.pt", device="cpu", stage: str = "base"):
+    """The shipped U-Net, ready to sample, its Diffusion, and the weights' dict."""
+    weights = load_weights(path, stage)
+    unet = UNet(configure(UNetConfig, weights["config"]["unet"], path))
+    fill(unet, weights, path)
+    return unet.to(device, memory_format=torch.channels_last).eval(), Diffusion(**weights["config"]["diffusion"]), weights
+
+
+def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int = 25,
+             guidance: float = 3., sampler: str = "dpmpp", eta: float = 0., seed: int = 0, label: str = ""):
+    """Latents of one video per prompt, (B, T, 4, side, side)."""
+    device = next(unet.parameters()).device
+    tokens, null = text["tokens"].to(device), text["null_tokens"].to(device)
+    z = initial_noise((len(tokens), frames, unet.config.out_channels, side, side), seed).to(device)
+    predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device), guidance)
+    return diffusion.sample(predict, z, steps, sampler, eta, seed, label).cpu()
+
+
+def main(argv=None):
+    parser = Parser("Sample keyframe latents for the prompts of a text file.").common(out="base.pt")
+    parser.add_argument("text", help="the prompts' tokens, written by text.py")
+    parser.add_argument("--weights", default=WEIGHTS / "base.pt", help="base or image weights, written by train.py")
+    parser.add_argument("--frames", type=positive(int), default=16, help="frames per video; 1 gives a picture")
+    parser.add_argument("--fps", type=positive(float), default=4., help="frame rate told to the model; trained on 4 to 30")
+    parser.add_argument("--steps", type=positive(int), default=25, help="sampling steps, 1000 at most")
+    parser.add_argument("--guidance", type=float, default=3., help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("--sampler", choices=("dpmpp", "ddim"), default="dpmpp", help="DPM-Solver++(2M) or DDIM")
+    parser.add_argument("--eta", type=float, default=0., help="fresh noise per step of ddim: 0 none, 1 ancestral")
+    args = parser.parse_args(argv)
+    stage = load_stage(args.text, "text")
+    unet, diffusion, weights = load(args.weights, args.device)
+    made_by, text = weights["made_by"], stage["text"]
+    if text["encoder"] != made_by["text"]:
+        raise UserError(f"{args.text} was encoded by text weights {text['encoder']}, but {args.weights} was trained on {made_by['text']}")
+    latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, args.guidance,
+                       args.sampler, args.eta, args.seed, label="base")
+    history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"
+    save_stage(args.out, "latents", latents, text=text, prompts=stage["prompts"], fps=args.fps, seed=args.seed,
+               history=stage["history"] + [history], vae=made_by["vae"])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,254 @@
+"""text.py - from a prompt to the tokens that every later stage attends to.
+
+CLIP (2103.00020): a causal text transformer and a picture transformer, trained to agree about which caption belongs to
+which picture. Stable Diffusion reads the text half's last hidden states, token by token; so do our stages.
+
+    in    one or more prompts
+    out   text.pt   tokens (B, L, D), pooled (B, D), and the same of the empty prompt, for guidance
+
+    python text.py "a red star moving left" "a blue ring bouncing on sand" -o text.pt
+
+Layers bear the names of Hugging Face's CLIPModel, whose text half is the text encoder in Stable Diffusion's folder.
+Differs: pictures hold no motion, so beside CLIP's loss the text half learns to predict the next token. That is what
+tells it "left" from "right"; it is also what T5 brings to Imagen Video.
+"""
+import json
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from base import WEIGHTS, Parser, attend, configure, fill, load_weights, note, run, save_stage
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+# ------------------------------------------------------------------------------------------------
+# Byte-pair encoding, as CLIP does it: bytes never fail, and "</w>" marks the end of a word.
+
+def build_tokenizer(vocab: dict, merges: list) -> Tokenizer:
+    """CLIP's tokenizer for a vocabulary {token: id} and a list of merges (pairs)."""
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(pair) for pair in merges], end_of_word_suffix="</w>", unk_token=END))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return tokenizer
+
+
+def learn_tokenizer(captions: list) -> tuple[dict, list]:
+    """Vocabulary and merges of a small world's captions: every word they hold becomes one token.
+    Ids are laid out as CLIP's are: bytes, bytes that end a word, merges, start, end."""
+    learner = build_tokenizer({END: 0}, [])
+    learner.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False,
+                                                              special_tokens=[END]))
+    merges = [pair.split() if isinstance(pair, str) else pair for pair in json.loads(learner.to_str())["model"]["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = alphabet + [byte + "</w>" for byte in alphabet] + ["".join(pair) for pair in merges] + [START, END]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def tokenize(tokenizer: Tokenizer, prompts: list, context: int) -> torch.Tensor:
+    """Ids (B, context): start, the prompt, and ends up to the full length. A longer prompt is cut, with a warning."""
+    vocabulary = tokenizer.get_vocab()
+    start, end, rows = vocabulary[START], vocabulary[END], []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        if len(ids) > context - 2:
+            note(f"'{prompt}' has {len(ids)} tokens; the last {len(ids) - context + 2} are cut")
+        ids = [start, *ids[:context - 2], end]
+        rows.append(ids + [end] * (context - len(ids)))
+    return torch.tensor(rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# The model
+
+@dataclass
+class CLIPConfig:
+    vocab_size: int
+    context: int = 16                     # tokens per prompt, start and end included
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    image_size: int = 64
+    patch_size: int = 8
+    vision_width: int = 128
+    vision_layers: int = 3
+    projection_dim: int = 64              # of the space in which pictures and captions meet
+
+
+SD15 = CLIPConfig(vocab_size=49408, context=77, width=768, layers=12, heads=12, image_size=224, patch_size=14, vision_width=1024,
+                  vision_layers=24, projection_dim=768)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over (B, L, D); causal for text, so that nothing after a word changes it, padding least of all."""
+
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        h = attend(q, k, v, is_causal=self.causal)                                  # (B, heads, L, D/heads)
+        return self.out_proj(h.transpose(1, 2).flatten(2))                          # (B, L, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        h = self.fc1(x)
+        return self.fc2(h * torch.sigmoid(1.702 * h))  # CLIP's quick GELU
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer layer, (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.layer_norm1, self.self_attn = nn.LayerNorm(width), SelfAttention(width, heads, causal)
+        self.layer_norm2, self.mlp = nn.LayerNorm(width), MLP(width)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, width: int, layers: int, heads: int, causal: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, causal) for _ in range(layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TextTransformer(nn.Module):
+    """Ids (B, L) -> one state per token (B, L, D), and the state at the first end token (B, D)."""
+
+    def __init__(self, c: CLIPConfig):
+        super().__init__()
+        self.embeddings = nn.Module()
+        self.embeddings.token_embedding = nn.Embedding(c.vocab_size, c.width)
+        self.embeddings.position_embedding = nn.Embedding(c.context, c.width)
+        self.encoder = Encoder(c.width, c.layers, c.heads, causal=True)
+        self.final_layer_norm = nn.LayerNorm(c.width)
+        nn.init.normal_(self.embeddings.token_embedding.weight, std=.02)  # CLIP's; small, since it also reads the next token
+        nn.init.normal_(self.embeddings.position_embedding.weight, std=.01)
+
+    def forward(self, ids):
+        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]
+        tokens = self.final_layer_norm(self.encoder(x))                             # (B, L, D)
+        pooled = tokens[torch.arange(len(ids)), ids.argmax(1)]                      # end is the largest id of all
+        return tokens, pooled
+
+
+class VisionTransformer(nn.Module):
+    """Pictures (B, 3, H, W) in -1...1 -> one state each, (B, D): that of the class token."""
+
+    def __init__(self, c: CLIPConfig):
+        super().__init__()
+        self.embeddings = nn.Module()
+        self.embeddings.class_embedding = nn.Parameter(.02 * torch.randn(c.vision_width))
+        self.embeddings.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch_size, c.patch_size, bias=False)
+        self.embeddings.position_embedding = nn.Embedding((c.image_size // c.patch_size) ** 2 + 1, c.vision_width)
+        self.pre_layrnorm = nn.LayerNorm(c.vision_width)  # spelt as in the files
+        self.encoder = Encoder(c.vision_width, c.vision_layers, max(1, c.vision_width // 64), causal=False)
+        self.post_layernorm = nn.LayerNorm(c.vision_width)
+
+    def forward(self, pixels):
+        patches = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, patches, D)
+        first = self.embeddings.class_embedding.expand(len(pixels), 1, -1)            # (B, 1, D)
+        x = torch.cat([first.to(patches), patches], dim=1) + self.embeddings.position_embedding.weight
+        return self.post_layernorm(self.encoder(self.pre_layrnorm(x))[:, 0])          # (B, D)
+
+
+class CLIP(nn.Module):
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        self.text_model, self.vision_model = TextTransformer(config), VisionTransformer(config)
+        self.text_projection = nn.Linear(config.width, config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(config.vision_width, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))
+
+    def similarity(self, pixels, ids):
+        """Scaled cosines of N pictures with M captions, (N, M)."""
+        pictures = F.normalize(self.visual_projection(self.vision_model(pixels)).float(), dim=-1)
+        captions = F.normalize(self.text_projection(self.text_model(ids)[1]).float(), dim=-1)
+        return self.logit_scale.exp().clamp(max=100) * pictures @ captions.T
+
+    def next_token_loss(self, ids):
+        """Mean cross-entropy of each caption's next token, up to its first end. (M, L) -> (M,)"""
+        tokens = self.text_model(ids)[0][:, :-1].float()                            # (M, L-1, D)
+        logits = tokens @ self.text_model.embeddings.token_embedding.weight.T       # (M, L-1, vocabulary)
+        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        counts = torch.arange(ids.shape[1] - 1, device=ids.device) < ids.argmax(1, keepdim=True)
+        return (losses * counts).sum(1) / counts.sum(1)
+
+
+def loss(clip: CLIP, batch: dict) -> torch.Tensor:
+    """Symmetric contrastive loss of pictures and captions, plus next-token loss of captions with motion; (N,).
+    batch: pixels (N, 3, H, W), ids (N, L) of their captions, motion_ids (N, L) of other captions.
+
+    Differs: in so small a world many pictures of a batch have the same caption, and each of them is right for each."""
+    logits, ids = clip.similarity(batch["pixels"], batch["ids"]), batch["ids"]
+    same = (ids[:, None] == ids[None]).all(-1).float()                              # (N, N)
+    target = same / same.sum(1, keepdim=True)
+    contrastive = (F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")) / 2
+    return contrastive + clip.next_token_loss(batch["motion_ids"])
+
+
+# ------------------------------------------------------------------------------------------------
+
+def load(path=WEIGHTS / "text.pt", device="cpu"):
+    """The shipped CLIP, its tokenizer, and the weights' dict."""
+    weights = load_weights(path, "clip")
+    clip = fill(CLIP(configure(CLIPConfig, weights["config"]["clip"], path)), weights, path)
+    return clip.to(device).eval(), build_tokenizer(**weights["config"]["tokenizer"]), weights
+
+
+@torch.inference_mode()
+def encode(clip: CLIP, tokenizer: Tokenizer, prompts: list, encoder: str = "") -> dict:
+    """What stage files carry as `text`: tokens (B, L, D), pooled (B, D), null_tokens (1, L, D), null_pooled (1, D), all on
+    the CPU, and the short hash of the encoder."""
+    ids = tokenize(tokenizer, [*prompts, ""], clip.config.context)                  # (B + 1, L): the empty prompt is last
+    tokens, pooled = (part.cpu() for part in clip.text_model(ids.to(clip.logit_scale.device)))
+    return {"tokens": tokens[:-1].clone(), "pooled": pooled[:-1].clone(), "null_tokens": tokens[-1:].clone(),
+            "null_pooled": pooled[-1:].clone(), "encoder": encoder}
+
+
+def remark(prompts: list, words: list):
+    """Tell the user what a prompt asks for that the shipped models cannot know."""
+    for prompt in prompts:
+        unseen = [word for word in re.findall(r"\w+", prompt.lower()) if words and word not in words]
+        if unseen:
+            note(f"the shipped model has never seen: {', '.join(repr(word) for word in unseen)}")
+        if not prompt.strip():
+            note("an empty prompt is the unconditional one: the model may show anything it knows")
+
+
+def main(argv=None):
+    parser = Parser("Encode prompts into the tokens that every later stage attends to.").common(out="text.pt")
+    parser.add_argument("prompts", nargs="+", help="what the videos should show, one prompt each")
+    parser.add_argument("--weights", default=WEIGHTS / "text.pt", help="text encoder weights, written by train.py")
+    args = parser.parse_args(argv)
+    clip, tokenizer, weights = load(args.weights, args.device)
+    remark(args.prompts, weights["config"]["words"])
+    text = encode(clip, tokenizer, args.prompts, weights["hash"])
+    save_stage(args.out, "text", None, text=text, prompts=args.prompts, fps=0, seed=None, history=[f"text {weights['hash']}"])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,605 @@
+"""train.py - the toy world, and the one loop that trains every stage on it (or on a folder of your own clips).
+
+    python train.py all                     everything in weights/, from nothing, one stage after the other
+    python train.py base                    one stage; it goes on from runs/base/checkpoint.pt if that is there
+    python train.py base --data clips/      the same on .mp4 .gif .webm files with captions.csv, or a .txt beside each
+
+Stages, each frozen before the next begins: vae (pixels <-> latents), clip (the text encoder), image (a text-to-image
+U-Net), base (that U-Net inflated to video: Make-A-Video's central idea, section 3.4).
+
+Sample i of step n is a pure function of (seed, n, i), its noise and timestep included. So a run that was stopped goes on
+to the very bits it would have reached, and no random state needs saving. Every stage leaves in runs/STAGE/: log.csv
+(loss by quartile of t), preview.png, the first batch as a picture with its captions, and checkpoint.pt.
+"""
+import argparse
+import copy
+import csv
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm, trange
+
+import base
+import text
+import vae
+from base import WEIGHTS, Parser, UNet, UserError, fast_autocast, positive, read_pt, run, save_weights, write_pt
+
+RUNS = Path(__file__).resolve().parent / "runs"
+
+
+# ------------------------------------------------------------------------------------------------
+# The toy world: one shaded shape, one motion, one quiet ground. Positions live in the unit square
+# (x right, y down), lengths are fractions of its side, time is in seconds: so the same scene can be
+# rendered at any size and any frame rate, which is what gives every stage of the cascade its truth.
+
+COLOURS = {"red": (230, 40, 40), "orange": (250, 140, 30), "yellow": (245, 215, 50), "green": (50, 190, 70),
+           "cyan": (50, 205, 215), "blue": (50, 90, 235), "purple": (155, 60, 200), "pink": (245, 130, 185)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+MOTIONS = ("moving left", "moving right", "moving up", "moving down",
+           "growing", "shrinking", "bouncing", "circling", "spinning")
+GROUNDS = ("", "on grass", "on sand", "on bricks", "at night")
+SCENE_SECONDS = 3.75  # 16 frames at 4 fps, or 76 at 20: Make-A-Video's two frame counts
+
+UNSEEN_PAIRS = {("star", "circling"), ("ring", "moving up"), ("cross", "growing"), ("triangle", "bouncing")}
+
+
+def split_of(colour: int, shape: int, motion: int) -> str | None:
+    """Which part of the world a (colour, shape, motion) triple belongs to, by index into the tables above:
+    "train", "held-out" (triples no video stage sees), "unseen" (whole shape-motion pairs that none sees),
+    or None where the motion could not be told: a circle that spins is a circle that stands still."""
+    if MOTIONS[motion] == "spinning" and SHAPES[shape] in ("circle", "ring"):
+        return None
+    if (SHAPES[shape], MOTIONS[motion]) in UNSEEN_PAIRS:
+        return "unseen"
+    return "held-out" if (7 * colour + 3 * shape + 5 * motion) % 8 == 0 else "train"
+
+
+TRIPLES = {split: [(c, s, m) for c in range(8) for s in range(6) for m in range(9) if split_of(c, s, m) == split]
+           for split in ("train", "held-out", "unseen")}
+
+
+def caption(scene: dict, still: bool = False) -> str:
+    """"a red star bouncing on grass"; a still has no motion: "a red star on grass"."""
+    words = ["a", list(COLOURS)[scene["colour"]], SHAPES[scene["shape"]],
+             "" if still else MOTIONS[scene["motion"]], GROUNDS[scene["ground"]]]
+    return " ".join(word for word in words if word)
+
+
+def draw_scene(rng: np.random.Generator, split: str = "train", ground: int | None = None) -> dict:
+    """One scene: four factors and the free numbers of its motion. `split` as in `split_of`, or "any"."""
+    triples = TRIPLES[split] if split != "any" else sum(TRIPLES.values(), [])
+    colour, shape, motion = triples[rng.integers(len(triples))]
+    u = rng.uniform
+    kind = MOTIONS[motion]
+    radius = {"bouncing": u(.10, .13), "circling": u(.09, .12), "spinning": u(.14, .20)}.get(kind, u(.10, .14))
+    x, y = u(.35, .65), u(.35, .65)
+    if kind.startswith("moving"):
+        along, across = (u(.68, .78) if kind.endswith(("left", "up")) else u(.22, .32)), u(.3, .7)
+        x, y = (along, across) if kind.endswith(("left", "right")) else (across, along)
+    elif kind == "bouncing":
+        x = u(.3, .7)
+    elif kind == "circling":
+        x, y = u(.45, .55), u(.45, .55)
+    return {"colour": colour, "shape": shape, "motion": motion,
+            "ground": int(rng.integers(len(GROUNDS))) if ground is None else ground,
+            "x": x, "y": y, "radius": radius, "phase": u(0, 1), "seed": int(rng.integers(2 ** 31))}
+
+
+def trajectory(scene: dict, t: torch.Tensor):
+    """Where the object is at t (seconds from the scene's start): x, y, radius and clockwise angle, each (T,)."""
+    x, y, r, angle = (torch.full_like(t, v) for v in (scene["x"], scene["y"], scene["radius"], 0.))
+    kind, phase = MOTIONS[scene["motion"]], scene["phase"]
+    if kind.startswith("moving"):
+        dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[kind.split()[1]]
+        x, y = x + .14 * dx * t, y + .14 * dy * t
+    elif kind in ("growing", "shrinking"):
+        share = t / SCENE_SECONDS if kind == "growing" else 1 - t / SCENE_SECONDS
+        r = .07 + (.24 - .07) * share
+    elif kind == "bouncing":
+        y = .74 - .42 * (math.pi * (t / 2.5 + phase)).sin().abs()
+    elif kind == "circling":
+        turn = 2 * math.pi * (t / 5 + phase)  # y points down, so a growing angle is clockwise
+        x, y = x + .22 * turn.cos(), y + .22 * turn.sin()
+    elif kind == "spinning":
+        angle = math.radians(60) * t + 2 * math.pi * phase
+    return x, y, r, angle
+
+
+def signed_distance(shape: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Distance to the outline of a shape of radius 1, negative inside; u right, v down."""
+    if shape == "circle":
+        return torch.hypot(u, v) - 1
+    if shape == "ring":
+        return (torch.hypot(u, v) - .74).abs() - .26
+    if shape == "square":
+        return torch.maximum(u.abs(), v.abs()) - .86
+    if shape == "cross":
+        arm = lambda a, b: torch.maximum(a.abs() - 1.05, b.abs() - .36)
+        return torch.minimum(arm(u, v), arm(v, u))
+    if shape == "triangle":
+        return torch.maximum(v, .5 * (math.sqrt(3) * u.abs() - v)) - .6
+    # A star is one edge, from a tip at radius 1.2 to a notch at .52, mirrored and turned five times.
+    wedge = 2 * math.pi / 5
+    theta = torch.remainder(torch.atan2(u, -v) + wedge / 2, wedge) - wedge / 2  # 0 points up, at a tip
+    a, b = torch.hypot(u, v) * theta.cos(), torch.hypot(u, v) * theta.abs().sin()
+    notch = (.52 * math.cos(wedge / 2), .52 * math.sin(wedge / 2))
+    edge = math.hypot(1.2 - notch[0], notch[1])
+    return ((a - 1.2) * notch[1] + b * (1.2 - notch[0])) / edge
+
+
+def noise_octave(seed: int, rows: int, columns: int, size: int) -> torch.Tensor:
+    """Value noise of unit variance on a lattice, seen at `size` pixels. A lattice finer than the pixels is averaged,
+    as a lens would: small pictures show less of the texture, never an alias of it. (size, size)"""
+    if rows > 8 * size:
+        return torch.zeros(size, size)
+    lattice = torch.from_numpy(np.random.default_rng((seed, rows, columns)).standard_normal((1, 1, rows, columns), np.float32))
+    fine = F.interpolate(lattice, (max(rows, size), max(columns, size)), mode="bilinear", align_corners=False)
+    return F.adaptive_avg_pool2d(fine, size)[0, 0]
+
+
+def render_ground(scene: dict, size: int) -> torch.Tensor:
+    """The still ground behind the object, (3, size, size) in 0…1."""
+    kind, seed = GROUNDS[scene["ground"]], scene["seed"]
+    centre = (torch.arange(size) + .5) / size
+    y, x = centre[:, None], centre[None, :]
+    octaves = lambda *cells: sum(weight * noise_octave(seed, r, c, size) for weight, r, c in cells)
+    if kind == "on grass":
+        colour, light = (74, 96, 66), octaves((.014, 5, 5), (.02, 16, 64), (.056, 60, 260), (.06, 150, 600))
+    elif kind == "on sand":
+        colour, light = (158, 142, 112), octaves((.015, 4, 4), (.02, 24, 12), (.05, 190, 190), (.06, 420, 420))
+    elif kind == "on bricks":
+        colour, light = (118, 88, 80), octaves((.02, 10, 5), (.045, 260, 260))
+        row, blur = (y * 10).floor(), max(.0045, .55 / size)  # mortar as wide as a pixel at least, and then fainter
+        to_joint = lambda position, period: (torch.remainder(position / period + .5, 1) - .5).abs() * period
+        joint = torch.minimum(to_joint(y, .1).expand(size, size), to_joint(x + .1 * (row % 2), .2))
+        light = light + .13 * (.0045 / blur) * torch.exp(-(joint / blur) ** 2)
+    elif kind == "at night":
+        colour, light = (22, 24, 35), octaves((.006, 6, 6))
+        stars = np.random.default_rng((seed, 7)).uniform(size=(16, 3))
+        for sx, sy, bright in torch.from_numpy(stars).float():
+            sigma, seen = .003, math.hypot(.003, .4 / size)  # a star smaller than a pixel keeps its light
+            light = light + (.4 + .6 * bright) * (sigma / seen) ** 2 * torch.exp(-((x - sx) ** 2 + (y - sy) ** 2) / (2 * seen ** 2))
+    else:
+        return torch.zeros(3, size, size)
+    return (torch.tensor(colour)[:, None, None] / 255 + light).clamp(0, 1)
+
+
+def render(scene: dict, times, size: int = 64) -> torch.Tensor:
+    """Frames of a scene at the given times (seconds). Returns uint8 (T, 3, size, size)."""
+    t = torch.as_tensor(times, dtype=torch.float32)
+    x, y, r, angle = (value[:, None, None] for value in trajectory(scene, t))      # (T, 1, 1)
+    centre = (torch.arange(size) + .5) / size
+    u, v = (centre[None, None, :] - x) / r, (centre[None, :, None] - y) / r        # (T, 1, S), (T, S, 1)
+    distance = signed_distance(SHAPES[scene["shape"]], u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin())
+    cover = (.5 - distance * r * size).clamp(0, 1)[:, None]                        # (T, 1, S, S): share of a pixel covered
+    shade = (.94 - .085 * (u + v)).clamp(0, 1.1)[:, None]                          # light falls from the upper left
+    colour = torch.tensor(list(COLOURS.values())[scene["colour"]]).view(1, 3, 1, 1) / 255
+    frames = cover * (colour * shade).clamp(0, 1) + (1 - cover) * render_ground(scene, size)
+    return (frames * 255).round().to(torch.uint8)                                  # (T, 3, S, S)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data sets: what the stages draw from, made once and kept in runs/.
+
+def world_stills(count: int, seed: int) -> dict:
+    """Pictures of any scene at any moment, and their captions. No split: a still does not show how a thing moves."""
+    pixels, captions = [], []
+    for i in trange(count, desc="rendering stills"):
+        rng = np.random.default_rng((seed, 1, i))
+        scene = draw_scene(rng, "any")
+        pixels.append(render(scene, [rng.uniform(0, SCENE_SECONDS)]))
+        captions.append(caption(scene, still=True))
+    return {"pixels": torch.stack(pixels), "captions": captions, "fps": torch.ones(count)}  # (N, 1, 3, 64, 64)
+
+
+def draw_clip(rng: np.random.Generator, split: str = "train", fps: float | None = None, frames: int = 16, size: int = 64, ground: int | None = None):
+    """A scene, its frames (T, 3, size, size) and their rate. Half of all clips run at 4 fps, where a clip shows a whole
+    scene; the other half at a rate up to 30, log-uniform, from a random start within the scene.
+
+    Differs: Make-A-Video (section 3.4) goes from high to low rates during training; drawing both at once is simpler."""
+    scene = draw_scene(rng, split, ground)
+    drawn = 4 * (30 / 4) ** max(0., rng.uniform(-1, 1))
+    fps = fps or drawn
+    start = rng.uniform(0, max(0., SCENE_SECONDS - (frames - 1) / fps))
+    return scene, render(scene, start + np.arange(frames) / fps, size), fps
+
+
+def world_clips(count: int, seed: int):
+    """Training clips of the world, in groups small enough to encode at once: yields (pixels, captions, fps)."""
+    for group in trange(0, count, 64, desc="rendering and encoding clips"):
+        clips = [draw_clip(np.random.default_rng((seed, 2, i))) for i in range(group, min(group + 64, count))]
+        yield torch.stack([c[1] for c in clips]), [caption(c[0]) for c in clips], torch.tensor([c[2] for c in clips])
+
+
+def folder_clips(folder, frames: int, side: int):
+    """Clips of `frames` frames, cut to the middle square, from every video below a folder: yields (pixels, captions, fps).
+
+    The frame rate is the file's own, divided by a frame-skip of 1, 2 or 4 where the video is long enough. A file that
+    cannot be read, or is too short, is named and counted, never padded and never replaced by another."""
+    folder, skipped, used = Path(folder), [], 0
+    captions = {}
+    if (folder / "captions.csv").is_file():
+        with open(folder / "captions.csv", newline="") as file:
+            captions = {row["file"]: row["caption"] for row in csv.DictReader(file)}
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (vae.VIDEOS if frames > 1 else vae.VIDEOS + vae.PICTURES))
+    for path in tqdm(files, desc=f"reading {folder}"):
+        try:
+            video, fps = vae.read_video(path)
+        except UserError as error:
+            skipped.append(str(error))
+            continue
+        if len(video) < frames:
+            skipped.append(f"{path}: {len(video)} frames, where {frames} are wanted")
+            continue
+        H, W = video.shape[-2:]
+        square = video[..., (H - min(H, W)) // 2:, (W - min(H, W)) // 2:][..., :min(H, W), :min(H, W)].float()
+        square = F.interpolate(square, (side, side), mode="bilinear", antialias=True).round().byte()   # (T, 3, S, S)
+        note = path.with_suffix(".txt")
+        words = captions.get(str(path.relative_to(folder)), note.read_text().strip() if note.is_file() else "")
+        used += 1
+        for skip in (1, 2, 4) if frames > 1 else (1,):
+            windows = square[::skip].unfold(0, frames, frames).movedim(-1, 1)                          # (N, T, 3, S, S)
+            if len(windows):
+                yield windows, [words] * len(windows), torch.full((len(windows),), fps / skip)
+    for line in skipped:
+        print(f"skipped {line}")
+    print(f"{folder}: {used} files used, {len(skipped)} skipped")
+    if not used:
+        raise UserError(f"{folder} holds no usable clip of {frames} frames or more")
+
+
+def cached(name: str, make) -> dict:
+    """What make() returns, kept in runs/cache/ under a name that says all it depends on."""
+    path = RUNS / "cache" / f"{name}.pt"
+    if not path.is_file():
+        write_pt(path, make())
+    return read_pt(path)
+
+
+def pictures(args) -> dict:
+    """pixels uint8 (N, 1, 3, 64, 64), captions, fps."""
+    if args.data == "world":
+        return cached(f"stills-{args.stills}-{args.seed}", lambda: world_stills(args.stills, args.seed))
+    return gather(folder_clips(args.data, 1, args.side), lambda pixels: {"pixels": pixels})
+
+
+def gather(groups, of_pixels) -> dict:
+    """Concatenate of_pixels(group) over groups of clips, with their captions and frame rates."""
+    parts, captions, rates = [], [], []
+    for pixels, words, fps in groups:
+        parts.append(of_pixels(pixels))
+        captions += words
+        rates.append(fps)
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"captions": captions, "fps": torch.cat(rates)}
+
+
+def latents(args, kind: str) -> tuple[dict, str]:
+    """Stills or clips as fp16 latents (N, T, 4, h, w) with captions and fps; and the hash of the autoencoder they are of."""
+    autoencoder, weights = vae.load(args.weights / "vae.pt", args.device)
+    encode = lambda pixels: {"latents": vae.encode_video(autoencoder, pixels).half()}
+    if kind == "stills":
+        stills = pictures(args)
+        make = lambda: gather(zip(tqdm(stills["pixels"].split(256), desc="encoding stills"), batches(stills["captions"], 256),
+                                  stills["fps"].split(256)), encode)
+        count = args.stills
+    else:
+        make = lambda: gather(world_clips(args.clips, args.seed) if args.data == "world" else folder_clips(args.data, 16, args.side), encode)
+        count = args.clips
+    source = "world" if args.data == "world" else str(Path(args.data).resolve()).strip("/").replace("/", "-")
+    return cached(f"{kind}-{source}-{count}-{args.seed}-{weights['hash']}", make), weights["hash"]
+
+
+def batches(items: list, size: int) -> list:
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Randomness: a generator for each sample of each step, and nothing else.
+
+def sample_rng(seed: int, step: int, i: int) -> np.random.Generator:
+    return np.random.default_rng((seed, 3, step, i))
+
+
+def normal(rngs, shape) -> torch.Tensor:
+    """Standard normal noise (N, *shape), a part from each sample's own generator."""
+    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
+
+
+def noisy_timesteps(rngs) -> torch.Tensor:
+    """t (N,), drawn towards noise: t = 1 - (1 - u)^1.5. Motion is decided where little else can be seen."""
+    return torch.tensor([int(1000 * (1 - (1 - rng.random()) ** 1.5)) for rng in rngs])
+
+
+# ------------------------------------------------------------------------------------------------
+# Stages. Each `prepare` returns what the loop needs: a model, batch_of(step, samples), loss_of(model, batch),
+# preview(model) -> picture (3, H, W), config_of(model) for the weights, and facts about the data the weights were made by.
+
+@dataclass
+class Recipe:
+    steps: int
+    batch: int
+    lr: float
+    fresh_lr: float = 0.     # for the layers that the weights it starts from did not have
+    warmup: int = 100
+    ema: float = .999
+
+
+RECIPES = {
+    "vae": Recipe(steps=1800, batch=32, lr=1.5e-3),
+    "clip": Recipe(steps=1500, batch=128, lr=1e-3),
+    "image": Recipe(steps=3000, batch=128, lr=1e-3),
+    "base": Recipe(steps=5000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
+}
+
+
+def prepare_vae(args):
+    data, side = pictures(args), args.side
+    model = vae.AutoencoderKL(vae.VAEConfig())
+    latent_shape = (model.config.latent_channels, side // model.config.factor, side // model.config.factor)
+
+    def batch_of(step, samples):
+        rngs = [sample_rng(args.seed, step, i) for i in samples]
+        picks = torch.tensor([rng.integers(len(data["pixels"])) for rng in rngs])
+        return {"pixels": vae.to_float(data["pixels"][picks, 0]), "noise": normal(rngs, latent_shape)}
+
+    def preview(model):
+        originals = data["pixels"][:16, 0]
+        mean = model.encode(vae.to_float(originals).to(args.device))[0]
+        return vae.contact_sheet(torch.stack([originals, vae.to_uint8(model.decode(mean)).cpu()]))
+
+    def config_of(model):  # latent diffusion, appendix G: unit variance, measured, and kept with the weights
+        raw = torch.cat([model.encode(vae.to_float(chunk[:, 0]).to(args.device))[0].float() for chunk in data["pixels"][:2048].split(128)])
+        model.config.scaling_factor = (1 / raw.std()).item()
+        return asdict(model.config)
+
+    return model, batch_of, vae.loss, preview, config_of, {}
+
+
+def training_captions() -> list:
+    """Every caption a training clip can have; none of a held-out triple or an unseen pair."""
+    return sorted({caption({"colour": c, "shape": s, "motion": m, "ground": g}) for c, s, m in TRIPLES["train"] for g in range(len(GROUNDS))})
+
+
+def prepare_clip(args):
+    data = pictures(args)
+    captions = training_captions() if args.data == "world" else sorted(set(data["captions"]))
+    vocab, merges = text.learn_tokenizer(captions + data["captions"])
+    tokenizer = text.build_tokenizer(vocab, merges)
+    model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=args.side))
+    words = sorted({word for line in captions + data["captions"] for word in line.lower().split()})
+    context = model.config.context
+    ids, motion_ids = text.tokenize(tokenizer, data["captions"], context), text.tokenize(tokenizer, captions, context)
+
+    def batch_of(step, samples):
+        rngs = [sample_rng(args.seed, step, i) for i in samples]
+        picks = [rng.integers(len(ids)) for rng in rngs]
+        others = [rng.integers(len(motion_ids)) for rng in rngs]
+        return {"pixels": vae.to_float(data["pixels"][picks, 0]), "ids": ids[picks], "motion_ids": motion_ids[others]}
+
+    def preview(model):  # pictures over the cosines of each with each caption: bright where they agree
+        shown = data["pixels"][:16, 0]
+        cosines = model.similarity(vae.to_float(shown).to(args.device), ids[:16].to(args.device)) / model.logit_scale.exp()
+        tiles = (cosines.clamp(0, 1) * 255).byte().cpu().repeat_interleave(args.side, 1).repeat_interleave(16, 0).expand(3, -1, -1)
+        return torch.cat([vae.contact_sheet(shown[None]), tiles], dim=1)
+
+    def config_of(model):
+        return {"clip": asdict(model.config), "tokenizer": {"vocab": vocab, "merges": merges}, "words": words}
+
+    return model, batch_of, text.loss, preview, config_of, {}
+
+
+def caption_tokens(args, captions: list):
+    """Tokens (K, L, D) of every distinct caption, the row of each caption in them (N,), the null prompt's tokens (L, D),
+    and the hash of the text encoder."""
+    clip, tokenizer, weights = text.load(args.weights / "text.pt")
+    distinct = sorted(set(captions))
+    encoded = text.encode(clip, tokenizer, distinct)
+    rows = {words: i for i, words in enumerate(distinct)}
+    return encoded["tokens"], torch.tensor([rows[words] for words in captions]), encoded["null_tokens"][0], weights["hash"]
+
+
+def diffusion_batch(args, data: dict, step: int, samples) -> dict:
+    """Latents with their prompts' tokens, frame rates, noise and timesteps. One prompt in ten is the null one, which is what
+    guidance subtracts."""
+    rngs = [sample_rng(args.seed, step, i) for i in samples]
+    picks = torch.tensor([int(rng.integers(len(data["latents"]))) for rng in rngs])
+    context = data["tokens"][data["rows"][picks]]                                   # (N, L, D)
+    dropped = torch.tensor([rng.random() < .1 for rng in rngs])
+    context = torch.where(dropped[:, None, None], data["null"], context)
+    x = data["latents"][picks].float()                                              # (N, T, 4, h, w)
+    return {"latents": x, "context": context, "fps": data["fps"][picks], "noise": normal(rngs, x.shape[1:]), "t": noisy_timesteps(rngs)}
+
+
+def with_tokens(args, kind: str) -> tuple[dict, dict]:
+    """Latents of `kind` beside the tokens of their captions, and the hashes of what made both."""
+    data, vae_hash = latents(args, kind)
+    tokens, rows, null, text_hash = caption_tokens(args, data["captions"])
+    return data | {"tokens": tokens, "rows": rows, "null": null}, {"vae": vae_hash, "text": text_hash, "side": data["latents"].shape[-1]}
+
+
+def preview_of(args, prompts: list, frames: int):
+    """A function that samples the prompts and lays the frames out, one video per row."""
+    def preview(model):
+        clip, tokenizer, _ = text.load(args.weights / "text.pt")
+        autoencoder, _ = vae.load(args.weights / "vae.pt", args.device)
+        z = base.generate(model, base.Diffusion(), text.encode(clip, tokenizer, prompts), frames, 4., args.side // autoencoder.config.factor)
+        return vae.contact_sheet(vae.decode_video(autoencoder, z if frames > 1 else z.unflatten(0, (-1, 8)).flatten(1, 2)))
+    return preview
+
+
+def diffusion_config(model) -> dict:
+    return {"unet": asdict(model.config), "diffusion": base.Diffusion().config}
+
+
+def prepare_image(args):
+    data, facts = with_tokens(args, "stills")
+    model = UNet(replace(base.TINY, temporal="none", gates=False))
+    diffusion = base.Diffusion()
+    prompts = [f"a {colour} {shape}{' ' * bool(ground) + ground}" for colour, shape, ground in
+               zip(list(COLOURS) * 4, SHAPES * 6, GROUNDS * 7)][:32] if args.data == "world" else data["captions"][:32]
+    return (model, lambda step, samples: diffusion_batch(args, data, step, samples), lambda model, batch: base.loss(model, diffusion, batch),
+            preview_of(args, prompts, 1), diffusion_config, facts)
+
+
+def prepare_base(args):
+    data, facts = with_tokens(args, "clips")
+    stills, _ = with_tokens(args, "stills")
+    image = base.load_weights(args.weights / "image.pt", "image")
+    model = base.fill(UNet(base.TINY), image, args.weights / "image.pt", may_lack=UNet.is_inflation)
+    diffusion = base.Diffusion()
+
+    def batch_of(step, samples):  # every fourth step is of pictures, four for each clip. Differs: Imagen Video packs them into clips
+        if args.joint and step % 4 == 3:
+            return diffusion_batch(args, stills, step, [4 * i + k for i in samples for k in range(4)])
+        return diffusion_batch(args, data, step, samples)
+
+    prompts = ["a red star moving left", "a cyan circle bouncing on sand", "a yellow square spinning on grass",
+               "a green triangle growing at night", "a pink ring circling", "a blue cross moving up on bricks"]
+    return (model, batch_of, lambda model, batch: base.loss(model, diffusion, batch),
+            preview_of(args, prompts if args.data == "world" else data["captions"][:6], 16), diffusion_config, facts)
+
+
+PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image, "base": prepare_base}
+OUTPUT = {"vae": "vae.pt", "clip": "text.pt", "image": "image.pt", "base": "base.pt"}  # each stage's file in weights/
+
+
+# ------------------------------------------------------------------------------------------------
+# The loop, one for all stages.
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """A share of the full rate, by the step alone: linear warm-up, then half a cosine down to a twentieth."""
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return .05 + .95 * .5 * (1 + math.cos(math.pi * min(progress, 1)))
+
+
+def train(stage: str, args):
+    """Train one stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
+    recipe = RECIPES[stage]
+    recipe = replace(recipe, **{key: value for key in ("steps", "batch", "lr") if (value := getattr(args, key)) is not None})
+    folder = RUNS / args.name if args.name else RUNS / stage
+    torch.manual_seed(args.seed)
+    model, batch_of, loss_of, preview, config_of, facts = PREPARE[stage](args)
+    model.to(args.device, memory_format=torch.channels_last).train()
+    if hasattr(model, "gradient_checkpointing"):
+        model.gradient_checkpointing = args.checkpointing
+    fresh = lambda name: recipe.fresh_lr > 0 and UNet.is_inflation(name)
+    groups = [{"params": [p for n, p in model.named_parameters() if fresh(n)], "base_lr": recipe.fresh_lr},
+              {"params": [p for n, p in model.named_parameters() if not fresh(n)], "base_lr": recipe.lr}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    start, minutes = 0, 0.
+    if (folder / "checkpoint.pt").is_file() and not args.fresh:
+        state = read_pt(folder / "checkpoint.pt")
+        if state["recipe"] != asdict(recipe) or state["seed"] != args.seed:
+            raise UserError(f"{folder}/checkpoint.pt is of another recipe or seed: {state['recipe']}, seed {state['seed']}; --fresh starts over")
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, minutes = state["step"], state["minutes"]
+        print(f"{stage}: going on from step {start}")
+    run_model = torch.compile(model) if args.compile else model
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{stage}: {parameters / 1e6:.2f} M parameters, {recipe}")
+
+    def save(step):
+        write_pt(folder / "checkpoint.pt", {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                                            "step": step, "minutes": minutes, "recipe": asdict(recipe), "seed": args.seed})
+
+    def export(path, step):
+        with torch.inference_mode():
+            config = config_of(ema)
+        save_weights(path, stage, config, ema, steps=step, seed=args.seed, data=str(args.data), minutes=round(minutes, 1),
+                     metrics={"loss": round(running, 5)}, **facts)
+
+    def show(step):
+        with torch.inference_mode(), fast_autocast(args.device):
+            vae.write_picture(folder / "preview.png", preview(ema))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=stage, unit="step")
+    window, running, step, last_save, last_step = [], math.nan, start, time.time(), time.time()
+    try:
+        for step in bar:
+            losses, levels = [], []
+            for part in batches(list(range(recipe.batch)), -(-recipe.batch // args.accumulate)):
+                batch = {key: value.to(args.device) for key, value in batch_of(step, part).items()}
+                with fast_autocast(args.device):
+                    each = loss_of(run_model, batch)                                # (N,)
+                (each.mean() * len(part) / recipe.batch).backward()
+                losses.append(each.detach().float().cpu())
+                levels.append(batch["t"].cpu() / 1000 if "t" in batch else torch.zeros(len(each)))
+            losses, levels = torch.cat(losses), torch.cat(levels)
+            if not losses.isfinite().all():
+                raise UserError(f"the loss of step {step} is not finite; {folder}/checkpoint.pt holds the last good state")
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * learning_rate(step, recipe)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                decay = min(recipe.ema, (1 + step) / (10 + step))
+                for average, parameter in zip(ema.parameters(), model.parameters()):
+                    average.lerp_(parameter, 1 - decay)
+            window.append((losses, levels))
+            minutes += (time.time() - last_step) / 60
+            last_step = time.time()
+            if (step + 1) % 25 == 0 or step + 1 == recipe.steps:
+                losses, levels = (torch.cat(column) for column in zip(*window))
+                running = losses.mean().item()
+                quartiles = [losses[(levels * 4).long() == q].mean().item() for q in range(4)]
+                bar.set_postfix(loss=f"{running:.4f}", samples_per_s=f"{len(losses) / len(window) * (bar.format_dict['rate'] or 0):.1f}")
+                new = not (folder / "log.csv").is_file() or step < 25
+                with open(folder / "log.csv", "w" if new else "a", newline="") as file:
+                    csv.writer(file).writerows([["step", "minutes", "loss", "t<1/4", "t<1/2", "t<3/4", "t<1"]] * new
+                                               + [[step + 1, round(minutes, 2), *(round(x, 5) for x in (running, *quartiles))]])
+                window = []
+            if time.time() - last_save > 60 * args.save_minutes:
+                save(step + 1)
+                show(step + 1)
+                last_save = time.time()
+            if args.snapshots and (step + 1) % (recipe.steps // args.snapshots) == 0:
+                export(folder / f"weights-{step + 1:06d}.pt", step + 1)
+    except KeyboardInterrupt:
+        print(f"\n{stage}: stopped; the same command goes on from step {step}")
+        raise
+    save(recipe.steps)
+    show(recipe.steps)
+    export(args.weights / OUTPUT[stage], recipe.steps)
+    print(f"{stage}: {args.weights / OUTPUT[stage]} written after {minutes:.1f} minutes, loss {running:.4f}; look at {folder / 'preview.png'}")
+
+
+def main(argv=None):
+    parser = Parser("Train one stage, or all of them in order.")
+    parser.add_argument("stage", choices=[*PREPARE, "all"], help="what to train; a stage needs the weights of those before it")
+    parser.add_argument("--data", default="world", help="'world', the built-in toy world, or a folder of clips")
+    parser.add_argument("--stills", type=positive(int), default=24000, help="pictures of the world to make")
+    parser.add_argument("--clips", type=positive(int), default=16000, help="clips of the world to make")
+    parser.add_argument("--side", type=positive(int), default=64, help="side of the training pictures, in pixels")
+    parser.add_argument("--steps", type=positive(int), help="steps, instead of the recipe's")
+    parser.add_argument("--batch", type=positive(int), help="samples per step, instead of the recipe's")
+    parser.add_argument("--lr", type=positive(float), help="learning rate, instead of the recipe's")
+    parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures")
+    parser.add_argument("--accumulate", type=positive(int), default=1, help="cut each batch into this many pieces, to save memory")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass, to save memory")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--fresh", action="store_true", help="start over, whatever checkpoint there is")
+    parser.add_argument("--save-minutes", type=positive(float), default=3., help="minutes between checkpoints")
+    parser.add_argument("--snapshots", type=int, default=0, help="keep this many weights on the way, for a curve over training")
+    parser.add_argument("--name", help="folder in runs/, instead of the stage's name")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, read and written")
+    parser.add_argument("--seed", type=int, default=0, help="of the data, the initial weights and every sample")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    args = parser.parse_args(argv)
+    for stage in PREPARE if args.stage == "all" else [args.stage]:
+        train(stage, args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,333 @@
+"""vae.py - the autoencoder between pixels and latents, and the border where video files are read and written.
+
+Latent diffusion (2112.10752) section 3.1 compresses each picture eightfold per side before any diffusion happens:
+the U-Nets then work on 8 x 8 x 4 numbers instead of 64 x 64 x 3. Frames are coded one by one; time is base.py's affair.
+
+    encode   clip.mp4 .gif .webm .png .jpg          ->  latents (1, T, 4, H/8, W/8) of unit variance
+    decode   latents (B, T, 4, h, w)                ->  video .mp4 .gif, contact sheet .png, or pixels .pt (B, T, 3, 8h, 8w)
+
+    python vae.py encode clip.mp4 -o z.pt
+    python vae.py decode z.pt -o video.mp4
+
+Layers bear Stable Diffusion's names. Differs: the authors add a perceptual and an adversarial loss to the pixel loss;
+in a world whose truth is known exactly, distance to that truth is the honest measure, and the only one used here.
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from base import (WEIGHTS, Attention, Downsample, Parser, ResnetBlock, Upsample, UserError, atomic, configure,
+                  fast_autocast, fill, load_stage, load_weights, note, run, save_stage)
+
+CHUNK = 32  # frames coded at a time, so that memory does not grow with the length of a video
+
+
+# ------------------------------------------------------------------------------------------------
+# The model
+
+@dataclass
+class VAEConfig:
+    channels: tuple = (32, 64, 64, 128)   # width of each level; every level but the last halves H and W
+    layers: int = 1                       # residual blocks per level (one more in the decoder)
+    latent_channels: int = 4
+    groups: int = 8                       # of GroupNorm
+    scaling_factor: float = 1.            # 1 / standard deviation of raw latents, measured on training data
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class MidAttention(Attention):
+    """One head over all positions of a frame, with its own norm and residual."""
+
+    def __init__(self, dim: int, groups: int):
+        super().__init__(dim, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, dim, eps=1e-6)
+
+    def forward(self, x):                                                           # (N, C, H, W)
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)                      # (N, H*W, C)
+        return x + super().forward(tokens).transpose(1, 2).reshape(x.shape)         # (N, C, H, W)
+
+
+def resnets(widths: list, groups: int) -> nn.ModuleList:
+    """Residual blocks from each width to the next."""
+    return nn.ModuleList(ResnetBlock(a, b, groups=groups, eps=1e-6) for a, b in zip(widths, widths[1:]))
+
+
+class Coder(nn.Module):
+    """What encoder and decoder share: levels of residual blocks, and a middle that attends over the whole picture."""
+
+    def __init__(self, config: VAEConfig, in_channels: int, out_channels: int, widths: list):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.mid_block = nn.Module()
+        middle = config.channels[-1]
+        self.mid_block.resnets = resnets([middle] * 3, config.groups)
+        self.mid_block.attentions = nn.ModuleList([MidAttention(middle, config.groups)])
+        self.conv_norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def middle(self, x):
+        return self.mid_block.resnets[1](self.mid_block.attentions[0](self.mid_block.resnets[0](x)))
+
+    def levels(self, x, blocks):
+        for block in blocks:
+            for layer in [*block.resnets, *block.resamplers]:
+                x = layer(x)
+        return x
+
+
+class Block(nn.Module):
+    """One level: residual blocks and, under the name Stable Diffusion gives it, a resampler."""
+
+    def __init__(self, widths: list, groups: int, name: str, resampler: nn.Module | None):
+        super().__init__()
+        self.resnets = resnets(widths, groups)
+        self.name = name
+        self.add_module(name, nn.ModuleList([resampler] if resampler else []))
+
+    @property
+    def resamplers(self):
+        return getattr(self, self.name)
+
+
+class Encoder(Coder):
+    """Pixels (N, 3, H, W) to the mean and log variance of their latents, (N, 2*4, h, w)."""
+
+    def __init__(self, config: VAEConfig):
+        widths = [config.channels[0], *config.channels]
+        super().__init__(config, 3, 2 * config.latent_channels, widths)
+        self.down_blocks = nn.ModuleList(
+            Block([a] + [b] * config.layers, config.groups, "downsamplers", Downsample(b, (0, 1, 0, 1)) if i < len(widths) - 2 else None)
+            for i, (a, b) in enumerate(zip(widths, widths[1:])))
+
+    def forward(self, x):
+        x = self.middle(self.levels(self.conv_in(x), self.down_blocks))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(Coder):
+    """Latents (N, 4, h, w) to pixels (N, 3, H, W)."""
+
+    def __init__(self, config: VAEConfig):
+        widths = [config.channels[-1], *config.channels[::-1]]
+        super().__init__(config, config.latent_channels, 3, widths)
+        self.up_blocks = nn.ModuleList(
+            Block([a] + [b] * (config.layers + 1), config.groups, "upsamplers", Upsample(b) if i < len(widths) - 2 else None)
+            for i, (a, b) in enumerate(zip(widths, widths[1:])))
+
+    def forward(self, z):
+        x = self.levels(self.middle(self.conv_in(z)), self.up_blocks)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """Stable Diffusion's autoencoder. Pixels are in -1...1; `encode` and `decode` speak raw, unscaled latents."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, pixels):                                                       # (N, 3, H, W)
+        mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)        # (N, 4, h, w) each
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, latents):                                                      # (N, 4, h, w)
+        return self.decoder(self.post_quant_conv(latents))                          # (N, 3, H, W)
+
+
+def loss(vae: AutoencoderKL, batch: dict) -> torch.Tensor:
+    """Reconstruction plus KL, one number per picture. batch: pixels (N, 3, H, W) in -1...1, noise (N, 4, h, w).
+
+    A pixel counts the more the further it is from its picture's mean colour: with equal weights a small object drowns in
+    its ground, and its colour is the first thing lost. Differs: the authors' L1 becomes L1 + L2, for PSNR's sake."""
+    x = batch["pixels"]
+    mean, logvar = vae.encode(x)
+    mean, logvar = mean.float(), logvar.float()
+    error = vae.decode(mean + (logvar / 2).exp() * batch["noise"]).float() - x      # (N, 3, H, W)
+    weight = 1 + 4 * (x - x.mean((2, 3), keepdim=True)).abs().mean(1, keepdim=True)  # (N, 1, H, W)
+    reconstruction = (weight * (error.abs() + error ** 2)).mean((1, 2, 3))
+    kl = .5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean((1, 2, 3))
+    return reconstruction + 1e-4 * kl
+
+
+# ------------------------------------------------------------------------------------------------
+# Whole videos through the model, a chunk of frames at a time
+
+def load(path=WEIGHTS / "vae.pt", device="cpu"):
+    """The shipped autoencoder, and the weights' dict."""
+    weights = load_weights(path, "vae")
+    vae = fill(AutoencoderKL(configure(VAEConfig, weights["config"], path)), weights, path)
+    return vae.to(device, memory_format=torch.channels_last).eval(), weights
+
+
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 0...255 -> float -1...1"""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """float -1...1 -> uint8 0...255"""
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def in_chunks(function, frames: torch.Tensor, device, label: str) -> torch.Tensor:
+    """function, without gradients, over chunks of frames (N, ...); a label shows a progress bar."""
+    results = []
+    with torch.inference_mode(), fast_autocast(device):
+        for chunk in tqdm(frames.split(CHUNK), desc=label, disable=not label, leave=False):
+            chunk = chunk.to(device, memory_format=torch.channels_last)
+            results.append(function(chunk).cpu().contiguous())
+    return torch.cat(results)
+
+
+def encode_video(vae: AutoencoderKL, video: torch.Tensor, label: str = "") -> torch.Tensor:
+    """uint8 (B, T, 3, H, W) -> scaled latents (B, T, 4, h, w): the mean of each frame's posterior, at unit variance."""
+    scale, device = vae.config.scaling_factor, next(vae.parameters()).device
+    encode = lambda pixels: vae.encode(to_float(pixels))[0].float() * scale
+    return in_chunks(encode, video.flatten(0, 1), device, label).unflatten(0, video.shape[:2])
+
+
+def decode_video(vae: AutoencoderKL, latents: torch.Tensor, label: str = "") -> torch.Tensor:
+    """Scaled latents (B, T, 4, h, w) -> uint8 (B, T, 3, H, W)."""
+    scale, device = vae.config.scaling_factor, next(vae.parameters()).device
+    decode = lambda z: to_uint8(vae.decode(z / scale))
+    return in_chunks(decode, latents.float().flatten(0, 1), device, label).unflatten(0, latents.shape[:2])
+
+
+# ------------------------------------------------------------------------------------------------
+# Files people look at. Pixels are uint8 everywhere here.
+
+PICTURES, VIDEOS = (".png", ".jpg", ".jpeg"), (".mp4", ".gif", ".webm")
+
+
+def read_video(path, max_frames: int | None = None):
+    """A video or picture file as uint8 (T, 3, H, W), and its frames per second (1 for a picture).
+    Raises UserError on anything that cannot be read."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in PICTURES + VIDEOS:
+        raise UserError(f"{path}: unknown extension, where one of {' '.join(VIDEOS + PICTURES)} is wanted")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    frames, fps = [], 1.
+    try:
+        with iio.imopen(path, "r", plugin="FFMPEG" if suffix in (".mp4", ".webm") else "pillow") as file:
+            if suffix in (".mp4", ".webm"):
+                fps = float(file.metadata()["fps"])
+            elif suffix == ".gif":
+                fps = 1000 / (file.metadata(index=0).get("duration") or 100)
+            for frame in file.iter():
+                frames.append(torch.from_numpy(np.ascontiguousarray(np.atleast_3d(frame)[..., :3])))  # (H, W, 3)
+                if len(frames) == max_frames:
+                    break
+    except Exception as error:  # imageio's plugins raise whatever ffmpeg or pillow made them raise
+        raise UserError(f"{path} cannot be read: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}") from error
+    if not frames or not math.isfinite(fps) or fps <= 0:
+        raise UserError(f"{path} holds no frames, or no frame rate")
+    video = torch.stack(frames).permute(0, 3, 1, 2).contiguous()                    # (T, 1 or 3, H, W)
+    return video.expand(-1, 3, -1, -1), fps
+
+
+def contact_sheet(videos: torch.Tensor, columns: int = 16) -> torch.Tensor:
+    """uint8 (B, T, 3, H, W) as one picture (3, rows*H, columns*W): every video starts a new row, time runs right."""
+    B, T, C, H, W = videos.shape
+    columns = min(columns, T)
+    padded = F.pad(videos, (0, 0, 0, 0, 0, 0, 0, -T % columns))                     # (B, rows*columns, 3, H, W)
+    grid = padded.reshape(-1, columns, C, H, W)                                     # (B*rows, columns, 3, H, W)
+    return grid.permute(2, 0, 3, 1, 4).reshape(C, -1, columns * W)
+
+
+def check_extension(path, allowed=(".mp4", ".gif", ".png")):
+    """Refuse a file name before any time is spent on what would go into it."""
+    if Path(path).suffix.lower() not in allowed:
+        raise UserError(f"{path}: unknown extension, where one of {' '.join(allowed)} is wanted")
+
+
+def write_picture(path, picture: torch.Tensor):
+    """Write uint8 (3, H, W) as .png."""
+    with atomic(path) as temporary:
+        iio.imwrite(temporary, picture.permute(1, 2, 0).numpy())
+
+
+def write_video(path, video: torch.Tensor, fps: float):
+    """Write uint8 (T, 3, H, W) as .mp4 or .gif at `fps`, or as a .png contact sheet."""
+    check_extension(path)
+    suffix = Path(path).suffix.lower()
+    if suffix == ".png":
+        return write_picture(path, contact_sheet(video[None]))
+    with atomic(path) as temporary:
+        if suffix == ".gif":
+            delay = max(2, round(100 / fps))
+            if abs(100 / delay - fps) > .01:
+                note(f"{path}: a gif counts in 1/100 s, so {fps:g} fps is written as {100 / delay:.4g}")
+            iio.imwrite(temporary, video.permute(0, 2, 3, 1).numpy(), duration=10 * delay, loop=0)
+        else:
+            even = F.pad(video.float(), (0, video.shape[3] % 2, 0, video.shape[2] % 2), mode="replicate").byte()
+            iio.imwrite(temporary, even.permute(0, 2, 3, 1).numpy(), plugin="FFMPEG", fps=fps, codec="libx264",
+                        macro_block_size=1, quality=None, ffmpeg_log_level="error", output_params=["-crf", "12"])
+
+
+def write_videos(path, videos: torch.Tensor, fps: float) -> list:
+    """Write (B, T, 3, H, W) and return the paths: one png sheet for all, or file-0, file-1 ... where there are several."""
+    path = Path(path)
+    if path.suffix.lower() == ".png":
+        write_picture(path, contact_sheet(videos))
+        return [path]
+    paths = [path] if len(videos) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(videos))]
+    for one, video in zip(paths, videos):
+        write_video(one, video, fps)
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = Parser("Encode a video file into latents, or decode latents into a video file.").common(out="z.pt or video.mp4")
+    parser.add_argument("action", choices=("encode", "decode"), help="pixels to latents, or latents to pixels")
+    parser.add_argument("input", help="encode: .mp4 .gif .webm .png .jpg; decode: a .pt of latents")
+    parser.add_argument("--weights", default=WEIGHTS / "vae.pt", help="autoencoder weights, written by train.py")
+    args = parser.parse_args(argv)
+    if args.out == parser.get_default("out"):
+        args.out = "z.pt" if args.action == "encode" else "video.mp4"
+
+    if args.action == "encode":
+        check_extension(args.out, (".pt",))
+        video, fps = read_video(args.input)
+        vae, weights = load(args.weights, args.device)
+        H, W = video.shape[-2:]
+        pad_h, pad_w = -H % vae.config.factor, -W % vae.config.factor
+        if pad_h or pad_w:
+            note(f"{W} x {H} is padded at the right and below to fit the autoencoder's stride of {vae.config.factor}")
+            video = F.pad(video.float(), (0, pad_w, 0, pad_h), mode="replicate").byte()
+        latents = encode_video(vae, video[None], label="vae encode")
+        save_stage(args.out, "latents", latents, text=None, prompts=[Path(args.input).stem], fps=fps, seed=None,
+                   history=[f"encode {weights['hash']} {Path(args.input).name}"], vae=weights["hash"])
+    else:
+        check_extension(args.out, (".mp4", ".gif", ".png", ".pt"))
+        stage = load_stage(args.input, "latents")
+        vae, weights = load(args.weights, args.device)
+        if stage["vae"] != weights["hash"]:
+            raise UserError(f"{args.input} holds latents of autoencoder {stage['vae']}, but {args.weights} is {weights['hash']}")
+        pixels = decode_video(vae, stage["data"], label="vae decode")
+        if args.out.endswith(".pt"):
+            save_stage(args.out, "pixels", pixels, text=stage["text"], prompts=stage["prompts"], fps=stage["fps"],
+                       seed=stage["seed"], history=stage["history"] + [f"decode {weights['hash']}"])
+        else:
+            write_videos(args.out, pixels, stage["fps"])
+
+
+if __name__ == "__main__":
+    run(main)
