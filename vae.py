@@ -46,6 +46,9 @@ class VAEConfig:
         return 2 ** (len(self.channels) - 1)
 
 
+SD15 = VAEConfig(channels=(128, 256, 512, 512), layers=2, groups=32, scaling_factor=.18215)
+
+
 class MidAttention(Attention):
     """One head over all positions of a frame, with its own norm and residual."""
 
