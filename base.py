@@ -20,7 +20,7 @@ import os
 import pickle
 import sys
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,8 +48,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, **kwargs):
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
-    def common(self, out: str):
-        self.add_argument("-o", "--out", default=out, help="file to write")
+    def common(self, out: str, what: str = "file to write"):
+        self.add_argument("-o", "--out", default=out, help=what)
         self.add_argument("--seed", type=int, default=0, help="video i of a call starts from the noise of seed + i")
         self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
         return self
@@ -147,28 +147,29 @@ def save_stage(path, kind: str, data, *, text, prompts, fps: float, seed, histor
 def load_stage(path, kind: str) -> dict:
     """Read a stage file and check all that the next stage relies on. Raises UserError, naming what would mend it."""
     stage = read_pt(path)
-    remake = f"make one with `{MADE_BY[kind]}`"
-    if stage.get("format") != 1 or "kind" not in stage:
-        raise UserError(f"{path} is no stage file; {remake}")
-    if stage["kind"] != kind:
-        raise UserError(f"{path} holds {stage['kind']} where {kind} {'are' if kind != 'text' else 'is'} wanted; {remake}")
-    data, text = stage["data"], stage["text"]
+
+    def want(condition, otherwise: str):
+        if not condition:
+            raise UserError(f"{path}: {otherwise}; make one with `{MADE_BY[kind]}`")
+
+    keys = {"kind", "data", "text", "prompts", "fps", "seed", "history", "vae"}
+    want(stage.get("format") == 1 and keys <= stage.keys(), "no stage file of format 1")
+    want(stage["kind"] == kind, f"holds {stage['kind']} where {kind} {'is' if kind == 'text' else 'are'} wanted")
+    data, text, tensors = stage["data"], stage["text"], []
     if kind != "text":
-        shape_ok = isinstance(data, torch.Tensor) and data.ndim == 5 and data.numel() > 0
-        dtype_ok = shape_ok and (data.dtype == torch.uint8 if kind == "pixels" else data.is_floating_point())
-        if not dtype_ok or data.shape[2] != (3 if kind == "pixels" else 4):
-            got = f"{data.dtype} {tuple(data.shape)}" if isinstance(data, torch.Tensor) else type(data).__name__
-            wanted = "uint8 (B, T, 3, H, W)" if kind == "pixels" else "float (B, T, 4, h, w)"
-            raise UserError(f"{path}: {kind} are {got} where {wanted} is wanted; {remake}")
-    tensors = [data] if kind == "latents" else []
-    if text is not None:
-        tensors += [text[key] for key in ("tokens", "pooled", "null_tokens", "null_pooled")]
-    if kind == "text" and (text is None or text["tokens"].ndim != 3 or len(text["tokens"]) != len(stage["prompts"])):
-        raise UserError(f"{path}: one (L, D) of tokens per prompt is wanted; {remake}")
-    if not all(torch.isfinite(tensor).all() for tensor in tensors):
-        raise UserError(f"{path} holds NaN or infinite values; {remake}")
-    if kind != "text" and not (isinstance(stage["fps"], float) and 0 < stage["fps"] < math.inf):
-        raise UserError(f"{path}: fps is {stage['fps']}, where a positive number is wanted; {remake}")
+        is_tensor = isinstance(data, torch.Tensor)
+        got = f"{data.dtype} {tuple(data.shape)}" if is_tensor else type(data).__name__
+        wanted = "float (B, T, 4, h, w)" if kind == "latents" else "torch.uint8 (B, T, 3, H, W)"
+        right_type = is_tensor and (data.is_floating_point() if kind == "latents" else data.dtype == torch.uint8)
+        want(right_type and data.ndim == 5 and data.numel() and data.shape[2] == (4 if kind == "latents" else 3), f"data is {got} where {wanted} is wanted")
+        want(isinstance(stage["fps"], float) and 0 < stage["fps"] < math.inf, f"fps is {stage['fps']} where a positive number is wanted")
+        tensors = [data] if kind == "latents" else []
+    if kind == "text" or text is not None:
+        parts = ("tokens", "pooled", "null_tokens", "null_pooled")
+        want(isinstance(text, dict) and all(isinstance(text.get(part), torch.Tensor) for part in parts), f"text lacks one of {', '.join(parts)}")
+        want(text["tokens"].ndim == 3 and len(text["tokens"]) == len(stage["prompts"]), "text has not one (L, D) of tokens per prompt")
+        tensors += [text[part] for part in parts]
+    want(all(tensor.isfinite().all() for tensor in tensors), "holds NaN or infinite values")
     return stage
 
 
@@ -209,10 +210,16 @@ def configure(config_class, values: dict, path):
         raise UserError(f"{path} is of another config: {str(error).split('__init__() ')[-1]}") from error
 
 
+def has_fast_bf16(device) -> bool:
+    """Does the hardware multiply bf16 natively? A CPU without AMX is slower in bf16 than in fp32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
 def fast_autocast(device):
-    """bf16 where the hardware multiplies it natively, fp32 elsewhere (a CPU without AMX is slower in bf16)."""
-    fast = torch.cuda.is_bf16_supported() if torch.device(device).type == "cuda" else torch.cpu._is_amx_tile_supported()
-    return torch.autocast(torch.device(device).type, torch.bfloat16) if fast else nullcontext()
+    """bf16 where that is fast, fp32 elsewhere."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_fast_bf16(device))
 
 
 def initial_noise(shape: tuple, seed: int) -> torch.Tensor:
@@ -687,6 +694,8 @@ def main(argv=None):
     parser.add_argument("--sampler", choices=("dpmpp", "ddim"), default="dpmpp", help="DPM-Solver++(2M) or DDIM")
     parser.add_argument("--eta", type=float, default=0., help="fresh noise per step of ddim: 0 none, 1 ancestral")
     args = parser.parse_args(argv)
+    if args.steps > 1000:
+        raise UserError(f"--steps is {args.steps}, where 1000 noise levels are all there is")
     stage = load_stage(args.text, "text")
     unet, diffusion, weights = load(args.weights, args.device)
     made_by, text = weights["made_by"], stage["text"]

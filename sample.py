@@ -54,19 +54,14 @@ def peak_memory() -> str:
     return f"{kilobytes / 2 ** 20:.2f} GiB{gpu}"
 
 
-def output_paths(args, prompts: list) -> list:
-    """One path per video: `--out` itself if that is a file's name, else prompt-named files in that folder."""
-    out = Path(args.out)
-    if out.suffix:
-        vae.check_extension(out)
-        return [out] if len(prompts) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(prompts))]
+def file_names(prompts: list, suffix: str) -> list:
+    """A file name per video, after its prompt."""
     slugs = [re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] or "unconditional" for prompt in prompts]
-    extra = [f"-{slugs[:i].count(slug)}" if slugs.count(slug) > 1 else "" for i, slug in enumerate(slugs)]
-    return [out / f"{slug}{more}{'.png' if args.frames == 1 else '.mp4'}" for slug, more in zip(slugs, extra)]
+    return [f"{slug}{f'-{slugs[:i].count(slug)}' * (slugs.count(slug) > 1)}{suffix}" for i, slug in enumerate(slugs)]
 
 
 def main(argv=None):
-    parser = Parser("Turn prompts into videos.").common(out="out")
+    parser = Parser("Turn prompts into videos.").common(out="out", what="file (.mp4 .gif, or .png for one contact sheet of all) or folder")
     parser.add_argument("prompts", nargs="+", help="what to show, such as 'a red star moving left' or 'a blue ring bouncing on sand'")
     parser.add_argument("--samples", type=positive(int), default=1, help="videos per prompt")
     parser.add_argument("--frames", type=positive(int), default=16, help="frames per video; 1 gives a picture")
@@ -77,9 +72,10 @@ def main(argv=None):
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights")
     args = parser.parse_args(argv)
     prompts = [prompt for prompt in args.prompts for _ in range(args.samples)]
-    paths = output_paths(args, prompts)
-    for folder in {path.parent for path in paths}:  # before any time is spent
-        base.check_folder(folder)
+    out = Path(args.out)
+    if out.suffix:
+        vae.check_extension(out)
+    base.check_folder(out.parent if out.suffix else out)  # before any time is spent
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.keep or temporary)
@@ -90,9 +86,15 @@ def main(argv=None):
             stage_main(stage_argv)
             print(f"{name:8s} {time.time() - start:6.1f} s   peak {peak_memory()}")
         stage = load_stage(folder / "pixels.pt", "pixels")
-    for path, video in zip(paths, stage["data"]):
-        vae.write_video(path, video, stage["fps"])
-        print(f"{path}: {len(video)} frames of {video.shape[3]} x {video.shape[2]} at {stage['fps']:g} fps")
+    videos, fps = stage["data"], stage["fps"]
+    if out.suffix:
+        paths = vae.write_videos(out, videos, fps)
+    else:
+        paths = [out / name for name in file_names(prompts, ".png" if args.frames == 1 else ".mp4")]
+        for path, video in zip(paths, videos):
+            vae.write_video(path, video, fps)
+    for path in paths:
+        print(f"{path}: {args.frames} frames of {videos.shape[4]} x {videos.shape[3]} at {fps:g} fps")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ Prompt fidelity is read from pixels by `describe`, which has no learned part, so
 """
 import contextlib
 import io
-import json
 import math
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -29,6 +29,7 @@ import text
 import train
 import vae
 from base import WEIGHTS, Diffusion, UNet, UNetConfig, UserError
+from train import COLOURS, GROUNDS, MOTIONS, SHAPES, render_ground, signed_distance, trajectory
 
 HERE = Path(__file__).resolve().parent
 SMALL = UNetConfig(channels=(16, 32), heads=2, context_dim=8, groups=4)
@@ -64,6 +65,169 @@ def complaint(main, argv) -> str:
     lines = stderr.getvalue().strip().splitlines()
     assert exit.value.code == 2 and len(lines) == 1, stderr.getvalue()
     return lines[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading a clip back. Every factor of the toy world has a closed form, so a clip can be judged with nothing learned:
+# find the one saturated object on its muted ground, frame by frame; name its colour by the nearest palette entry and its
+# shape by the template that overlaps it best; then ask which of the world's own trajectories its path follows.
+# Any answer may be None: a judge of generated clips must be able to say that it cannot tell.
+
+SIZE, CROP = 64, 32  # clips are read at the first size, whatever theirs, and outlines compared at the second
+SYMMETRY = {"circle": math.inf, "square": 4, "triangle": 3, "star": 5, "cross": 4, "ring": math.inf}
+TURNS, PHASES = 16, 96  # templates over the turn that brings a shape back onto itself; phases tried of a motion
+AREAS = torch.logspace(1.45, 2.95, 9)  # of the templates, in pixels: a small star does not look like a large one
+
+MIN_CONTRAST = .12    # how far an object's chroma must stand out from the ground's (pink on bricks: .24)
+MIN_OVERLAP = .8      # how well its outline must be some shape's
+MIN_LIKENESS = .97    # the cosine of a paint and its palette entry (orange and yellow: .977)
+MAX_GROUND_ERROR = .15  # the distance of a ground and its entry (black and night: .19)
+AGREEMENT = .8        # the share of frames that must tell the same colour, shape or ground
+PRESENCE = .9         # the share of frames that must show the object before it can be said to move
+PACE = (.75, 1.33)    # how much slower or faster than the world's a motion may be
+MAX_MISFIT = .5, .15, .4  # how far off the path: pixels + a share of its extent, and never beyond this share
+
+
+def harden(cover: torch.Tensor) -> torch.Tensor:
+    """Deaf to noise below a fifth and to shading above four fifths; the outline, at a half, stays where it is."""
+    return ((cover - .5) / .6 + .5).clamp(0, 1)
+
+
+def segment(frames: torch.Tensor):
+    """The share of each pixel that is object, and the object's contrast. Light and texture move a pixel along the greys,
+    and a ground has one hue: take both away, and what is left is the object."""
+    chroma = (frames - frames.mean(1, keepdim=True)).flatten(2)                        # (T, 3, S * S)
+    offset = chroma - chroma.median(2, keepdim=True).values                            # the ground is at 0 now
+    smooth = F.avg_pool2d(offset.unflatten(2, (SIZE, SIZE)), 3, 1, 1).flatten(2).square().sum(1, keepdim=True)
+    inside = smooth >= smooth.topk(16).values[..., -1:]                                # first the 16 farthest from it,
+    for _ in range(2):                                                                 # then all that is like those
+        hue = (offset * inside).sum(2, keepdim=True) / inside.sum(2, keepdim=True).clamp(min=1)         # (T, 3, 1)
+        share = (offset * hue).sum(1, keepdim=True) / hue.square().sum(1, keepdim=True).clamp(min=1e-6)
+        inside = share > .6                                                            # (T, 1, S * S)
+    cover = harden(share.unflatten(2, (SIZE, SIZE)))                                   # (T, 1, S, S)
+    solid = F.avg_pool2d(cover, 3, 1, 1) > .35                                         # dust has no 3 x 3 body
+    return cover * F.max_pool2d(solid.float(), 5, 1, 2), hue[..., 0].norm(dim=1)       # (T, 1, S, S), (T,)
+
+
+def measure(cover: torch.Tensor):
+    """Areas (T,) and centroids (T, 2) in pixels. Every shape of the world has its centroid at its centre."""
+    pixel, area = torch.arange(SIZE) + .5, cover.sum((1, 2, 3)).clamp(min=1)
+    return area, torch.cat([cover.sum(2) @ pixel, cover.sum(3) @ pixel], 1) / area[:, None]
+
+
+def outline(cover: torch.Tensor) -> torch.Tensor:
+    """Masks (T, 1, S, S) brought to one place and one area: only shape and angle tell them apart. (T, CROP * CROP)"""
+    area, centre = measure(cover)
+    window = torch.cat([torch.eye(2) * area.sqrt()[:, None, None], centre[:, :, None] - SIZE / 2], 2) * 2 / SIZE  # (T, 2, 3)
+    grid = F.affine_grid(window, (len(cover), 1, CROP, CROP), align_corners=False)
+    return F.grid_sample(cover, grid, align_corners=False).flatten(1)
+
+
+def distance_to(shape: str, radius: float, angle: torch.Tensor, size: int = SIZE) -> torch.Tensor:
+    """Pixels to the outline of a centred shape, at a batch of angles. (angles, size, size)"""
+    place, (cos, sin) = (torch.arange(size) + .5 - size / 2) / radius, (angle.cos()[:, None, None], angle.sin()[:, None, None])
+    u, v = place[None, :], place[:, None]
+    return radius * signed_distance(shape, u * cos + v * sin, v * cos - u * sin)
+
+
+@lru_cache
+def unit_areas() -> torch.Tensor:
+    """The areas of the shapes of radius 1, by counting. (shapes,)"""
+    return torch.stack([(distance_to(shape, 200, torch.zeros(1), 512) < 0).sum() / 200 ** 2 for shape in SHAPES])
+
+
+@lru_cache
+def templates() -> torch.Tensor:
+    """Every shape at every area and angle, sharp and soft, put through what frames go through: (areas, shapes, poses, P).
+    A pose is a softness and a turn; P is CROP * CROP."""
+    turns = torch.arange(TURNS) / TURNS * 2 * math.pi
+    bank = []
+    for area in AREAS:
+        for shape, unit in zip(SHAPES, unit_areas()):
+            cover = (.5 - distance_to(shape, float((area / unit).sqrt()), turns / SYMMETRY[shape])).clamp(0, 1)[:, None]
+            bank += [outline(harden(F.avg_pool2d(cover, width, 1, width // 2))) for width in (3, 5)]  # as a lossy decoder would
+    return torch.stack(bank).view(len(AREAS), len(SHAPES), 2 * TURNS, CROP * CROP)
+
+
+def overlaps(cover: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+    """Soft intersection over union with the templates of about the same area. (T, shapes, poses)"""
+    mask, bank = outline(cover), templates()[(area[:, None] / AREAS).log().abs().argmin(1)]  # (T, P), (T, shapes, poses, P)
+    both = torch.einsum("tp,tskp->tsk", mask, bank)
+    return both / (mask.square().sum(1)[:, None, None] + torch.einsum("tskp,tskp->tsk", bank, bank) - both)
+
+
+def mean_colour(frames: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (frames * weight).sum((2, 3)) / weight.sum((2, 3))                          # (T, 3), nan where there is no weight
+
+
+@lru_cache
+def ground_colours() -> torch.Tensor:
+    return torch.stack([render_ground({"ground": g, "seed": 0}, SIZE).mean((1, 2)) for g in range(len(GROUNDS))])
+
+
+def look(video: torch.Tensor) -> dict:
+    """What each frame shows, one by one: whether there is an object, its area and centre, its paint, and the ground's."""
+    frames = F.interpolate(video.float() / 255, (SIZE, SIZE), mode="area")
+    cover, contrast = segment(frames)
+    area, centre = measure(cover)
+    score = overlaps(cover, area)
+    seen = (contrast > MIN_CONTRAST) & (score.amax((1, 2)) > MIN_OVERLAP) & (area > AREAS[0] / 2)
+    return {"seen": seen, "area": area, "centre": centre, "score": score,
+            "paint": mean_colour(frames, cover.square().square()),                     # little of the mixed edge
+            "ground": mean_colour(frames, (F.max_pool2d(cover, 5, 1, 2) < .1).float())}  # and none of it
+
+
+def elect(votes: torch.Tensor, valid: torch.Tensor) -> int | None:
+    """What nearly all frames say, or None. A frame without a valid vote votes against."""
+    winner = votes[valid].mode().values if valid.any() else -1
+    return int(winner) if ((votes == winner) & valid).float().mean() >= AGREEMENT else None
+
+
+@lru_cache
+def world_paths(T: int, fps: float) -> torch.Tensor:
+    """All the ways the world moves: x, y and radius in pixels, and angle. (motions * PHASES, T, 4)"""
+    scenes = [{"x": .5, "y": .5, "radius": .1, "motion": m, "phase": p / PHASES} for m in range(len(MOTIONS)) for p in range(PHASES)]
+    return torch.stack([torch.stack(trajectory(scene, torch.arange(T) / fps), 1) for scene in scenes]) * torch.tensor([SIZE, SIZE, SIZE, 1.])
+
+
+def read_motion(path: torch.Tensor, seen: torch.Tensor, fps: float) -> int | None:
+    """The motion whose path, begun anywhere and run at about its own pace, is the nearest, if it is near. path: (T, 4)"""
+    world, path = world_paths(len(path), fps)[:, seen], path[seen]
+    arc = torch.stack([torch.tensor(1.)] * 3 + [path[:, 2].mean()])                    # angle times radius: all in pixels
+    world, path = ((p - p.mean(-2, keepdim=True)) * arc for p in (world, path))        # (motions * PHASES, T, 4), (T, 4)
+    pace = ((world * path).sum((1, 2)) / world.square().sum((1, 2))).clamp(*PACE)
+    misfit = (path - pace[:, None, None] * world).square().sum(2).mean(1).sqrt()       # (motions * PHASES,)
+    extent, (slack, share, limit) = path.square().sum(1).mean().sqrt(), MAX_MISFIT
+    return int(misfit.argmin()) // PHASES if misfit.min() < min(slack + share * extent, limit * extent) else None
+
+
+def describe(video: torch.Tensor, fps: float = 4.0) -> dict:
+    """The four factors of a clip, uint8 (T, 3, S, S), as indices into the world's tables or None; "centroids" (T, 2) and
+    "areas" (T,) in the clip's own pixels, nan where no object is seen; "angles" (T,), clockwise, nan without a shape."""
+    frame, pixel = look(video), video.shape[-1] / SIZE
+    seen, area, centre, score = (frame[key] for key in ("seen", "area", "centre", "score"))
+    palette = torch.tensor(list(COLOURS.values())).float()
+    likeness, colour = F.cosine_similarity(frame["paint"][:, None], palette, dim=2).max(1)  # shading only scales a colour
+    error, ground = (frame["ground"][:, None] - ground_colours()).norm(dim=2).min(1)
+    shape, motion, angle = elect(score.amax(2).argmax(1), seen), None, torch.full_like(area, math.nan)
+    if shape is not None:
+        turn = (score[:, shape].argmax(1) % TURNS) / TURNS                             # of one symmetry, 0…1
+        step = turn.diff(prepend=turn[:1])
+        angle = (turn[0] + (step - step.round()).cumsum(0)) * 2 * math.pi / SYMMETRY[SHAPES[shape]]  # the least turns between
+        radius = (area / unit_areas()[shape]).sqrt()
+        if seen.float().mean() >= PRESENCE:
+            motion = read_motion(torch.stack([*centre.T, radius, angle], 1), seen, fps)
+    return {"colour": elect(colour, seen & (likeness > MIN_LIKENESS)), "shape": shape, "motion": motion,
+            "ground": elect(ground, error < MAX_GROUND_ERROR), "angles": angle,
+            "centroids": torch.where(seen[:, None], centre * pixel, math.nan), "areas": torch.where(seen, area * pixel ** 2, math.nan)}
+
+
+def displacement_per_frame(video: torch.Tensor) -> float:
+    """How far a straight path goes in a frame, in the clip's pixels along its main axis: a least-squares line."""
+    frame = look(video)
+    time, centre = torch.arange(len(video)).float()[frame["seen"]], frame["centre"][frame["seen"]]  # (T,), (T, 2)
+    time = time - time.mean()
+    return float((time @ centre / time.square().sum()).abs().max()) * video.shape[-1] / SIZE
 
 
 # ------------------------------------------------------------------------------------------------
@@ -217,7 +381,7 @@ def test_guidance_is_linear_in_all_channels():
     x, t, context, fps = inputs()
     null = torch.randn(1, *context.shape[1:])
     predict = lambda scale: base.guided(model, context, null, fps, scale)(x, t)
-    with torch.no_grad(), contextlib.nullcontext() if not torch.cpu._is_amx_tile_supported() else torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), base.fast_autocast("cpu"):
         prompt, none = model(x, t, context, fps), model(x, t, null.expand_as(context), fps)
         torch.testing.assert_close(predict(1), prompt)
         torch.testing.assert_close(predict(0), none)
@@ -437,6 +601,33 @@ def test_a_folder_of_clips_names_what_it_skips(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------
+# The reader
+
+def rendered(count: int, fps: float = 4.):
+    """Clips of any triple on any ground, and their scenes."""
+    for i in range(count):
+        scene = train.draw_scene(np.random.default_rng((78, i)), "any")
+        yield scene, train.render(scene, np.arange(16) / fps)
+
+
+def test_rendered_clips_are_read_back():
+    right = [all(read[name] == scene[name] for name in ("colour", "shape", "motion", "ground"))
+             for scene, video in rendered(200) for read in [describe(video)]]
+    assert sum(right) / len(right) >= .99
+
+
+def test_a_wrong_motion_is_not_read_as_a_right_one():
+    for scene, video in rendered(30):
+        motion = lambda v: describe(v)["motion"]
+        assert motion(video[:1].expand(16, -1, -1, -1)) is None                     # nothing moves
+        assert motion(video[torch.randperm(16, generator=torch.Generator().manual_seed(0))]) != scene["motion"]
+        assert describe(torch.zeros_like(video))["colour"] is None                  # nothing is there
+        backwards = {0: 1, 1: 0, 2: 3, 3: 2, 4: 5, 5: 4}.get(scene["motion"])
+        if backwards is not None:
+            assert motion(video.flip(0)) == backwards
+
+
+# ------------------------------------------------------------------------------------------------
 # Files between stages, and what the programs refuse
 
 @pytest.fixture
@@ -477,7 +668,7 @@ def test_stage_files_that_are_refused(stages, monkeypatch):
         base.write_pt(f"{name}.pt", good | change)
     expected = {"nowhere": "no such file", "truncated": "truncated", "letter": "no .pt file", "bomb": "pickled object", "bare": "bare Tensor",
                 "text": "python base.py", "pixels": "python base.py", "shape": "float (B, T, 4, h, w)", "channels": "float (B, T, 4, h, w)",
-                "fps": "fps is nan", "dtype": "float (B, T, 4, h, w)", "nan": "NaN", "other": "autoencoder 00000000", "format": "no stage file"}
+                "fps": "fps is nan", "dtype": "float (B, T, 4, h, w)", "nan": "NaN", "other": "autoencoder 00000000", "format": "format 1"}
     for name, words in expected.items():
         assert words in complaint(vae.main, ["decode", f"{name}.pt", "-o", "out.mp4"]), name
     assert "python text.py" in complaint(base.main, ["latents.pt", "-o", "out.pt"])
@@ -539,3 +730,150 @@ def test_the_pipeline_by_hand_is_the_pipeline_in_one_command(tmp_path):
     assert (tmp_path / "video.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
     again = base.load_stage(tmp_path / "z.pt", "latents")
     assert again["data"].shape == (1, 4, 4, 8, 8) and again["fps"] == 8 and vae.read_video(tmp_path / "video.mp4")[1] == 8
+
+# ------------------------------------------------------------------------------------------------
+# Measurements: python test_all.py evaluate
+
+GUIDANCE, STEPS = 3., 25
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio of uint8 pictures, in dB, over all of them together."""
+    return 10 * math.log10(255 ** 2 / max(1e-9, (a.double() - b.double()).pow(2).mean().item()))
+
+
+def scene_of(factors: tuple, seed: int) -> dict:
+    """A scene with given (colour, shape, motion, ground), its free numbers drawn from a seed no training run uses."""
+    for attempt in range(100000):
+        scene = train.draw_scene(np.random.default_rng((77, seed, attempt)), "any", factors[3])
+        if scene["motion"] == factors[2]:  # ranges depend on the motion alone
+            return scene | dict(zip(("colour", "shape"), factors))
+
+
+def factors_of(splits, grounds, count: int) -> list:
+    """(colour, shape, motion, ground) of `count` prompts: all triples of the splits on all grounds, over and over."""
+    every = [(*triple, ground) for split in splits for triple in train.TRIPLES[split] for ground in grounds]
+    return [every[i % len(every)] for i in range(count)]
+
+
+def in_words(factors: tuple) -> str:
+    return train.caption(dict(zip(("colour", "shape", "motion", "ground"), factors)))
+
+
+def evaluate_autoencoder(clips: int):
+    """PSNR, the object's colour and its place, after encoding and decoding rendered held-out clips."""
+    autoencoder = vae.load()[0]
+    print("\nAutoencoder: decode(encode(x)) against x, held-out triples at 4 fps")
+    for name, grounds in (("black", [0]), ("all grounds", range(5))):
+        scenes = [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], grounds, clips))]
+        truth = torch.stack([train.render(s, np.arange(16) / 4) for s in scenes])                # (N, T, 3, H, W)
+        made = vae.decode_video(autoencoder, vae.encode_video(autoencoder, truth), label=name)
+        bare = torch.stack([train.render(s | {"ground": 0}, np.arange(16) / 4) for s in scenes]).float().sum(2)  # (N, T, H, W)
+        inside = -F.max_pool2d(-(bare > 150).float(), 3, 1, 1)                                   # the object without its rim
+        mean = lambda video: (video.float() * inside[:, :, None]).sum((1, 3, 4)) / inside.sum((1, 2, 3))[:, None]
+        colour = (mean(truth) - mean(made)).abs().max(1).values
+        print(f"  {name:12s} PSNR {psnr(truth, made):5.2f} dB   mean colour of the object off by {colour.mean():.1f}/255 (worst of {clips}: {colour.max():.1f})")
+        if grounds == [0]:
+            def centroid(video):  # brightness-weighted, in pixels, where anything is bright at all
+                light = (video.float().sum(2) - 40).clamp(min=0)                                 # (N, T, H, W)
+                at = torch.arange(video.shape[-1]) + .5
+                return torch.stack([(light.sum(2) * at).sum(2), (light.sum(3) * at).sum(2)], -1) / light.sum((2, 3))[..., None]
+            slides = torch.tensor([s["motion"] < 4 for s in scenes])
+            off = (centroid(truth[slides]) - centroid(made[slides])).norm(dim=-1).flatten()      # (N*T,)
+            print(f"  {name:12s} centroid of a sliding object off by {off.mean():.3f} px, 95 % within {off.quantile(.95):.3f}, worst {off.max():.3f}")
+
+
+def make(factors: list, fps: float = 4., guidance: float = GUIDANCE, steps: int = STEPS, weights=WEIGHTS / "base.pt", label: str = "", seed: int = 0):
+    """Videos of the prompts, uint8 (N, 16, 3, 64, 64), eight at a time."""
+    clip, tokenizer, _ = text.load()
+    (unet, diffusion, _), (autoencoder, _) = base.load(weights), vae.load()
+    videos = []
+    for first in train.trange(0, len(factors), 8, desc=label, leave=False):
+        words = text.encode(clip, tokenizer, [in_words(f) for f in factors[first:first + 8]])
+        latents = base.generate(unet, diffusion, words, 16, fps, steps=steps, guidance=guidance, seed=seed + first)
+        videos.append(vae.decode_video(autoencoder, latents))
+    return torch.cat(videos)
+
+
+def fidelity(videos: torch.Tensor, factors: list) -> dict:
+    """Share of videos in which `describe` reads each factor as the prompt has it."""
+    read = [describe(video) for video in videos]
+    right = {name: [r[name] == f[i] for r, f in zip(read, factors)] for i, name in enumerate(("colour", "shape", "motion", "ground"))}
+    right["first three"] = [all(right[name][i] for name in ("colour", "shape", "motion")) for i in range(len(factors))]
+    return {name: sum(column) / len(column) for name, column in right.items()}
+
+
+def print_fidelity(name: str, factors: list, **settings):
+    share = fidelity(make(factors, label=name, **settings), factors)
+    error = 1.96 * math.sqrt(max(1e-9, share["first three"] * (1 - share["first three"])) / len(factors))
+    print(f"  {name:34s} {len(factors):4d}   " + "   ".join(f"{100 * v:5.1f}" for v in share.values()) + f" ± {100 * error:.1f}", flush=True)
+
+
+def evaluate(args):
+    print(f"seed {args.seed}, guidance {args.guidance:g}, {args.steps} steps of DPM-Solver++(2M), {torch.get_num_threads()} threads, torch {torch.__version__}")
+    read = [(describe(train.render(scene_of(f, i), np.arange(16) / 4)), f) for i, f in enumerate(factors_of(train.TRIPLES, range(5), args.prompts))]
+    wrong = sum((d["colour"], d["shape"], d["motion"], d["ground"]) != f for d, f in read)
+    print(f"\nThe reader itself: all four factors right on {100 - 100 * wrong / len(read):.1f} % of {len(read)} rendered clips")
+    evaluate_autoencoder(96)
+    settings = dict(guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=args.weights)
+    print("\nPrompt fidelity at 4 fps, in %              prompts  colour  shape   motion  ground  first three")
+    print_fidelity("held-out triples on black", factors_of(["held-out"], [0], args.prompts), **settings)
+    print_fidelity("held-out triples, all grounds", factors_of(["held-out"], range(5), args.prompts), **settings)
+    print_fidelity("unseen pairs on black", factors_of(["unseen"], [0], args.prompts // 2), **settings)
+    print_fidelity("unseen pairs, all grounds", factors_of(["unseen"], range(5), args.prompts // 2), **settings)
+    print_fidelity("trained triples, all grounds", factors_of(["train"], range(5), args.prompts // 2), **settings)
+    print("\nFrame rate: median displacement per frame of the four translations (held-out triples on black), in pixels")
+    slides = [f for f in factors_of(["held-out"], [0], 48) if f[2] < 4] * 2
+    moved = {fps: np.median([displacement_per_frame(v) for v in make(slides, fps=fps, label=f"fps {fps}", **settings)]) for fps in (4., 8., 16.)}
+    print("  " + ",   ".join(f"{fps:g} fps {d:.2f}" for fps, d in moved.items()) + f"   = {4 * moved[4.] / moved[4.]:.2f} : {4 * moved[8.] / moved[4.]:.2f} : {4 * moved[16.] / moved[4.]:.2f}"
+          f"   ({len(slides)} clips; the world's own: {.14 * 64 / 4:.2f}, {.14 * 64 / 8:.2f}, {.14 * 64 / 16:.2f})")
+
+
+# ------------------------------------------------------------------------------------------------
+# Speed: python test_all.py benchmark
+
+def benchmark(args):
+    """Each stage's own seconds, memory and arithmetic rate, beside the fastest convolution this machine does just now."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def seconds(function, repeats: int = 3) -> float:
+        function()
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[repeats // 2]
+
+    def flops(function) -> float:
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, bf16 {'on' if base.has_fast_bf16('cpu') else 'off'}; median of 3")
+    layer, x = torch.nn.Conv2d(128, 128, 3, padding=1), torch.randn(64, 128, 32, 32).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), base.fast_autocast("cpu"):
+        peak = flops(lambda: layer(x)) / seconds(lambda: layer(x), 9) / 1e9
+    print(f"  {'convolution 128 -> 128, 3 x 3':34s} {peak:8.0f} GFLOP/s")
+    clip, tokenizer, _ = text.load()
+    (unet, diffusion, _), (autoencoder, _) = base.load(), vae.load()
+    words = text.encode(clip, tokenizer, ["a red star moving left"])
+    latents = base.generate(unet, diffusion, words, 16, 4., steps=1)
+    for name, function in {"text: 1 prompt": lambda: text.encode(clip, tokenizer, ["a red star moving left"]),
+                           f"base: 16 frames, {STEPS} guided steps": lambda: base.generate(unet, diffusion, words, 16, 4., steps=STEPS),
+                           "vae encode: 16 frames": lambda: vae.encode_video(autoencoder, torch.zeros(1, 16, 3, 64, 64, dtype=torch.uint8)),
+                           "vae decode: 16 frames": lambda: vae.decode_video(autoencoder, latents)}.items():
+        sample.forget_peak()
+        took = seconds(function)
+        print(f"  {name:34s} {flops(function) / took / 1e9:8.0f} GFLOP/s   {took:7.3f} s   peak {sample.peak_memory()}")
+
+
+if __name__ == "__main__":
+    parser = base.Parser("Measure the shipped weights: what they make (evaluate), or how fast (benchmark).")
+    parser.add_argument("what", choices=("evaluate", "benchmark"), help="which tables to print")
+    parser.add_argument("--prompts", type=base.positive(int), default=480, help="prompts per row of held-out triples")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="classifier-free guidance scale")
+    parser.add_argument("--steps", type=base.positive(int), default=STEPS, help="sampling steps")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS / "base.pt", help="base weights to evaluate, such as a snapshot of a run")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampled videos")
+    base.run(lambda: {"evaluate": evaluate, "benchmark": benchmark}[(args := parser.parse_args()).what](args))

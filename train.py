@@ -197,16 +197,16 @@ def world_stills(count: int, seed: int) -> dict:
     return {"pixels": torch.stack(pixels), "captions": captions, "fps": torch.ones(count)}  # (N, 1, 3, 64, 64)
 
 
-def draw_clip(rng: np.random.Generator, split: str = "train", fps: float | None = None, frames: int = 16, size: int = 64, ground: int | None = None):
-    """A scene, its frames (T, 3, size, size) and their rate. Half of all clips run at 4 fps, where a clip shows a whole
+def draw_clip(rng: np.random.Generator, fps: float | None = None, frames: int = 16):
+    """A training scene, its frames (T, 3, 64, 64) and their rate. Half of all clips run at 4 fps, where a clip shows a whole
     scene; the other half at a rate up to 30, log-uniform, from a random start within the scene.
 
     Differs: Make-A-Video (section 3.4) goes from high to low rates during training; drawing both at once is simpler."""
-    scene = draw_scene(rng, split, ground)
+    scene = draw_scene(rng, "train")
     drawn = 4 * (30 / 4) ** max(0., rng.uniform(-1, 1))
     fps = fps or drawn
     start = rng.uniform(0, max(0., SCENE_SECONDS - (frames - 1) / fps))
-    return scene, render(scene, start + np.arange(frames) / fps, size), fps
+    return scene, render(scene, start + np.arange(frames) / fps), fps
 
 
 def world_clips(count: int, seed: int):
@@ -243,8 +243,8 @@ def folder_clips(folder, frames: int, side: int):
         words = captions.get(str(path.relative_to(folder)), note.read_text().strip() if note.is_file() else "")
         used += 1
         for skip in (1, 2, 4) if frames > 1 else (1,):
-            windows = square[::skip].unfold(0, frames, frames).movedim(-1, 1)                          # (N, T, 3, S, S)
-            if len(windows):
+            if len(square[::skip]) >= frames:
+                windows = square[::skip].unfold(0, frames, frames).movedim(-1, 1)                      # (N, T, 3, S, S)
                 yield windows, [words] * len(windows), torch.full((len(windows),), fps / skip)
     for line in skipped:
         print(f"skipped {line}")
@@ -284,14 +284,12 @@ def latents(args, kind: str) -> tuple[dict, str]:
     encode = lambda pixels: {"latents": vae.encode_video(autoencoder, pixels).half()}
     if kind == "stills":
         stills = pictures(args)
-        make = lambda: gather(zip(tqdm(stills["pixels"].split(256), desc="encoding stills"), batches(stills["captions"], 256),
-                                  stills["fps"].split(256)), encode)
-        count = args.stills
+        groups = lambda: zip(stills["pixels"].split(256), batches(stills["captions"], 256), stills["fps"].split(256))
     else:
-        make = lambda: gather(world_clips(args.clips, args.seed) if args.data == "world" else folder_clips(args.data, 16, args.side), encode)
-        count = args.clips
+        groups = lambda: world_clips(args.clips, args.seed) if args.data == "world" else folder_clips(args.data, 16, args.side)
     source = "world" if args.data == "world" else str(Path(args.data).resolve()).strip("/").replace("/", "-")
-    return cached(f"{kind}-{source}-{count}-{args.seed}-{weights['hash']}", make), weights["hash"]
+    count = args.stills if kind == "stills" else args.clips
+    return cached(f"{kind}-{source}-{count}-{args.seed}-{weights['hash']}", lambda: gather(groups(), encode)), weights["hash"]
 
 
 def batches(items: list, size: int) -> list:
@@ -330,7 +328,7 @@ class Recipe:
 
 
 RECIPES = {
-    "vae": Recipe(steps=1800, batch=32, lr=1.5e-3),
+    "vae": Recipe(steps=1700, batch=32, lr=1.5e-3),
     "clip": Recipe(steps=1500, batch=128, lr=1e-3),
     "image": Recipe(steps=3000, batch=128, lr=1e-3),
     "base": Recipe(steps=5000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
@@ -503,6 +501,8 @@ def train(stage: str, args):
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         start, minutes = state["step"], state["minutes"]
+        if start >= recipe.steps and (args.weights / OUTPUT[stage]).is_file():
+            return print(f"{stage}: already trained; --fresh starts over")
         print(f"{stage}: going on from step {start}")
     run_model = torch.compile(model) if args.compile else model
     parameters = sum(p.numel() for p in model.parameters())
@@ -555,7 +555,7 @@ def train(stage: str, args):
                 running = losses.mean().item()
                 quartiles = [losses[(levels * 4).long() == q].mean().item() for q in range(4)]
                 bar.set_postfix(loss=f"{running:.4f}", samples_per_s=f"{len(losses) / len(window) * (bar.format_dict['rate'] or 0):.1f}")
-                new = not (folder / "log.csv").is_file() or step < 25
+                new = step < 25 or not (folder / "log.csv").is_file()
                 with open(folder / "log.csv", "w" if new else "a", newline="") as file:
                     csv.writer(file).writerows([["step", "minutes", "loss", "t<1/4", "t<1/2", "t<3/4", "t<1"]] * new
                                                + [[step + 1, round(minutes, 2), *(round(x, 5) for x in (running, *quartiles))]])

@@ -160,7 +160,8 @@ def loss(vae: AutoencoderKL, batch: dict) -> torch.Tensor:
     mean, logvar = vae.encode(x)
     mean, logvar = mean.float(), logvar.float()
     error = vae.decode(mean + (logvar / 2).exp() * batch["noise"]).float() - x      # (N, 3, H, W)
-    weight = 1 + 4 * (x - x.mean((2, 3), keepdim=True)).abs().mean(1, keepdim=True)  # (N, 1, H, W)
+    unusual = (x - x.mean((2, 3), keepdim=True)).abs().mean(1, keepdim=True)        # (N, 1, H, W)
+    weight = 1 + 50 * unusual ** 2
     reconstruction = (weight * (error.abs() + error ** 2)).mean((1, 2, 3))
     kl = .5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean((1, 2, 3))
     return reconstruction + 1e-4 * kl
