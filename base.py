@@ -179,15 +179,16 @@ def save_weights(path, stage: str, config: dict, model: nn.Module, **made_by):
     write_pt(path, {"format": 1, "config": config, "model": tensors, "made_by": {"stage": stage, **made_by}})
 
 
-def load_weights(path, stage: str) -> dict:
-    """Read what save_weights wrote, and add `hash`: eight letters that name these very weights in every later file."""
+def load_weights(path, *stages: str) -> dict:
+    """Read what save_weights wrote for one of `stages`, and add `hash`: eight letters that name these very weights."""
+    remedy = f"train them with `python train.py {stages[0]}`"
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such weights; train them with `python train.py {stage}`")
+        raise UserError(f"{path}: no such weights; {remedy}")
     weights = read_pt(path)
     if "made_by" not in weights:
-        raise UserError(f"{path} holds no weights; train them with `python train.py {stage}`")
-    if weights["made_by"]["stage"] != stage:
-        raise UserError(f"{path} holds weights of {weights['made_by']['stage']}, where {stage} is wanted")
+        raise UserError(f"{path} holds no weights; {remedy}")
+    if weights["made_by"]["stage"] not in stages:
+        raise UserError(f"{path} holds weights of {weights['made_by']['stage']}, where {' or '.join(stages)} is wanted; {remedy}")
     return weights | {"hash": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}
 
 
@@ -523,7 +524,7 @@ class UNet(nn.Module):
     def forward(self, x, t, context=None, fps=None):                                # (B, T, C, H, W), (B,), (B, L, D), (B,)
         B, T = x.shape[:2]
         emb = self.time_embedding(t)                                                # (B, E)
-        if fps is not None and T > 1:  # a picture has no frame rate
+        if T > 1 and hasattr(self, "fps_embedding"):  # a picture has no frame rate
             emb = emb + self.fps_embedding(fps)
         run = lambda *args: checkpoint(*args, use_reentrant=False) if self.gradient_checkpointing and self.training else args[0](*args[1:])
 
@@ -657,7 +658,7 @@ def guided(unet: UNet, context, null_context, fps, guidance_scale: float):
 # The base model itself.
 
 TINY = UNetConfig()
-SD15 = UNetConfig(channels=(320, 640, 1280, 1280), attention=(True, True, True, False), heads=8, context_dim=768, groups=32)
+SD15 = UNetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False), heads=8, context_dim=768, groups=32)
 
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
@@ -665,9 +666,9 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
     return diffusion.loss(lambda z, t: unet(z, t, batch["context"], batch["fps"]), batch["latents"], batch["noise"], batch["t"])
 
 
-def load(path=WEIGHTS / "base.pt", device="cpu", stage: str = "base"):
+def load(path=WEIGHTS / "base.pt", device="cpu"):
     """The shipped U-Net, ready to sample, its Diffusion, and the weights' dict."""
-    weights = load_weights(path, stage)
+    weights = load_weights(path, "base", "image")
     unet = UNet(configure(UNetConfig, weights["config"]["unet"], path))
     fill(unet, weights, path)
     return unet.to(device, memory_format=torch.channels_last).eval(), Diffusion(**weights["config"]["diffusion"]), weights

@@ -9,7 +9,7 @@ U-Net), base (that U-Net inflated to video: Make-A-Video's central idea, section
 
 Sample i of step n is a pure function of (seed, n, i), its noise and timestep included. So a run that was stopped goes on
 to the very bits it would have reached, and no random state needs saving. Every stage leaves in runs/STAGE/: log.csv
-(loss by quartile of t), preview.png, the first batch as a picture with its captions, and checkpoint.pt.
+(loss by quartile of t), preview.png, first_batch.gif with its captions beside it, and checkpoint.pt.
 """
 import argparse
 import copy
@@ -328,10 +328,10 @@ class Recipe:
 
 
 RECIPES = {
-    "vae": Recipe(steps=1700, batch=32, lr=1.5e-3),
-    "clip": Recipe(steps=1500, batch=128, lr=1e-3),
-    "image": Recipe(steps=3000, batch=128, lr=1e-3),
-    "base": Recipe(steps=5000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
+    "vae": Recipe(steps=2600, batch=32, lr=1.5e-3),
+    "clip": Recipe(steps=900, batch=128, lr=1e-3),
+    "image": Recipe(steps=2400, batch=128, lr=1e-3),
+    "base": Recipe(steps=4000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
 }
 
 
@@ -343,7 +343,8 @@ def prepare_vae(args):
     def batch_of(step, samples):
         rngs = [sample_rng(args.seed, step, i) for i in samples]
         picks = torch.tensor([rng.integers(len(data["pixels"])) for rng in rngs])
-        return {"pixels": vae.to_float(data["pixels"][picks, 0]), "noise": normal(rngs, latent_shape)}
+        return {"pixels": vae.to_float(data["pixels"][picks, 0]), "noise": normal(rngs, latent_shape),
+                "captions": [data["captions"][i] for i in picks]}
 
     def preview(model):
         originals = data["pixels"][:16, 0]
@@ -377,7 +378,8 @@ def prepare_clip(args):
         rngs = [sample_rng(args.seed, step, i) for i in samples]
         picks = [rng.integers(len(ids)) for rng in rngs]
         others = [rng.integers(len(motion_ids)) for rng in rngs]
-        return {"pixels": vae.to_float(data["pixels"][picks, 0]), "ids": ids[picks], "motion_ids": motion_ids[others]}
+        return {"pixels": vae.to_float(data["pixels"][picks, 0]), "ids": ids[picks], "motion_ids": motion_ids[others],
+                "captions": [data["captions"][i] for i in picks]}
 
     def preview(model):  # pictures over the cosines of each with each caption: bright where they agree
         shown = data["pixels"][:16, 0]
@@ -410,7 +412,8 @@ def diffusion_batch(args, data: dict, step: int, samples) -> dict:
     dropped = torch.tensor([rng.random() < .1 for rng in rngs])
     context = torch.where(dropped[:, None, None], data["null"], context)
     x = data["latents"][picks].float()                                              # (N, T, 4, h, w)
-    return {"latents": x, "context": context, "fps": data["fps"][picks], "noise": normal(rngs, x.shape[1:]), "t": noisy_timesteps(rngs)}
+    return {"latents": x, "context": context, "fps": data["fps"][picks], "noise": normal(rngs, x.shape[1:]), "t": noisy_timesteps(rngs),
+            "captions": ["" if drop else data["captions"][i] for i, drop in zip(picks, dropped)]}
 
 
 def with_tokens(args, kind: str) -> tuple[dict, dict]:
@@ -470,11 +473,21 @@ OUTPUT = {"vae": "vae.pt", "clip": "text.pt", "image": "image.pt", "base": "base
 # The loop, one for all stages.
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """A share of the full rate, by the step alone: linear warm-up, then half a cosine down to a twentieth."""
-    if step < recipe.warmup:
-        return (step + 1) / recipe.warmup
-    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return .05 + .95 * .5 * (1 + math.cos(math.pi * min(progress, 1)))
+    """A share of the full rate, by the step alone: up over the warm-up, level, and down to zero over the last third.
+    The level part does not know the end, so `--steps` may be raised while a run is in it, and nothing before would differ."""
+    return max(0., min(1., (step + 1) / recipe.warmup, 3 * (recipe.steps - step) / recipe.steps))
+
+
+def dump_first_batch(folder: Path, batch: dict, args):
+    """The first eight samples as eyes see them, side by side, and their captions: an error of range, channel order, stride
+    or caption shows here at once."""
+    if "pixels" in batch:
+        videos = vae.to_uint8(batch["pixels"][:8])[:, None]                         # (8, 1, 3, H, W)
+    else:
+        videos = vae.decode_video(vae.load(args.weights / "vae.pt", args.device)[0], batch["latents"][:8])
+    vae.write_video(folder / "first_batch.gif", torch.cat(list(videos), dim=3), 4.)  # (T, 3, H, 8*W)
+    rates = batch["fps"].tolist() if "fps" in batch else [1.] * len(videos)
+    (folder / "first_batch.txt").write_text("\n".join(f"{rate:5.2f} fps  {words}" for rate, words in zip(rates, batch["captions"][:8])) + "\n")
 
 
 def train(stage: str, args):
@@ -495,7 +508,7 @@ def train(stage: str, args):
     start, minutes = 0, 0.
     if (folder / "checkpoint.pt").is_file() and not args.fresh:
         state = read_pt(folder / "checkpoint.pt")
-        if state["recipe"] != asdict(recipe) or state["seed"] != args.seed:
+        if state["recipe"] | {"steps": recipe.steps} != asdict(recipe) or state["seed"] != args.seed:
             raise UserError(f"{folder}/checkpoint.pt is of another recipe or seed: {state['recipe']}, seed {state['seed']}; --fresh starts over")
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
@@ -522,14 +535,15 @@ def train(stage: str, args):
         with torch.inference_mode(), fast_autocast(args.device):
             vae.write_picture(folder / "preview.png", preview(ema))
 
-    folder.mkdir(parents=True, exist_ok=True)
+    base.check_folder(folder)
+    dump_first_batch(folder, batch_of(0, range(min(8, recipe.batch))), args)
     bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=stage, unit="step")
     window, running, step, last_save, last_step = [], math.nan, start, time.time(), time.time()
     try:
         for step in bar:
             losses, levels = [], []
             for part in batches(list(range(recipe.batch)), -(-recipe.batch // args.accumulate)):
-                batch = {key: value.to(args.device) for key, value in batch_of(step, part).items()}
+                batch = {key: value.to(args.device) for key, value in batch_of(step, part).items() if key != "captions"}
                 with fast_autocast(args.device):
                     each = loss_of(run_model, batch)                                # (N,)
                 (each.mean() * len(part) / recipe.batch).backward()
@@ -567,7 +581,7 @@ def train(stage: str, args):
             if args.snapshots and (step + 1) % (recipe.steps // args.snapshots) == 0:
                 export(folder / f"weights-{step + 1:06d}.pt", step + 1)
     except KeyboardInterrupt:
-        print(f"\n{stage}: stopped; the same command goes on from step {step}")
+        print(f"\n{stage}: stopped; the same command goes on from {folder / 'checkpoint.pt'}")
         raise
     save(recipe.steps)
     show(recipe.steps)
