@@ -73,19 +73,15 @@ def complaint(main, argv) -> str:
 # shape by the template that overlaps it best; then ask which of the world's own trajectories its path follows.
 # Any answer may be None: a judge of generated clips must be able to say that it cannot tell.
 
-SIZE, CROP = 64, 32  # clips are read at the first size, whatever theirs, and outlines compared at the second
+SIZE, CROP = 64, 32  # clips are read at the first size, whatever theirs, and outlines are compared at the second
 SYMMETRY = {"circle": math.inf, "square": 4, "triangle": 3, "star": 5, "cross": 4, "ring": math.inf}
 TURNS, PHASES = 16, 96  # templates over the turn that brings a shape back onto itself; phases tried of a motion
 AREAS = torch.logspace(1.45, 2.95, 9)  # of the templates, in pixels: a small star does not look like a large one
-
-MIN_CONTRAST = .12    # how far an object's chroma must stand out from the ground's (pink on bricks: .24)
-MIN_OVERLAP = .8      # how well its outline must be some shape's
-MIN_LIKENESS = .97    # the cosine of a paint and its palette entry (orange and yellow: .977)
-MAX_GROUND_ERROR = .15  # the distance of a ground and its entry (black and night: .19)
-AGREEMENT = .8        # the share of frames that must tell the same colour, shape or ground
-PRESENCE = .9         # the share of frames that must show the object before it can be said to move
-PACE = (.75, 1.33)    # how much slower or faster than the world's a motion may be
-MAX_MISFIT = .5, .15, .4  # how far off the path: pixels + a share of its extent, and never beyond this share
+MIN_CONTRAST, MIN_OVERLAP = .12, .8  # of an object's chroma with the ground's (pink on bricks: .24), and with a template
+MIN_LIKENESS, MAX_GROUND_ERROR = .97, .15  # cosine of a paint and its entry; distance of a ground (black to night: .19)
+AGREEMENT, PRESENCE = .8, .9  # the shares of frames that must tell one colour, shape, ground; and show the object at all
+PACE = (.75, 1.33)  # how much slower or faster than the world's a motion may be,
+MAX_MISFIT = (.5, .1, .4)  # and how far off its path: pixels plus a share of its extent, but never beyond that share
 
 
 def harden(cover: torch.Tensor) -> torch.Tensor:
@@ -118,63 +114,52 @@ def measure(cover: torch.Tensor):
 def outline(cover: torch.Tensor) -> torch.Tensor:
     """Masks (T, 1, S, S) brought to one place and one area: only shape and angle tell them apart. (T, CROP * CROP)"""
     area, centre = measure(cover)
-    window = torch.cat([torch.eye(2) * area.sqrt()[:, None, None], centre[:, :, None] - SIZE / 2], 2) * 2 / SIZE  # (T, 2, 3)
-    grid = F.affine_grid(window, (len(cover), 1, CROP, CROP), align_corners=False)
+    window = torch.cat([torch.eye(2) * area.sqrt()[:, None, None], centre[:, :, None] - SIZE / 2], 2)  # (T, 2, 3)
+    grid = F.affine_grid(window * 2 / SIZE, (len(cover), 1, CROP, CROP), align_corners=False)
     return F.grid_sample(cover, grid, align_corners=False).flatten(1)
 
 
-def distance_to(shape: str, radius: float, angle: torch.Tensor, size: int = SIZE) -> torch.Tensor:
-    """Pixels to the outline of a centred shape, at a batch of angles. (angles, size, size)"""
-    place, (cos, sin) = (torch.arange(size) + .5 - size / 2) / radius, (angle.cos()[:, None, None], angle.sin()[:, None, None])
-    u, v = place[None, :], place[:, None]
-    return radius * signed_distance(shape, u * cos + v * sin, v * cos - u * sin)
+def draw(shape: str, radius: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Masks of a shape in the middle of the picture, as the world would cover its pixels. (angles, 1, S, S)"""
+    place, angle = (torch.arange(SIZE) + .5 - SIZE / 2) / radius, angles.view(-1, 1, 1, 1)
+    u, v, cos, sin = place[None, :], place[:, None], angle.cos(), angle.sin()
+    return (.5 - radius * signed_distance(shape, u * cos + v * sin, v * cos - u * sin)).clamp(0, 1)
 
 
 @lru_cache
 def unit_areas() -> torch.Tensor:
-    """The areas of the shapes of radius 1, by counting. (shapes,)"""
-    return torch.stack([(distance_to(shape, 200, torch.zeros(1), 512) < 0).sum() / 200 ** 2 for shape in SHAPES])
+    """The areas of the shapes at radius 1, by counting at a larger one. (shapes,)"""
+    return torch.stack([draw(shape, torch.tensor(24.), torch.zeros(1)).sum() / 24 ** 2 for shape in SHAPES])
 
 
 @lru_cache
 def templates() -> torch.Tensor:
-    """Every shape at every area and angle, sharp and soft, put through what frames go through: (areas, shapes, poses, P).
-    A pose is a softness and a turn; P is CROP * CROP."""
+    """Every shape at every area and pose: sharp at all angles, then softer, as a lossy decoder shows it; all put through
+    what frames go through. (areas, shapes, poses, CROP * CROP)"""
     turns = torch.arange(TURNS) / TURNS * 2 * math.pi
-    bank = []
-    for area in AREAS:
-        for shape, unit in zip(SHAPES, unit_areas()):
-            cover = (.5 - distance_to(shape, float((area / unit).sqrt()), turns / SYMMETRY[shape])).clamp(0, 1)[:, None]
-            bank += [outline(harden(F.avg_pool2d(cover, width, 1, width // 2))) for width in (3, 5)]  # as a lossy decoder would
+    bank = [outline(harden(F.avg_pool2d(draw(shape, (area / unit).sqrt(), turns / SYMMETRY[shape]), width, 1, width // 2)))
+            for area in AREAS for shape, unit in zip(SHAPES, unit_areas()) for width in (3, 5)]
     return torch.stack(bank).view(len(AREAS), len(SHAPES), 2 * TURNS, CROP * CROP)
 
 
-def overlaps(cover: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+def overlaps(cover: torch.Tensor) -> torch.Tensor:
     """Soft intersection over union with the templates of about the same area. (T, shapes, poses)"""
-    mask, bank = outline(cover), templates()[(area[:, None] / AREAS).log().abs().argmin(1)]  # (T, P), (T, shapes, poses, P)
+    size = (measure(cover)[0][:, None] / AREAS).log().abs().argmin(1)                  # (T,)
+    mask, bank = outline(cover), templates()[size]                                     # (T, P), (T, shapes, poses, P)
     both = torch.einsum("tp,tskp->tsk", mask, bank)
-    return both / (mask.square().sum(1)[:, None, None] + torch.einsum("tskp,tskp->tsk", bank, bank) - both)
-
-
-def mean_colour(frames: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (frames * weight).sum((2, 3)) / weight.sum((2, 3))                          # (T, 3), nan where there is no weight
-
-
-@lru_cache
-def ground_colours() -> torch.Tensor:
-    return torch.stack([render_ground({"ground": g, "seed": 0}, SIZE).mean((1, 2)) for g in range(len(GROUNDS))])
+    return both / (mask.square().sum(1)[:, None, None] + bank.square().sum(3) - both)
 
 
 def look(video: torch.Tensor) -> dict:
-    """What each frame shows, one by one: whether there is an object, its area and centre, its paint, and the ground's."""
+    """What each frame shows, read alone: whether there is an object, its area, centre and paint, and the ground's."""
     frames = F.interpolate(video.float() / 255, (SIZE, SIZE), mode="area")
     cover, contrast = segment(frames)
-    area, centre = measure(cover)
-    score = overlaps(cover, area)
-    seen = (contrast > MIN_CONTRAST) & (score.amax((1, 2)) > MIN_OVERLAP) & (area > AREAS[0] / 2)
-    return {"seen": seen, "area": area, "centre": centre, "score": score,
-            "paint": mean_colour(frames, cover.square().square()),                     # little of the mixed edge
-            "ground": mean_colour(frames, (F.max_pool2d(cover, 5, 1, 2) < .1).float())}  # and none of it
+    (area, centre), score = measure(cover), overlaps(cover)
+    mean = lambda weight: (frames * weight).sum((2, 3)) / weight.sum((2, 3))           # (T, 3), nan where nothing weighs
+    return {"seen": (contrast > MIN_CONTRAST) & (score.amax((1, 2)) > MIN_OVERLAP) & (area > AREAS[0] / 2),
+            "area": area, "centre": centre, "score": score,
+            "paint": mean(cover.square().square()),                                    # little of the mixed edge
+            "ground": mean((F.max_pool2d(cover, 5, 1, 2) < .1).float())}               # and none of it
 
 
 def elect(votes: torch.Tensor, valid: torch.Tensor) -> int | None:
@@ -186,15 +171,16 @@ def elect(votes: torch.Tensor, valid: torch.Tensor) -> int | None:
 @lru_cache
 def world_paths(T: int, fps: float) -> torch.Tensor:
     """All the ways the world moves: x, y and radius in pixels, and angle. (motions * PHASES, T, 4)"""
-    scenes = [{"x": .5, "y": .5, "radius": .1, "motion": m, "phase": p / PHASES} for m in range(len(MOTIONS)) for p in range(PHASES)]
-    return torch.stack([torch.stack(trajectory(scene, torch.arange(T) / fps), 1) for scene in scenes]) * torch.tensor([SIZE, SIZE, SIZE, 1.])
+    paths = [trajectory({"x": .5, "y": .5, "radius": .1, "motion": motion, "phase": phase / PHASES}, torch.arange(T) / fps)
+             for motion in range(len(MOTIONS)) for phase in range(PHASES)]
+    return torch.stack([torch.stack(path, 1) for path in paths]) * torch.tensor([SIZE, SIZE, SIZE, 1])
 
 
 def read_motion(path: torch.Tensor, seen: torch.Tensor, fps: float) -> int | None:
     """The motion whose path, begun anywhere and run at about its own pace, is the nearest, if it is near. path: (T, 4)"""
     world, path = world_paths(len(path), fps)[:, seen], path[seen]
-    arc = torch.stack([torch.tensor(1.)] * 3 + [path[:, 2].mean()])                    # angle times radius: all in pixels
-    world, path = ((p - p.mean(-2, keepdim=True)) * arc for p in (world, path))        # (motions * PHASES, T, 4), (T, 4)
+    unit = torch.tensor([1, 1, 1, path[:, 2].mean()])                                  # an angle times a radius is pixels too
+    world, path = ((p - p.mean(-2, keepdim=True)) * unit for p in (world, path))       # (motions * PHASES, T, 4), (T, 4)
     pace = ((world * path).sum((1, 2)) / world.square().sum((1, 2))).clamp(*PACE)
     misfit = (path - pace[:, None, None] * world).square().sum(2).mean(1).sqrt()       # (motions * PHASES,)
     extent, (slack, share, limit) = path.square().sum(1).mean().sqrt(), MAX_MISFIT
@@ -204,30 +190,29 @@ def read_motion(path: torch.Tensor, seen: torch.Tensor, fps: float) -> int | Non
 def describe(video: torch.Tensor, fps: float = 4.0) -> dict:
     """The four factors of a clip, uint8 (T, 3, S, S), as indices into the world's tables or None; "centroids" (T, 2) and
     "areas" (T,) in the clip's own pixels, nan where no object is seen; "angles" (T,), clockwise, nan without a shape."""
-    frame, pixel = look(video), video.shape[-1] / SIZE
-    seen, area, centre, score = (frame[key] for key in ("seen", "area", "centre", "score"))
-    palette = torch.tensor(list(COLOURS.values())).float()
-    likeness, colour = F.cosine_similarity(frame["paint"][:, None], palette, dim=2).max(1)  # shading only scales a colour
-    error, ground = (frame["ground"][:, None] - ground_colours()).norm(dim=2).min(1)
+    seen, area, centre, score, paint, bare = look(video).values()
+    palette = torch.tensor(list(COLOURS.values())).float()                             # shading only scales a colour:
+    likeness, colour = F.cosine_similarity(paint[:, None], palette, dim=2).max(1)      # so compare directions
+    grounds = torch.stack([render_ground({"ground": g, "seed": 0}, 16).mean((1, 2)) for g in range(len(GROUNDS))])
+    error, ground = (bare[:, None] - grounds).norm(dim=2).min(1)
     shape, motion, angle = elect(score.amax(2).argmax(1), seen), None, torch.full_like(area, math.nan)
     if shape is not None:
-        turn = (score[:, shape].argmax(1) % TURNS) / TURNS                             # of one symmetry, 0…1
-        step = turn.diff(prepend=turn[:1])
-        angle = (turn[0] + (step - step.round()).cumsum(0)) * 2 * math.pi / SYMMETRY[SHAPES[shape]]  # the least turns between
-        radius = (area / unit_areas()[shape]).sqrt()
-        if seen.float().mean() >= PRESENCE:
-            motion = read_motion(torch.stack([*centre.T, radius, angle], 1), seen, fps)
+        turn = score[:, shape].argmax(1) % TURNS / TURNS                               # 0…1, of the shape's symmetry
+        step = turn.diff(prepend=turn[:1])                                             # frame to frame, the least that will do
+        angle = (turn[0] + (step - step.round()).cumsum(0)) * 2 * math.pi / SYMMETRY[SHAPES[shape]]
+        path = torch.stack([*centre.T, (area / unit_areas()[shape]).sqrt(), angle], 1)  # (T, 4)
+        motion = read_motion(path, seen, fps) if seen.float().mean() >= PRESENCE else None
+    pixel = video.shape[-1] / SIZE
     return {"colour": elect(colour, seen & (likeness > MIN_LIKENESS)), "shape": shape, "motion": motion,
             "ground": elect(ground, error < MAX_GROUND_ERROR), "angles": angle,
-            "centroids": torch.where(seen[:, None], centre * pixel, math.nan), "areas": torch.where(seen, area * pixel ** 2, math.nan)}
+            "centroids": (centre * pixel).where(seen[:, None], math.nan), "areas": (area * pixel ** 2).where(seen, math.nan)}
 
 
 def displacement_per_frame(video: torch.Tensor) -> float:
     """How far a straight path goes in a frame, in the clip's pixels along its main axis: a least-squares line."""
-    frame = look(video)
-    time, centre = torch.arange(len(video)).float()[frame["seen"]], frame["centre"][frame["seen"]]  # (T,), (T, 2)
-    time = time - time.mean()
-    return float((time @ centre / time.square().sum()).abs().max()) * video.shape[-1] / SIZE
+    seen, _, centre, *_ = look(video).values()
+    time = torch.arange(len(video))[seen] - torch.arange(len(video))[seen].float().mean()
+    return float((time @ centre[seen] / time.square().sum()).abs().max()) * video.shape[-1] / SIZE
 
 
 # ------------------------------------------------------------------------------------------------
@@ -824,7 +809,7 @@ def evaluate(args):
     print_fidelity("trained triples, all grounds", factors_of(["train"], range(5), args.prompts // 2), **settings)
     print("\nFrame rate: median displacement per frame of the four translations (held-out triples on black), in pixels")
     slides = [f for f in factors_of(["held-out"], [0], 48) if f[2] < 4] * 2
-    moved = {fps: np.median([displacement_per_frame(v) for v in make(slides, fps=fps, label=f"fps {fps}", **settings)]) for fps in (4., 8., 16.)}
+    moved = {fps: np.nanmedian([displacement_per_frame(v) for v in make(slides, fps=fps, label=f"fps {fps}", **settings)]) for fps in (4., 8., 16.)}
     print("  " + ",   ".join(f"{fps:g} fps {d:.2f}" for fps, d in moved.items()) + f"   = {4 * moved[4.] / moved[4.]:.2f} : {4 * moved[8.] / moved[4.]:.2f} : {4 * moved[16.] / moved[4.]:.2f}"
           f"   ({len(slides)} clips; the world's own: {.14 * 64 / 4:.2f}, {.14 * 64 / 8:.2f}, {.14 * 64 / 16:.2f})")
 

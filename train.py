@@ -328,7 +328,7 @@ class Recipe:
 
 
 RECIPES = {
-    "vae": Recipe(steps=2600, batch=32, lr=1.5e-3),
+    "vae": Recipe(steps=4200, batch=32, lr=1.5e-3),
     "clip": Recipe(steps=900, batch=128, lr=1e-3),
     "image": Recipe(steps=2400, batch=128, lr=1e-3),
     "base": Recipe(steps=4000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
@@ -473,9 +473,9 @@ OUTPUT = {"vae": "vae.pt", "clip": "text.pt", "image": "image.pt", "base": "base
 # The loop, one for all stages.
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """A share of the full rate, by the step alone: up over the warm-up, level, and down to zero over the last third.
-    The level part does not know the end, so `--steps` may be raised while a run is in it, and nothing before would differ."""
-    return max(0., min(1., (step + 1) / recipe.warmup, 3 * (recipe.steps - step) / recipe.steps))
+    """A share of the full rate, by the step alone: up over the warm-up, level for a third, then straight down to zero.
+    A finished run goes on if `--steps` is raised, and the rate with it."""
+    return max(0., min(1., (step + 1) / recipe.warmup, 1.5 * (recipe.steps - step) / recipe.steps))
 
 
 def dump_first_batch(folder: Path, batch: dict, args):
