@@ -594,7 +594,7 @@ def main(argv=None):
     parser.add_argument("stage", choices=[*PREPARE, "all"], help="what to train; a stage needs the weights of those before it")
     parser.add_argument("--data", default="world", help="'world', the built-in toy world, or a folder of clips")
     parser.add_argument("--stills", type=positive(int), default=24000, help="pictures of the world to make")
-    parser.add_argument("--clips", type=positive(int), default=16000, help="clips of the world to make")
+    parser.add_argument("--clips", type=positive(int), default=12000, help="clips of the world to make")
     parser.add_argument("--side", type=positive(int), default=64, help="side of the training pictures, in pixels")
     parser.add_argument("--steps", type=positive(int), help="steps, instead of the recipe's")
     parser.add_argument("--batch", type=positive(int), help="samples per step, instead of the recipe's")
