@@ -21,7 +21,7 @@ import pickle
 import sys
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,16 +43,16 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that shows every default, knows the flags all stages have, and errs in one line."""
+    """argparse that shows every default, knows the flags that stages share, and errs in one line."""
 
-    def __init__(self, description: str, **kwargs):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    def common(self, out: str, what: str = "file to write"):
-        self.add_argument("-o", "--out", default=out, help=what)
+    def add_device(self):
+        self.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+
+    def add_seed(self):
         self.add_argument("--seed", type=int, default=0, help="video i of a call starts from the noise of seed + i")
-        self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-        return self
 
     def error(self, message: str):
         raise UserError(message)
@@ -69,6 +69,23 @@ def positive(kind: type):
             raise argparse.ArgumentTypeError(f"'{text}' is not a positive {'whole ' if kind is int else ''}number")
         return value
     return parse
+
+
+def finite(text: str) -> float:
+    """An argparse type: any number but nan and the infinities."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
+    return value
+
+
+def device(text: str) -> str:
+    """An argparse type: a device that this machine has."""
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"'{text}' cannot be used here: {str(error).splitlines()[0]}")
+    return text
 
 
 def note(message: str):
@@ -103,6 +120,14 @@ def atomic(path):
             os.unlink(temporary)
 
 
+def check_out(path, allowed: tuple):
+    """Refuse a file name, or a folder that cannot be written, before any time is spent on what would go into it."""
+    path = Path(path)
+    if path.suffix.lower() not in allowed:
+        raise UserError(f"{path}: unknown extension, where one of {' '.join(allowed)} is wanted")
+    check_folder(path.parent)
+
+
 def check_folder(folder):
     """Make a folder, or say at once that nothing can be written there."""
     try:
@@ -130,8 +155,8 @@ def read_pt(path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds a pickled object, which is refused and not run") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch raises a dozen kinds here, some without a word
+        raise UserError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a bare {type(content).__name__}, not one of our files")
     return content
@@ -166,8 +191,10 @@ def load_stage(path, kind: str) -> dict:
         tensors = [data] if kind == "latents" else []
     if kind == "text" or text is not None:
         parts = ("tokens", "pooled", "null_tokens", "null_pooled")
-        want(isinstance(text, dict) and all(isinstance(text.get(part), torch.Tensor) for part in parts), f"text lacks one of {', '.join(parts)}")
-        want(text["tokens"].ndim == 3 and len(text["tokens"]) == len(stage["prompts"]), "text has not one (L, D) of tokens per prompt")
+        whole = isinstance(text, dict) and "encoder" in text and all(isinstance(text.get(part), torch.Tensor) for part in parts)
+        want(whole and all(text[part].is_floating_point() for part in parts), f"text lacks one of encoder, {', '.join(parts)}")
+        want(text["tokens"].ndim == 3 and text["tokens"].numel() and len(text["tokens"]) == len(stage["prompts"])
+             and text["null_tokens"].shape == (1, *text["tokens"].shape[1:]), "text has not one (L, D) of tokens per prompt")
         tensors += [text[part] for part in parts]
     want(all(tensor.isfinite().all() for tensor in tensors), "holds NaN or infinite values")
     return stage
@@ -189,7 +216,10 @@ def load_weights(path, *stages: str) -> dict:
         raise UserError(f"{path} holds no weights; {remedy}")
     if weights["made_by"]["stage"] not in stages:
         raise UserError(f"{path} holds weights of {weights['made_by']['stage']}, where {' or '.join(stages)} is wanted; {remedy}")
-    return weights | {"hash": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}
+    digest = hashlib.sha256(repr(weights["config"]).encode())
+    for name, tensor in sorted(weights["model"].items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return weights | {"hash": digest.hexdigest()[:8]}
 
 
 def fill(model: nn.Module, weights: dict, path, may_lack=lambda name: False) -> nn.Module:
@@ -199,6 +229,8 @@ def fill(model: nn.Module, weights: dict, path, may_lack=lambda name: False) -> 
     wrong += [name for name in own.keys() & given.keys() if own[name].shape != given[name].shape]
     if wrong:
         raise UserError(f"{path} is of another config: {len(wrong)} tensors differ, {sorted(wrong)[0]} among them")
+    if not all(tensor.isfinite().all() for tensor in given.values()):
+        raise UserError(f"{path} holds NaN or infinite weights")
     model.load_state_dict({name: tensor.float() for name, tensor in given.items()}, strict=False)
     return model
 
@@ -214,7 +246,7 @@ def configure(config_class, values: dict, path):
 def has_fast_bf16(device) -> bool:
     """Does the hardware multiply bf16 natively? A CPU without AMX is slower in bf16 than in fp32."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
@@ -678,30 +710,37 @@ def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: flo
              guidance: float = 3., sampler: str = "dpmpp", eta: float = 0., seed: int = 0, label: str = ""):
     """Latents of one video per prompt, (B, T, 4, side, side)."""
     device = next(unet.parameters()).device
-    tokens, null = text["tokens"].to(device), text["null_tokens"].to(device)
+    tokens, null = text["tokens"].to(device).float(), text["null_tokens"].to(device).float()
     z = initial_noise((len(tokens), frames, unet.config.out_channels, side, side), seed).to(device)
     predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device), guidance)
     return diffusion.sample(predict, z, steps, sampler, eta, seed, label).cpu()
 
 
 def main(argv=None):
-    parser = Parser("Sample keyframe latents for the prompts of a text file.").common(out="base.pt")
+    parser = Parser("Sample keyframe latents for the prompts of a text file.")
     parser.add_argument("text", help="the prompts' tokens, written by text.py")
+    parser.add_argument("-o", "--out", default="base.pt", help="file of latents to write")
     parser.add_argument("--weights", default=WEIGHTS / "base.pt", help="base or image weights, written by train.py")
     parser.add_argument("--frames", type=positive(int), default=16, help="frames per video; 1 gives a picture")
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate told to the model; trained on 4 to 30")
     parser.add_argument("--steps", type=positive(int), default=25, help="sampling steps, 1000 at most")
-    parser.add_argument("--guidance", type=float, default=3., help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("--guidance", type=finite, default=3., help="classifier-free guidance scale; 1 is none")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim"), default="dpmpp", help="DPM-Solver++(2M) or DDIM")
-    parser.add_argument("--eta", type=float, default=0., help="fresh noise per step of ddim: 0 none, 1 ancestral")
+    parser.add_argument("--eta", type=finite, default=0., help="fresh noise per step of ddim: 0 none, 1 ancestral")
+    parser.add_seed()
+    parser.add_device()
     args = parser.parse_args(argv)
+    check_out(args.out, (".pt",))
     if args.steps > 1000:
         raise UserError(f"--steps is {args.steps}, where 1000 noise levels are all there is")
+    if not 0 <= args.eta <= 1 or args.eta and args.sampler != "ddim":
+        raise UserError(f"--eta is {args.eta:g}, where 0 to 1 is wanted, and 0 with any sampler but ddim")
     stage = load_stage(args.text, "text")
     unet, diffusion, weights = load(args.weights, args.device)
     made_by, text = weights["made_by"], stage["text"]
     if text["encoder"] != made_by["text"]:
-        raise UserError(f"{args.text} was encoded by text weights {text['encoder']}, but {args.weights} was trained on {made_by['text']}")
+        raise UserError(f"{args.text} was encoded by text weights {text['encoder']}, but {args.weights} was trained on {made_by['text']}; "
+                        f"make it anew with `{MADE_BY['text']}`")
     latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, args.guidance,
                        args.sampler, args.eta, args.seed, label="base")
     history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"

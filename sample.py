@@ -18,18 +18,18 @@ import torch
 import base
 import text
 import vae
-from base import WEIGHTS, Parser, UserError, load_stage, positive, run
+from base import WEIGHTS, Parser, load_stage, positive, run
 
 
 def cascade(args, prompts: list, folder: Path) -> list:
     """The pipeline as data: (stage, its main, its arguments). Each reads the file before it and writes its own."""
-    common = ["--device", args.device, "--seed", str(args.seed)]
+    common = ["--device", args.device]
     file = lambda name: str(folder / f"{name}.pt")
     weights = lambda name: ["--weights", str(args.weights / f"{name}.pt")]
     return [
         ("text", text.main, [*common, *weights("text"), "-o", file("text"), "--", *prompts]),
         ("base", base.main, [*common, *weights("base"), "-o", file("base"), file("text"), "--frames", str(args.frames), "--fps", str(args.fps),
-                             "--steps", str(args.steps), "--guidance", str(args.guidance)]),
+                             "--steps", str(args.steps), "--guidance", str(args.guidance), "--seed", str(args.seed)]),
         ("decode", vae.main, [*common, *weights("vae"), "-o", file("pixels"), "decode", file("base")]),
     ]
 
@@ -61,21 +61,22 @@ def file_names(prompts: list, suffix: str) -> list:
 
 
 def main(argv=None):
-    parser = Parser("Turn prompts into videos.").common(out="out", what="file (.mp4 .gif, or .png for one contact sheet of all) or folder")
+    parser = Parser("Turn prompts into videos.")
     parser.add_argument("prompts", nargs="+", help="what to show, such as 'a red star moving left' or 'a blue ring bouncing on sand'")
     parser.add_argument("--samples", type=positive(int), default=1, help="videos per prompt")
     parser.add_argument("--frames", type=positive(int), default=16, help="frames per video; 1 gives a picture")
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate, of the motion and of the file alike")
     parser.add_argument("--steps", type=positive(int), default=25, help="sampling steps")
-    parser.add_argument("--guidance", type=float, default=3., help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("--guidance", type=base.finite, default=3., help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("-o", "--out", default="out", help="a folder, or a file: .mp4, .gif, or .png for one contact sheet of all")
     parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file in this folder")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights")
+    parser.add_seed()
+    parser.add_device()
     args = parser.parse_args(argv)
     prompts = [prompt for prompt in args.prompts for _ in range(args.samples)]
     out = Path(args.out)
-    if out.suffix:
-        vae.check_extension(out)
-    base.check_folder(out.parent if out.suffix else out)  # before any time is spent
+    base.check_out(out, vae.WRITTEN) if out.suffix else base.check_folder(out)
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.keep or temporary)

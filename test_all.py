@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -255,8 +254,7 @@ def test_every_fresh_parameter_learns_within_two_steps():
         learned |= {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
         optimizer.step()
         optimizer.zero_grad()
-    unmoved_by_softmax = ("attn.to_k.bias",)
-    dead = [name for name, _ in model.named_parameters() if name not in learned and not name.endswith(unmoved_by_softmax)]
+    dead = {name for name, _ in model.named_parameters()} - learned
     assert not dead, dead
 
 
@@ -270,13 +268,18 @@ def test_frame_rate_reaches_the_output_and_pictures_have_none():
 
 def test_gradient_checkpointing_changes_memory_and_nothing_else():
     x, t, context, fps = inputs()
-    gradients = []
+    gradients, kept = [], []
     for checkpointing in (False, True):
         model = shaken(UNet(SMALL)).train()
         model.gradient_checkpointing = checkpointing
-        model(x, t, context, fps).pow(2).mean().backward()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
+            loss = model(x, t, context, fps).pow(2).mean()
+            kept.append(sum(saved))
+        loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients)
+    assert kept[1] < .5 * kept[0]
 
 
 def test_a_longer_video_than_was_trained_runs():
@@ -342,23 +345,34 @@ def test_with_a_perfect_oracle_every_step_is_on_the_path(sampler, target):
     assert len(visited) == 13 and visited[0] == 999 and sorted(visited, reverse=True) == visited and visited[-1] >= 0
 
 
+WEIGHT, MEAN, STD = (torch.tensor(v, dtype=torch.float64) for v in ([.3, .7], [-2., 1.], [.3, .5]))  # a mixture of two Gaussians
+
+
+def mixture(diffusion: Diffusion):
+    """The perfect network for data from the mixture: E[x | z] of each component, weighed by how well it explains z."""
+    def posterior_mean(z, t):
+        alpha, sigma = diffusion.alpha_sigma(t, z)
+        var = alpha ** 2 * STD ** 2 + sigma ** 2
+        explains = (WEIGHT.log() - .5 * var.log() - (z - alpha * MEAN) ** 2 / (2 * var)).softmax(-1)
+        return (explains * (MEAN + alpha * STD ** 2 / var * (z - alpha * MEAN))).sum(-1, keepdim=True)
+    return posterior_mean
+
+
 @pytest.mark.parametrize("sampler, eta, steps", [("ddim", 0., 100), ("ddim", 1., 200), ("dpmpp", 0., 40)])
 def test_the_exact_score_of_a_gaussian_mixture_gives_its_mean_and_variance(sampler, eta, steps):
     diffusion = Diffusion("cosine", "sample")
-    weight, mean, std = (torch.tensor(v, dtype=torch.float64) for v in ([.3, .7], [-2., 1.], [.3, .5]))
-
-    def posterior_mean(z, t):  # E[x | z] of each component, weighed by how well the component explains z
-        alpha, sigma = diffusion.alpha_sigma(t, z)
-        var = alpha ** 2 * std ** 2 + sigma ** 2
-        explains = (weight.log() - .5 * var.log() - (z - alpha * mean) ** 2 / (2 * var)).softmax(-1)
-        each = mean + alpha * std ** 2 / var * (z - alpha * mean)
-        return (explains * each).sum(-1, keepdim=True)
-
-    z = base.initial_noise((20000, 1), seed=1).double()
-    x = diffusion.sample(posterior_mean, z, steps=steps, sampler=sampler, eta=eta)
-    truth = (weight * mean).sum()
-    variance = (weight * (std ** 2 + mean ** 2)).sum() - truth ** 2
+    z = base.initial_noise((1, 20000, 1), seed=1).double()
+    x = diffusion.sample(mixture(diffusion), z, steps=steps, sampler=sampler, eta=eta)
+    truth = (WEIGHT * MEAN).sum()
+    variance = (WEIGHT * (STD ** 2 + MEAN ** 2)).sum() - truth ** 2
     assert abs(x.mean() - truth) < .05 and abs(x.var() / variance - 1) < .05
+
+
+def test_the_second_order_of_dpm_solver_pays():
+    diffusion, z = Diffusion("cosine", "sample"), base.initial_noise((1, 2000, 1), seed=1).double()
+    arrive = lambda sampler, steps: diffusion.sample(mixture(diffusion), z, steps=steps, sampler=sampler)
+    exact = arrive("ddim", 1000)
+    assert (arrive("dpmpp", 20) - exact).abs().mean() < .5 * (arrive("ddim", 20) - exact).abs().mean()
 
 
 def test_guidance_is_linear_in_all_channels():
@@ -438,13 +452,12 @@ def test_a_linear_probe_reads_every_factor_of_held_out_captions(clip):
     factors = lambda splits: [(c, s, m, g) for split in splits for c, s, m in train.TRIPLES[split] for g in range(len(train.GROUNDS))]
     describe_in_words = lambda f: train.caption(dict(zip(("colour", "shape", "motion", "ground"), f)))
     known, held = factors(["train"]), factors(["held-out", "unseen"])
-    states = lambda rows: text.encode(model, tokenizer, [describe_in_words(f) for f in rows])["tokens"].mean(1).double()  # (K, D)
-    x, y = states(known), states(held)
+    states = lambda rows: F.pad(text.encode(model, tokenizer, [describe_in_words(f) for f in rows])["tokens"].flatten(1), (0, 1), value=1.)
+    x, y = states(known).double(), states(held).double()                            # (K, L*D + 1)
     for factor in range(4):
         labels = torch.tensor([f[factor] for f in known])
-        design = torch.cat([x, torch.ones(len(x), 1)], 1)
-        probe = torch.linalg.lstsq(design, F.one_hot(labels).double()).solution
-        read = (torch.cat([y, torch.ones(len(y), 1)], 1) @ probe).argmax(1)
+        probe = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ F.one_hot(labels).double())  # ridge regression
+        read = (y @ probe).argmax(1)
         assert (read == torch.tensor([f[factor] for f in held])).double().mean() >= .99
 
 
@@ -488,15 +501,13 @@ def test_pictures_and_contact_sheets(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # train.py
 
-def test_no_held_out_combination_is_ever_in_a_training_clip():
-    forbidden = set(train.TRIPLES["held-out"] + train.TRIPLES["unseen"])
+def test_no_held_out_combination_is_ever_trained_on(monkeypatch):
+    forbidden = train.TRIPLES["held-out"] + train.TRIPLES["unseen"]
     assert len(train.TRIPLES["train"]) == 336 and len(forbidden) == 80
-    for i in range(4000):
-        scene = train.draw_scene(np.random.default_rng((0, 2, i)), "train")
-        assert (scene["colour"], scene["shape"], scene["motion"]) not in forbidden
-    captions = set(train.training_captions())
-    for c, s, m in forbidden:
-        assert not any(train.caption({"colour": c, "shape": s, "motion": m, "ground": g}) in captions for g in range(5))
+    captions = {train.caption({"colour": c, "shape": s, "motion": m, "ground": g}) for c, s, m in forbidden for g in range(5)}
+    monkeypatch.setattr(train, "render", lambda *a: torch.zeros(1))
+    clips = {words for _, group, _ in train.world_clips(6000, 0, 64) for words in group}
+    assert len(clips) > 1500 and not clips & captions and not set(train.training_captions()) & captions
 
 
 def test_clips_of_the_world_are_windows_of_a_scene():
@@ -528,7 +539,7 @@ def test_a_sample_is_a_function_of_seed_step_and_number_alone():
 
 def tiny_run(folder, monkeypatch, *flags):
     monkeypatch.setattr(train, "RUNS", folder / "runs")
-    train.main(["vae", "--stills", "24", "--steps", "6", "--batch", "4", "--weights", str(folder / "weights"), *flags])
+    train.main(["vae", "--stills", "24", "--steps", "6", "--batch", "4", "--weights", str(folder / "weights"), "--device", "cpu", *flags])
     return base.read_pt(folder / "runs/vae/checkpoint.pt")
 
 
@@ -560,9 +571,12 @@ def test_an_interrupted_run_reaches_the_very_bits_of_an_uninterrupted_one(tmp_pa
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatch):
-    whole, pieces = tiny_run(tmp_path / "1", monkeypatch, "--steps", "1"), tiny_run(tmp_path / "2", monkeypatch, "--steps", "1", "--accumulate", "2")
-    for a, b in zip(whole["optimizer"]["state"].values(), pieces["optimizer"]["state"].values()):
-        torch.testing.assert_close(a["exp_avg"], b["exp_avg"], atol=2e-4, rtol=.05)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: None)  # it would hide an error of scale
+    gradients = []
+    for pieces in ("1", "2"):
+        state = tiny_run(tmp_path / pieces, monkeypatch, "--steps", "1", "--accumulate", pieces)["optimizer"]["state"]
+        gradients.append(torch.cat([moments["exp_avg"].flatten() for moments in state.values()]))
+    assert (gradients[0] - gradients[1]).norm() < .05 * gradients[0].norm() > 0
 
 
 def test_a_folder_of_clips_names_what_it_skips(tmp_path, capsys):
@@ -662,9 +676,12 @@ def test_stage_files_that_are_refused(stages, monkeypatch):
 
 def test_arguments_that_are_refused(stages, monkeypatch):
     monkeypatch.chdir(stages)
-    for flags in (["--frames", "0"], ["--fps", "-1"], ["--fps", "nan"], ["--steps", "0"], ["--steps", "1.5"], ["--steps", "1001"]):
+    for flags in (["--frames", "0"], ["--fps", "-1"], ["--fps", "nan"], ["--steps", "0"], ["--steps", "1.5"], ["--steps", "1001"],
+                  ["--guidance", "nan"], ["--device", "abacus"]):
         assert flags[0] in complaint(base.main, ["text.pt", "-o", "out.pt", *flags])
         assert flags[0] in complaint(sample.main, ["a red star", "--out", "out.mp4", *flags])
+    assert "unknown extension" in complaint(base.main, ["text.pt", "-o", "out.mp4"])
+    assert "unknown extension" in complaint(text.main, ["a red star", "-o", "."])
     for name in ("out.avi", "out.txt"):
         assert "unknown extension" in complaint(vae.main, ["decode", "latents.pt", "-o", name])
         assert "unknown extension" in complaint(sample.main, ["a red star", "--out", name])
@@ -693,12 +710,13 @@ def test_weights_that_are_refused(stages, monkeypatch):
 
 
 def test_imports_do_no_work_and_ask_no_network():
-    script = "import socket; socket.socket = None\nimport base, text, vae, sample, train"
+    script = "import socket; socket.socket.connect = socket.getaddrinfo = None\nimport base, text, vae, sample, train"
     subprocess.run([sys.executable, "-c", script], cwd=HERE, check=True, timeout=120)
 
 
 def test_the_pipeline_by_hand_is_the_pipeline_in_one_command(tmp_path):
     def command(*argv):
+        argv = [*argv, "--device", "cpu"]
         done = subprocess.run([sys.executable, HERE / argv[0], *argv[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -736,9 +754,10 @@ def scene_of(factors: tuple, seed: int) -> dict:
 
 
 def factors_of(splits, grounds, count: int) -> list:
-    """(colour, shape, motion, ground) of `count` prompts: all triples of the splits on all grounds, over and over."""
+    """(colour, shape, motion, ground) of `count` prompts: all triples of the splits on all grounds, shuffled, over and over."""
     every = [(*triple, ground) for split in splits for triple in train.TRIPLES[split] for ground in grounds]
-    return [every[i % len(every)] for i in range(count)]
+    order = np.random.default_rng(0).permutation(len(every))  # so that a part of them is a fair part
+    return [every[order[i % len(every)]] for i in range(count)]
 
 
 def in_words(factors: tuple) -> str:
@@ -841,11 +860,11 @@ def benchmark(args):
         peak = flops(lambda: layer(x)) / seconds(lambda: layer(x), 9) / 1e9
     print(f"  {'convolution 128 -> 128, 3 x 3':34s} {peak:8.0f} GFLOP/s")
     clip, tokenizer, _ = text.load()
-    (unet, diffusion, _), (autoencoder, _) = base.load(), vae.load()
+    (unet, diffusion, _), (autoencoder, _) = base.load(args.weights), vae.load()
     words = text.encode(clip, tokenizer, ["a red star moving left"])
     latents = base.generate(unet, diffusion, words, 16, 4., steps=1)
     for name, function in {"text: 1 prompt": lambda: text.encode(clip, tokenizer, ["a red star moving left"]),
-                           f"base: 16 frames, {STEPS} guided steps": lambda: base.generate(unet, diffusion, words, 16, 4., steps=STEPS),
+                           f"base: 16 frames, {args.steps} guided steps": lambda: base.generate(unet, diffusion, words, 16, 4., steps=args.steps, guidance=args.guidance),
                            "vae encode: 16 frames": lambda: vae.encode_video(autoencoder, torch.zeros(1, 16, 3, 64, 64, dtype=torch.uint8)),
                            "vae decode: 16 frames": lambda: vae.decode_video(autoencoder, latents)}.items():
         sample.forget_peak()

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from base import WEIGHTS, Parser, attend, configure, fill, load_weights, note, run, save_stage
+from base import WEIGHTS, Parser, attend, check_out, configure, fill, load_weights, note, run, save_stage
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -48,7 +48,7 @@ def learn_tokenizer(captions: list) -> tuple[dict, list]:
                                                               special_tokens=[END]))
     merges = [pair.split() if isinstance(pair, str) else pair for pair in json.loads(learner.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = alphabet + [byte + "</w>" for byte in alphabet] + ["".join(pair) for pair in merges] + [START, END]
+    tokens = list(dict.fromkeys(alphabet + [byte + "</w>" for byte in alphabet] + ["".join(pair) for pair in merges] + [START, END]))
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
@@ -240,10 +240,13 @@ def remark(prompts: list, words: list):
 
 
 def main(argv=None):
-    parser = Parser("Encode prompts into the tokens that every later stage attends to.").common(out="text.pt")
+    parser = Parser("Encode prompts into the tokens that every later stage attends to.")
     parser.add_argument("prompts", nargs="+", help="what the videos should show, one prompt each")
     parser.add_argument("--weights", default=WEIGHTS / "text.pt", help="text encoder weights, written by train.py")
+    parser.add_argument("-o", "--out", default="text.pt", help="file of tokens to write")
+    parser.add_device()
     args = parser.parse_args(argv)
+    check_out(args.out, (".pt",))
     clip, tokenizer, weights = load(args.weights, args.device)
     remark(args.prompts, weights["config"]["words"])
     text = encode(clip, tokenizer, args.prompts, weights["hash"])

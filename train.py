@@ -14,7 +14,9 @@ to the very bits it would have reached, and no random state needs saving. Every 
 import argparse
 import copy
 import csv
+import hashlib
 import math
+import re
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -186,19 +188,19 @@ def render(scene: dict, times, size: int = 64) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------
 # Data sets: what the stages draw from, made once and kept in runs/.
 
-def world_stills(count: int, seed: int) -> dict:
+def world_stills(count: int, seed: int, side: int) -> dict:
     """Pictures of any scene at any moment, and their captions. No split: a still does not show how a thing moves."""
     pixels, captions = [], []
     for i in trange(count, desc="rendering stills"):
         rng = np.random.default_rng((seed, 1, i))
         scene = draw_scene(rng, "any")
-        pixels.append(render(scene, [rng.uniform(0, SCENE_SECONDS)]))
+        pixels.append(render(scene, [rng.uniform(0, SCENE_SECONDS)], side))
         captions.append(caption(scene, still=True))
-    return {"pixels": torch.stack(pixels), "captions": captions, "fps": torch.ones(count)}  # (N, 1, 3, 64, 64)
+    return {"pixels": torch.stack(pixels), "captions": captions, "fps": torch.ones(count)}  # (N, 1, 3, side, side)
 
 
-def draw_clip(rng: np.random.Generator, fps: float | None = None, frames: int = 16):
-    """A training scene, its frames (T, 3, 64, 64) and their rate. Half of all clips run at 4 fps, where a clip shows a whole
+def draw_clip(rng: np.random.Generator, fps: float | None = None, frames: int = 16, side: int = 64):
+    """A training scene, its frames (T, 3, side, side) and their rate. Half of all clips run at 4 fps, where a clip shows a whole
     scene; the other half at a rate up to 30, log-uniform, from a random start within the scene.
 
     Differs: Make-A-Video (section 3.4) goes from high to low rates during training; drawing both at once is simpler."""
@@ -206,13 +208,13 @@ def draw_clip(rng: np.random.Generator, fps: float | None = None, frames: int = 
     drawn = 4 * (30 / 4) ** max(0., rng.uniform(-1, 1))
     fps = fps or drawn
     start = rng.uniform(0, max(0., SCENE_SECONDS - (frames - 1) / fps))
-    return scene, render(scene, start + np.arange(frames) / fps), fps
+    return scene, render(scene, start + np.arange(frames) / fps, side), fps
 
 
-def world_clips(count: int, seed: int):
+def world_clips(count: int, seed: int, side: int):
     """Training clips of the world, in groups small enough to encode at once: yields (pixels, captions, fps)."""
     for group in trange(0, count, 64, desc="rendering and encoding clips"):
-        clips = [draw_clip(np.random.default_rng((seed, 2, i))) for i in range(group, min(group + 64, count))]
+        clips = [draw_clip(np.random.default_rng((seed, 2, i)), side=side) for i in range(group, min(group + 64, count))]
         yield torch.stack([c[1] for c in clips]), [caption(c[0]) for c in clips], torch.tensor([c[2] for c in clips])
 
 
@@ -225,7 +227,7 @@ def folder_clips(folder, frames: int, side: int):
     captions = {}
     if (folder / "captions.csv").is_file():
         with open(folder / "captions.csv", newline="") as file:
-            captions = {row["file"]: row["caption"] for row in csv.DictReader(file)}
+            captions = {row.get("file"): row.get("caption") or "" for row in csv.DictReader(file)}
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (vae.VIDEOS if frames > 1 else vae.VIDEOS + vae.PICTURES))
     for path in tqdm(files, desc=f"reading {folder}"):
         try:
@@ -240,7 +242,7 @@ def folder_clips(folder, frames: int, side: int):
         square = video[..., (H - min(H, W)) // 2:, (W - min(H, W)) // 2:][..., :min(H, W), :min(H, W)].float()
         square = F.interpolate(square, (side, side), mode="bilinear", antialias=True).round().byte()   # (T, 3, S, S)
         note = path.with_suffix(".txt")
-        words = captions.get(str(path.relative_to(folder)), note.read_text().strip() if note.is_file() else "")
+        words = captions.get(str(path.relative_to(folder)), note.read_text(errors="replace").strip() if note.is_file() else "")
         used += 1
         for skip in (1, 2, 4) if frames > 1 else (1,):
             if len(square[::skip]) >= frames:
@@ -253,19 +255,23 @@ def folder_clips(folder, frames: int, side: int):
         raise UserError(f"{folder} holds no usable clip of {frames} frames or more")
 
 
-def cached(name: str, make) -> dict:
-    """What make() returns, kept in runs/cache/ under a name that says all it depends on."""
-    path = RUNS / "cache" / f"{name}.pt"
+def cached(args, kind: str, count: int, make, of: str = "pixels") -> dict:
+    """What make() returns, kept in runs/cache/ under a name that says all it depends on; a folder by its files and their dates."""
+    source = args.data
+    if args.data != "world":
+        files = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.data).rglob("*"))
+        source = hashlib.sha256(repr(files).encode()).hexdigest()[:8]
+    path = RUNS / "cache" / f"{source}-{kind}-{count}-{args.side}-{args.seed}-{of}.pt"
     if not path.is_file():
         write_pt(path, make())
     return read_pt(path)
 
 
 def pictures(args) -> dict:
-    """pixels uint8 (N, 1, 3, 64, 64), captions, fps."""
-    if args.data == "world":
-        return cached(f"stills-{args.stills}-{args.seed}", lambda: world_stills(args.stills, args.seed))
-    return gather(folder_clips(args.data, 1, args.side), lambda pixels: {"pixels": pixels})
+    """pixels uint8 (N, 1, 3, side, side), captions, fps."""
+    if args.data != "world":
+        return gather(folder_clips(args.data, 1, args.side), lambda pixels: {"pixels": pixels})
+    return cached(args, "stills", args.stills, lambda: world_stills(args.stills, args.seed, args.side))
 
 
 def gather(groups, of_pixels) -> dict:
@@ -281,15 +287,15 @@ def gather(groups, of_pixels) -> dict:
 def latents(args, kind: str) -> tuple[dict, str]:
     """Stills or clips as fp16 latents (N, T, 4, h, w) with captions and fps; and the hash of the autoencoder they are of."""
     autoencoder, weights = vae.load(args.weights / "vae.pt", args.device)
-    encode = lambda pixels: {"latents": vae.encode_video(autoencoder, pixels).half()}
-    if kind == "stills":
-        stills = pictures(args)
-        groups = lambda: zip(stills["pixels"].split(256), batches(stills["captions"], 256), stills["fps"].split(256))
-    else:
-        groups = lambda: world_clips(args.clips, args.seed) if args.data == "world" else folder_clips(args.data, 16, args.side)
-    source = "world" if args.data == "world" else str(Path(args.data).resolve()).strip("/").replace("/", "-")
-    count = args.stills if kind == "stills" else args.clips
-    return cached(f"{kind}-{source}-{count}-{args.seed}-{weights['hash']}", lambda: gather(groups(), encode)), weights["hash"]
+
+    def groups():
+        if kind == "stills":
+            stills = pictures(args)
+            return zip(stills["pixels"].split(256), batches(stills["captions"], 256), stills["fps"].split(256))
+        return world_clips(args.clips, args.seed, args.side) if args.data == "world" else folder_clips(args.data, 16, args.side)
+
+    make = lambda: gather(groups(), lambda pixels: {"latents": vae.encode_video(autoencoder, pixels).half()})
+    return cached(args, kind, args.stills if kind == "stills" else args.clips, make, weights["hash"]), weights["hash"]
 
 
 def batches(items: list, size: int) -> list:
@@ -309,7 +315,7 @@ def normal(rngs, shape) -> torch.Tensor:
 
 
 def noisy_timesteps(rngs) -> torch.Tensor:
-    """t (N,), drawn towards noise: t = 1 - (1 - u)^1.5. Motion is decided where little else can be seen."""
+    """t (N,), drawn towards noise: t = 1 - (1 - u)^1.5. Motion is decided where little else can be seen. Differs: uniform."""
     return torch.tensor([int(1000 * (1 - (1 - rng.random()) ** 1.5)) for rng in rngs])
 
 
@@ -330,7 +336,7 @@ class Recipe:
 RECIPES = {
     "vae": Recipe(steps=4200, batch=32, lr=1.5e-3),
     "clip": Recipe(steps=900, batch=128, lr=1e-3),
-    "image": Recipe(steps=2400, batch=128, lr=1e-3),
+    "image": Recipe(steps=2000, batch=128, lr=1e-3),
     "base": Recipe(steps=4000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
 }
 
@@ -370,7 +376,7 @@ def prepare_clip(args):
     vocab, merges = text.learn_tokenizer(captions + data["captions"])
     tokenizer = text.build_tokenizer(vocab, merges)
     model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=args.side))
-    words = sorted({word for line in captions + data["captions"] for word in line.lower().split()})
+    words = sorted({word for line in captions + data["captions"] for word in re.findall(r"\w+", line.lower())})
     context = model.config.context
     ids, motion_ids = text.tokenize(tokenizer, data["captions"], context), text.tokenize(tokenizer, captions, context)
 
@@ -429,7 +435,8 @@ def preview_of(args, prompts: list, frames: int):
         clip, tokenizer, _ = text.load(args.weights / "text.pt")
         autoencoder, _ = vae.load(args.weights / "vae.pt", args.device)
         z = base.generate(model, base.Diffusion(), text.encode(clip, tokenizer, prompts), frames, 4., args.side // autoencoder.config.factor)
-        return vae.contact_sheet(vae.decode_video(autoencoder, z if frames > 1 else z.unflatten(0, (-1, 8)).flatten(1, 2)))
+        videos = vae.decode_video(autoencoder, z)                                   # (B, T, 3, H, W)
+        return vae.contact_sheet(videos if frames > 1 else videos.transpose(0, 1), columns=16 if frames > 1 else 8)
     return preview
 
 
@@ -451,6 +458,9 @@ def prepare_base(args):
     data, facts = with_tokens(args, "clips")
     stills, _ = with_tokens(args, "stills")
     image = base.load_weights(args.weights / "image.pt", "image")
+    if any(image["made_by"][key] != facts[key] for key in ("vae", "text")):
+        raise UserError(f"{args.weights / 'image.pt'} is of another autoencoder or text encoder; `python train.py image --fresh` trains one of these")
+    facts["image"] = image["hash"]
     model = base.fill(UNet(base.TINY), image, args.weights / "image.pt", may_lack=UNet.is_inflation)
     diffusion = base.Diffusion()
 
@@ -494,7 +504,7 @@ def train(stage: str, args):
     """Train one stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
     recipe = RECIPES[stage]
     recipe = replace(recipe, **{key: value for key in ("steps", "batch", "lr") if (value := getattr(args, key)) is not None})
-    folder = RUNS / args.name if args.name else RUNS / stage
+    folder = RUNS / args.name / stage
     torch.manual_seed(args.seed)
     model, batch_of, loss_of, preview, config_of, facts = PREPARE[stage](args)
     model.to(args.device, memory_format=torch.channels_last).train()
@@ -506,10 +516,13 @@ def train(stage: str, args):
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     start, minutes = 0, 0.
+    origin = {"stage": stage, "seed": args.seed, "data": str(args.data), "stills": args.stills, "clips": args.clips, "side": args.side,
+              "joint": args.joint, **facts}
     if (folder / "checkpoint.pt").is_file() and not args.fresh:
         state = read_pt(folder / "checkpoint.pt")
-        if state["recipe"] | {"steps": recipe.steps} != asdict(recipe) or state["seed"] != args.seed:
-            raise UserError(f"{folder}/checkpoint.pt is of another recipe or seed: {state['recipe']}, seed {state['seed']}; --fresh starts over")
+        same_recipe = state["recipe"] | {"steps": recipe.steps} == asdict(recipe) and recipe.steps >= state["step"]
+        if not same_recipe or state.get("origin", origin) != origin:
+            raise UserError(f"{folder / 'checkpoint.pt'} is of another recipe, seed, data or weights; --fresh starts over")
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -517,13 +530,13 @@ def train(stage: str, args):
         if start >= recipe.steps and (args.weights / OUTPUT[stage]).is_file():
             return print(f"{stage}: already trained; --fresh starts over")
         print(f"{stage}: going on from step {start}")
-    run_model = torch.compile(model) if args.compile else model
+    step_loss = torch.compile(loss_of) if args.compile else loss_of
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{stage}: {parameters / 1e6:.2f} M parameters, {recipe}")
 
     def save(step):
         write_pt(folder / "checkpoint.pt", {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                                            "step": step, "minutes": minutes, "recipe": asdict(recipe), "seed": args.seed})
+                                            "step": step, "minutes": minutes, "recipe": asdict(recipe), "origin": origin})
 
     def export(path, step):
         with torch.inference_mode():
@@ -545,7 +558,7 @@ def train(stage: str, args):
             for part in batches(list(range(recipe.batch)), -(-recipe.batch // args.accumulate)):
                 batch = {key: value.to(args.device) for key, value in batch_of(step, part).items() if key != "captions"}
                 with fast_autocast(args.device):
-                    each = loss_of(run_model, batch)                                # (N,)
+                    each = step_loss(model, batch)                                  # (N,)
                 (each.mean() * len(part) / recipe.batch).backward()
                 losses.append(each.detach().float().cpu())
                 levels.append(batch["t"].cpu() / 1000 if "t" in batch else torch.zeros(len(each)))
@@ -578,14 +591,14 @@ def train(stage: str, args):
                 save(step + 1)
                 show(step + 1)
                 last_save = time.time()
-            if args.snapshots and (step + 1) % (recipe.steps // args.snapshots) == 0:
+            if args.snapshots and (step + 1) % max(1, recipe.steps // args.snapshots) == 0:
                 export(folder / f"weights-{step + 1:06d}.pt", step + 1)
     except KeyboardInterrupt:
         print(f"\n{stage}: stopped; the same command goes on from {folder / 'checkpoint.pt'}")
         raise
     save(recipe.steps)
-    show(recipe.steps)
     export(args.weights / OUTPUT[stage], recipe.steps)
+    show(recipe.steps)
     print(f"{stage}: {args.weights / OUTPUT[stage]} written after {minutes:.1f} minutes, loss {running:.4f}; look at {folder / 'preview.png'}")
 
 
@@ -600,17 +613,19 @@ def main(argv=None):
     parser.add_argument("--batch", type=positive(int), help="samples per step, instead of the recipe's")
     parser.add_argument("--lr", type=positive(float), help="learning rate, instead of the recipe's")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures")
-    parser.add_argument("--accumulate", type=positive(int), default=1, help="cut each batch into this many pieces, to save memory")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass, to save memory")
+    parser.add_argument("--accumulate", type=positive(int), default=1, help="cut each batch into this many pieces, to save memory (clip then contrasts within a piece)")
+    parser.add_argument("--checkpointing", action="store_true", help="image, base: recompute activations in the backward pass, to save memory")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--fresh", action="store_true", help="start over, whatever checkpoint there is")
     parser.add_argument("--save-minutes", type=positive(float), default=3., help="minutes between checkpoints")
     parser.add_argument("--snapshots", type=int, default=0, help="keep this many weights on the way, for a curve over training")
-    parser.add_argument("--name", help="folder in runs/, instead of the stage's name")
+    parser.add_argument("--name", default="", help="folder in runs/ to keep this run's stages apart from others")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, read and written")
     parser.add_argument("--seed", type=int, default=0, help="of the data, the initial weights and every sample")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    parser.add_device()
     args = parser.parse_args(argv)
+    if args.side % 8:
+        raise UserError(f"--side is {args.side}, where a multiple of the autoencoder's stride of 8 is wanted")
     for stage in PREPARE if args.stage == "all" else [args.stage]:
         train(stage, args)
 

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from base import (WEIGHTS, Attention, Downsample, Parser, ResnetBlock, Upsample, UserError, atomic, configure,
+from base import (MADE_BY, WEIGHTS, Attention, Downsample, Parser, ResnetBlock, Upsample, UserError, atomic, check_out, configure,
                   fast_autocast, fill, load_stage, load_weights, note, run, save_stage)
 
 CHUNK = 32  # frames coded at a time, so that memory does not grow with the length of a video
@@ -84,23 +84,19 @@ class Coder(nn.Module):
 
     def levels(self, x, blocks):
         for block in blocks:
-            for layer in [*block.resnets, *block.resamplers]:
+            for layer in [*block.resnets, *block.downsamplers, *block.upsamplers]:
                 x = layer(x)
         return x
 
 
 class Block(nn.Module):
-    """One level: residual blocks and, under the name Stable Diffusion gives it, a resampler."""
+    """One level: residual blocks and, under the names Stable Diffusion gives them, a resampler."""
 
-    def __init__(self, widths: list, groups: int, name: str, resampler: nn.Module | None):
+    def __init__(self, widths: list, groups: int, downsampler: nn.Module | None = None, upsampler: nn.Module | None = None):
         super().__init__()
         self.resnets = resnets(widths, groups)
-        self.name = name
-        self.add_module(name, nn.ModuleList([resampler] if resampler else []))
-
-    @property
-    def resamplers(self):
-        return getattr(self, self.name)
+        self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
+        self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
 
 class Encoder(Coder):
@@ -110,7 +106,7 @@ class Encoder(Coder):
         widths = [config.channels[0], *config.channels]
         super().__init__(config, 3, 2 * config.latent_channels, widths)
         self.down_blocks = nn.ModuleList(
-            Block([a] + [b] * config.layers, config.groups, "downsamplers", Downsample(b, (0, 1, 0, 1)) if i < len(widths) - 2 else None)
+            Block([a] + [b] * config.layers, config.groups, downsampler=Downsample(b, (0, 1, 0, 1)) if i < len(widths) - 2 else None)
             for i, (a, b) in enumerate(zip(widths, widths[1:])))
 
     def forward(self, x):
@@ -125,7 +121,7 @@ class Decoder(Coder):
         widths = [config.channels[-1], *config.channels[::-1]]
         super().__init__(config, config.latent_channels, 3, widths)
         self.up_blocks = nn.ModuleList(
-            Block([a] + [b] * (config.layers + 1), config.groups, "upsamplers", Upsample(b) if i < len(widths) - 2 else None)
+            Block([a] + [b] * (config.layers + 1), config.groups, upsampler=Upsample(b) if i < len(widths) - 2 else None)
             for i, (a, b) in enumerate(zip(widths, widths[1:])))
 
     def forward(self, z):
@@ -214,10 +210,11 @@ def decode_video(vae: AutoencoderKL, latents: torch.Tensor, label: str = "") -> 
 # ------------------------------------------------------------------------------------------------
 # Files people look at. Pixels are uint8 everywhere here.
 
-PICTURES, VIDEOS = (".png", ".jpg", ".jpeg"), (".mp4", ".gif", ".webm")
+PICTURES, VIDEOS = (".png", ".jpg", ".jpeg"), (".mp4", ".gif", ".webm")  # what is read
+WRITTEN = (".mp4", ".gif", ".png")
 
 
-def read_video(path, max_frames: int | None = None):
+def read_video(path):
     """A video or picture file as uint8 (T, 3, H, W), and its frames per second (1 for a picture).
     Raises UserError on anything that cannot be read."""
     path = Path(path)
@@ -226,23 +223,19 @@ def read_video(path, max_frames: int | None = None):
         raise UserError(f"{path}: unknown extension, where one of {' '.join(VIDEOS + PICTURES)} is wanted")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    frames, fps = [], 1.
+    fps = 1.
     try:
         with iio.imopen(path, "r", plugin="FFMPEG" if suffix in (".mp4", ".webm") else "pillow") as file:
             if suffix in (".mp4", ".webm"):
                 fps = float(file.metadata()["fps"])
             elif suffix == ".gif":
                 fps = 1000 / (file.metadata(index=0).get("duration") or 100)
-            for frame in file.iter():
-                frames.append(torch.from_numpy(np.ascontiguousarray(np.atleast_3d(frame)[..., :3])))  # (H, W, 3)
-                if len(frames) == max_frames:
-                    break
+            frames = [torch.from_numpy(np.array(frame)) for frame in (file.iter() if suffix in (".mp4", ".webm") else file.iter(mode="RGB"))]
     except Exception as error:  # imageio's plugins raise whatever ffmpeg or pillow made them raise
         raise UserError(f"{path} cannot be read: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}") from error
     if not frames or not math.isfinite(fps) or fps <= 0:
         raise UserError(f"{path} holds no frames, or no frame rate")
-    video = torch.stack(frames).permute(0, 3, 1, 2).contiguous()                    # (T, 1 or 3, H, W)
-    return video.expand(-1, 3, -1, -1), fps
+    return torch.stack(frames).permute(0, 3, 1, 2).contiguous(), fps                # (T, 3, H, W)
 
 
 def contact_sheet(videos: torch.Tensor, columns: int = 16) -> torch.Tensor:
@@ -254,12 +247,6 @@ def contact_sheet(videos: torch.Tensor, columns: int = 16) -> torch.Tensor:
     return grid.permute(2, 0, 3, 1, 4).reshape(C, -1, columns * W)
 
 
-def check_extension(path, allowed=(".mp4", ".gif", ".png")):
-    """Refuse a file name before any time is spent on what would go into it."""
-    if Path(path).suffix.lower() not in allowed:
-        raise UserError(f"{path}: unknown extension, where one of {' '.join(allowed)} is wanted")
-
-
 def write_picture(path, picture: torch.Tensor):
     """Write uint8 (3, H, W) as .png."""
     with atomic(path) as temporary:
@@ -268,13 +255,13 @@ def write_picture(path, picture: torch.Tensor):
 
 def write_video(path, video: torch.Tensor, fps: float):
     """Write uint8 (T, 3, H, W) as .mp4 or .gif at `fps`, or as a .png contact sheet."""
-    check_extension(path)
+    check_out(path, WRITTEN)
     suffix = Path(path).suffix.lower()
     if suffix == ".png":
         return write_picture(path, contact_sheet(video[None]))
     with atomic(path) as temporary:
         if suffix == ".gif":
-            delay = max(2, round(100 / fps))
+            delay = min(6000, max(2, round(100 / fps)))
             if abs(100 / delay - fps) > .01:
                 note(f"{path}: a gif counts in 1/100 s, so {fps:g} fps is written as {100 / delay:.4g}")
             iio.imwrite(temporary, video.permute(0, 2, 3, 1).numpy(), duration=10 * delay, loop=0)
@@ -299,16 +286,16 @@ def write_videos(path, videos: torch.Tensor, fps: float) -> list:
 # ------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = Parser("Encode a video file into latents, or decode latents into a video file.").common(out="z.pt or video.mp4")
+    parser = Parser("Encode a video file into latents, or decode latents into a video file.")
     parser.add_argument("action", choices=("encode", "decode"), help="pixels to latents, or latents to pixels")
     parser.add_argument("input", help="encode: .mp4 .gif .webm .png .jpg; decode: a .pt of latents")
     parser.add_argument("--weights", default=WEIGHTS / "vae.pt", help="autoencoder weights, written by train.py")
+    parser.add_argument("-o", "--out", required=True, help="encode: a .pt of latents; decode: .mp4, .gif, .png (a contact sheet), or a .pt of pixels")
+    parser.add_device()
     args = parser.parse_args(argv)
-    if args.out == parser.get_default("out"):
-        args.out = "z.pt" if args.action == "encode" else "video.mp4"
+    check_out(args.out, (".pt",) if args.action == "encode" else (*WRITTEN, ".pt"))
 
     if args.action == "encode":
-        check_extension(args.out, (".pt",))
         video, fps = read_video(args.input)
         vae, weights = load(args.weights, args.device)
         H, W = video.shape[-2:]
@@ -320,11 +307,11 @@ def main(argv=None):
         save_stage(args.out, "latents", latents, text=None, prompts=[Path(args.input).stem], fps=fps, seed=None,
                    history=[f"encode {weights['hash']} {Path(args.input).name}"], vae=weights["hash"])
     else:
-        check_extension(args.out, (".mp4", ".gif", ".png", ".pt"))
         stage = load_stage(args.input, "latents")
         vae, weights = load(args.weights, args.device)
         if stage["vae"] != weights["hash"]:
-            raise UserError(f"{args.input} holds latents of autoencoder {stage['vae']}, but {args.weights} is {weights['hash']}")
+            raise UserError(f"{args.input} holds latents of autoencoder {stage['vae']}, but {args.weights} is {weights['hash']}; "
+                            f"make them anew with `{MADE_BY['latents']}`")
         pixels = decode_video(vae, stage["data"], label="vae decode")
         if args.out.endswith(".pt"):
             save_stage(args.out, "pixels", pixels, text=stage["text"], prompts=stage["prompts"], fps=stage["fps"],
