@@ -648,6 +648,15 @@ def test_equal_content_gives_equal_bytes(stages):
     assert (stages / "again.pt").read_bytes() == (stages / "latents.pt").read_bytes()
 
 
+def test_pictures_samples_and_folders_of_one_command(tmp_path):
+    sample.main(["a red star", "a blue ring", "--frames", "1", "--samples", "2", "--steps", "2", "--out", str(tmp_path / "made")])
+    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [f"a-{w}-{i}.png" for w in ("blue-ring", "red-star") for i in (0, 1)]
+    pictures = [vae.read_video(tmp_path / "made" / f"a-red-star-{i}.png")[0] for i in (0, 1)]
+    assert pictures[0].shape == (1, 3, 64, 64) and not torch.equal(*pictures)
+    sample.main(["a red star", "a blue ring", "--frames", "3", "--steps", "2", "--out", str(tmp_path / "sheet.png")])
+    assert vae.read_video(tmp_path / "sheet.png")[0].shape == (1, 3, 2 * 64, 3 * 64)
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("bombed",)
