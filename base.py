@@ -186,8 +186,10 @@ def load_stage(path, kind: str) -> dict:
         got = f"{data.dtype} {tuple(data.shape)}" if is_tensor else type(data).__name__
         wanted = "float (B, T, 4, h, w)" if kind == "latents" else "torch.uint8 (B, T, 3, H, W)"
         right_type = is_tensor and (data.is_floating_point() if kind == "latents" else data.dtype == torch.uint8)
-        want(right_type and data.ndim == 5 and data.numel() and data.shape[2] == (4 if kind == "latents" else 3), f"data is {got} where {wanted} is wanted")
-        want(isinstance(stage["fps"], float) and 0 < stage["fps"] < math.inf, f"fps is {stage['fps']} where a positive number is wanted")
+        right_shape = right_type and data.ndim == 5 and data.numel() and data.shape[2] == (4 if kind == "latents" else 3)
+        want(right_shape, f"data is {got} where {wanted} is wanted")
+        fps = stage["fps"]
+        want(isinstance(fps, float) and 0 < fps < math.inf, f"fps is {fps} where a positive number is wanted")
         tensors = [data] if kind == "latents" else []
     if kind == "text" or text is not None:
         parts = ("tokens", "pooled", "null_tokens", "null_pooled")
@@ -491,14 +493,14 @@ class UNetConfig:
 class Level(nn.Module):
     """One resolution: residual blocks, each followed by attention within its frame and then over frames, and a resampler."""
 
-    def __init__(self, config: UNetConfig, widths_in: list, width: int, attend: int, skips: list | None = None, resampler: str = ""):
+    def __init__(self, c: UNetConfig, widths_in: list, width: int, attend: int, skips: tuple = (), resampler: str = ""):
         super().__init__()
-        c = config
-        self.resnets = nn.ModuleList(ResnetBlock(w, width, 4 * c.channels[0], c.groups, temporal=c.temporal != "none") for w in widths_in)
+        self.resnets = nn.ModuleList(
+            ResnetBlock(w, width, 4 * c.channels[0], c.groups, temporal=c.temporal != "none") for w in widths_in)
         self.attentions = nn.ModuleList(SpatialTransformer(width, c.heads, c.context_dim, c.groups) for _ in range(attend))
         self.temporal_attentions = nn.ModuleList(
             TemporalAttention(width, c.heads) for _ in range(attend if "attention" in c.temporal else 0))
-        self.gates = nn.ModuleList(AttentionGate(s, w - s) for s, w in zip(skips or [], widths_in) if c.gates)
+        self.gates = nn.ModuleList(AttentionGate(s, w - s) for s, w in zip(skips, widths_in) if c.gates)
         self.downsamplers = nn.ModuleList([Downsample(width)] if resampler == "down" else [])
         self.upsamplers = nn.ModuleList([Upsample(width)] if resampler == "up" else [])
 
@@ -558,7 +560,8 @@ class UNet(nn.Module):
         emb = self.time_embedding(t)                                                # (B, E)
         if T > 1 and hasattr(self, "fps_embedding"):  # a picture has no frame rate
             emb = emb + self.fps_embedding(fps)
-        run = lambda *args: checkpoint(*args, use_reentrant=False) if self.gradient_checkpointing and self.training else args[0](*args[1:])
+        recompute = self.gradient_checkpointing and self.training
+        run = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
 
         x = F.pixel_unshuffle(x.flatten(0, 1), self.config.patch_size)              # (B*T, C*p*p, H/p, W/p)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
@@ -690,7 +693,8 @@ def guided(unet: UNet, context, null_context, fps, guidance_scale: float):
 # The base model itself.
 
 TINY = UNetConfig()
-SD15 = UNetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False), heads=8, context_dim=768, groups=32)
+SD15 = UNetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False), heads=8,
+                  context_dim=768, groups=32)
 
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
@@ -739,8 +743,8 @@ def main(argv=None):
     unet, diffusion, weights = load(args.weights, args.device)
     made_by, text = weights["made_by"], stage["text"]
     if text["encoder"] != made_by["text"]:
-        raise UserError(f"{args.text} was encoded by text weights {text['encoder']}, but {args.weights} was trained on {made_by['text']}; "
-                        f"make it anew with `{MADE_BY['text']}`")
+        raise UserError(f"{args.text} was encoded by text weights {text['encoder']}, but {args.weights} was trained on "
+                        f"{made_by['text']}; make it anew with `{MADE_BY['text']}`")
     latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, args.guidance,
                        args.sampler, args.eta, args.seed, label="base")
     history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"

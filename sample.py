@@ -28,8 +28,9 @@ def cascade(args, prompts: list, folder: Path) -> list:
     weights = lambda name: ["--weights", str(args.weights / f"{name}.pt")]
     return [
         ("text", text.main, [*common, *weights("text"), "-o", file("text"), "--", *prompts]),
-        ("base", base.main, [*common, *weights("base"), "-o", file("base"), file("text"), "--frames", str(args.frames), "--fps", str(args.fps),
-                             "--steps", str(args.steps), "--guidance", str(args.guidance), "--seed", str(args.seed)]),
+        ("base", base.main, [*common, *weights("base"), "-o", file("base"), file("text"), "--frames", str(args.frames),
+                             "--fps", str(args.fps), "--steps", str(args.steps), "--guidance", str(args.guidance),
+                             "--seed", str(args.seed)]),
         ("decode", vae.main, [*common, *weights("vae"), "-o", file("pixels"), "decode", file("base")]),
     ]
 
@@ -62,7 +63,7 @@ def file_names(prompts: list, suffix: str) -> list:
 
 def main(argv=None):
     parser = Parser("Turn prompts into videos.")
-    parser.add_argument("prompts", nargs="+", help="what to show, such as 'a red star moving left' or 'a blue ring bouncing on sand'")
+    parser.add_argument("prompts", nargs="+", help="what to show, such as 'a red star moving left'")
     parser.add_argument("--samples", type=positive(int), default=1, help="videos per prompt")
     parser.add_argument("--frames", type=positive(int), default=16, help="frames per video; 1 gives a picture")
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate, of the motion and of the file alike")

@@ -33,8 +33,9 @@ WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{
 
 def build_tokenizer(vocab: dict, merges: list) -> Tokenizer:
     """CLIP's tokenizer for a vocabulary {token: id} and a list of merges (pairs)."""
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(pair) for pair in merges], end_of_word_suffix="</w>", unk_token=END))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tokenizer = Tokenizer(models.BPE(vocab, [tuple(pair) for pair in merges], end_of_word_suffix="</w>", unk_token=END))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return tokenizer
@@ -48,8 +49,8 @@ def learn_tokenizer(captions: list) -> tuple[dict, list]:
                                                               special_tokens=[END]))
     merges = [pair.split() if isinstance(pair, str) else pair for pair in json.loads(learner.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = list(dict.fromkeys(alphabet + [byte + "</w>" for byte in alphabet] + ["".join(pair) for pair in merges] + [START, END]))
-    return {token: i for i, token in enumerate(tokens)}, merges
+    tokens = alphabet + [byte + "</w>" for byte in alphabet] + ["".join(pair) for pair in merges] + [START, END]
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
 def tokenize(tokenizer: Tokenizer, prompts: list, context: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ import hashlib
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -320,8 +321,7 @@ def noisy_timesteps(rngs) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Stages. Each `prepare` returns what the loop needs: a model, batch_of(step, samples), loss_of(model, batch),
-# preview(model) -> picture (3, H, W), config_of(model) for the weights, and facts about the data the weights were made by.
+# Stages: how long each is trained, and what the loop needs to know of it.
 
 @dataclass
 class Recipe:
@@ -341,7 +341,17 @@ RECIPES = {
 }
 
 
-def prepare_vae(args):
+@dataclass
+class Stage:
+    model: torch.nn.Module
+    batch_of: Callable       # (step, samples) -> tensors, and "captions" for people to read
+    loss_of: Callable        # (model, batch) -> loss of each sample (N,)
+    preview: Callable        # (model) -> picture, uint8 (3, H, W)
+    config_of: Callable      # (model) -> config, as the weights keep it
+    facts: dict              # hashes of the weights it stands on
+
+
+def prepare_vae(args) -> Stage:
     data, side = pictures(args), args.side
     model = vae.AutoencoderKL(vae.VAEConfig())
     latent_shape = (model.config.latent_channels, side // model.config.factor, side // model.config.factor)
@@ -358,19 +368,21 @@ def prepare_vae(args):
         return vae.contact_sheet(torch.stack([originals, vae.to_uint8(model.decode(mean)).cpu()]))
 
     def config_of(model):  # latent diffusion, appendix G: unit variance, measured, and kept with the weights
-        raw = torch.cat([model.encode(vae.to_float(chunk[:, 0]).to(args.device))[0].float() for chunk in data["pixels"][:2048].split(128)])
+        chunks = data["pixels"][:2048, 0].split(128)
+        raw = torch.cat([model.encode(vae.to_float(chunk).to(args.device))[0] for chunk in chunks])
         model.config.scaling_factor = (1 / raw.std()).item()
         return asdict(model.config)
 
-    return model, batch_of, vae.loss, preview, config_of, {}
+    return Stage(model, batch_of, vae.loss, preview, config_of, {})
 
 
 def training_captions() -> list:
     """Every caption a training clip can have; none of a held-out triple or an unseen pair."""
-    return sorted({caption({"colour": c, "shape": s, "motion": m, "ground": g}) for c, s, m in TRIPLES["train"] for g in range(len(GROUNDS))})
+    return sorted({caption({"colour": c, "shape": s, "motion": m, "ground": g})
+                   for c, s, m in TRIPLES["train"] for g in range(len(GROUNDS))})
 
 
-def prepare_clip(args):
+def prepare_clip(args) -> Stage:
     data = pictures(args)
     captions = training_captions() if args.data == "world" else sorted(set(data["captions"]))
     vocab, merges = text.learn_tokenizer(captions + data["captions"])
@@ -396,7 +408,7 @@ def prepare_clip(args):
     def config_of(model):
         return {"clip": asdict(model.config), "tokenizer": {"vocab": vocab, "merges": merges}, "words": words}
 
-    return model, batch_of, text.loss, preview, config_of, {}
+    return Stage(model, batch_of, text.loss, preview, config_of, {})
 
 
 def caption_tokens(args, captions: list):
@@ -418,7 +430,8 @@ def diffusion_batch(args, data: dict, step: int, samples) -> dict:
     dropped = torch.tensor([rng.random() < .1 for rng in rngs])
     context = torch.where(dropped[:, None, None], data["null"], context)
     x = data["latents"][picks].float()                                              # (N, T, 4, h, w)
-    return {"latents": x, "context": context, "fps": data["fps"][picks], "noise": normal(rngs, x.shape[1:]), "t": noisy_timesteps(rngs),
+    return {"latents": x, "context": context, "fps": data["fps"][picks],
+            "noise": normal(rngs, x.shape[1:]), "t": noisy_timesteps(rngs),
             "captions": ["" if drop else data["captions"][i] for i, drop in zip(picks, dropped)]}
 
 
@@ -426,7 +439,8 @@ def with_tokens(args, kind: str) -> tuple[dict, dict]:
     """Latents of `kind` beside the tokens of their captions, and the hashes of what made both."""
     data, vae_hash = latents(args, kind)
     tokens, rows, null, text_hash = caption_tokens(args, data["captions"])
-    return data | {"tokens": tokens, "rows": rows, "null": null}, {"vae": vae_hash, "text": text_hash, "side": data["latents"].shape[-1]}
+    facts = {"vae": vae_hash, "text": text_hash, "side": data["latents"].shape[-1]}
+    return data | {"tokens": tokens, "rows": rows, "null": null}, facts
 
 
 def preview_of(args, prompts: list, frames: int):
@@ -434,7 +448,8 @@ def preview_of(args, prompts: list, frames: int):
     def preview(model):
         clip, tokenizer, _ = text.load(args.weights / "text.pt")
         autoencoder, _ = vae.load(args.weights / "vae.pt", args.device)
-        z = base.generate(model, base.Diffusion(), text.encode(clip, tokenizer, prompts), frames, 4., args.side // autoencoder.config.factor)
+        side = args.side // autoencoder.config.factor
+        z = base.generate(model, base.Diffusion(), text.encode(clip, tokenizer, prompts), frames, 4., side)
         videos = vae.decode_video(autoencoder, z)                                   # (B, T, 3, H, W)
         return vae.contact_sheet(videos if frames > 1 else videos.transpose(0, 1), columns=16 if frames > 1 else 8)
     return preview
@@ -444,35 +459,40 @@ def diffusion_config(model) -> dict:
     return {"unet": asdict(model.config), "diffusion": base.Diffusion().config}
 
 
-def prepare_image(args):
+def prepare_image(args) -> Stage:
     data, facts = with_tokens(args, "stills")
-    model = UNet(replace(base.TINY, temporal="none", gates=False))
-    diffusion = base.Diffusion()
-    prompts = [f"a {colour} {shape}{' ' * bool(ground) + ground}" for colour, shape, ground in
-               zip(list(COLOURS) * 4, SHAPES * 6, GROUNDS * 7)][:32] if args.data == "world" else data["captions"][:32]
-    return (model, lambda step, samples: diffusion_batch(args, data, step, samples), lambda model, batch: base.loss(model, diffusion, batch),
-            preview_of(args, prompts, 1), diffusion_config, facts)
+    model, diffusion = UNet(replace(base.TINY, temporal="none", gates=False)), base.Diffusion()
+    prompts = data["captions"][:32]
+    if args.data == "world":
+        factors = zip(list(COLOURS) * 4, SHAPES * 6, GROUNDS * 7)
+        prompts = [f"a {colour} {shape} {ground}".strip() for colour, shape, ground in factors]
+    return Stage(model, lambda step, samples: diffusion_batch(args, data, step, samples),
+                 lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 1), diffusion_config, facts)
 
 
-def prepare_base(args):
+def prepare_base(args) -> Stage:
+    """Make-A-Video, section 3.4: the image model, inflated, goes on to learn from video.
+
+    Every fourth step is of pictures, four for each clip. Differs: Imagen Video packs its pictures into clips."""
     data, facts = with_tokens(args, "clips")
     stills, _ = with_tokens(args, "stills")
-    image = base.load_weights(args.weights / "image.pt", "image")
+    path = args.weights / "image.pt"
+    image = base.load_weights(path, "image")
     if any(image["made_by"][key] != facts[key] for key in ("vae", "text")):
-        raise UserError(f"{args.weights / 'image.pt'} is of another autoencoder or text encoder; `python train.py image --fresh` trains one of these")
-    facts["image"] = image["hash"]
-    model = base.fill(UNet(base.TINY), image, args.weights / "image.pt", may_lack=UNet.is_inflation)
-    diffusion = base.Diffusion()
+        raise UserError(f"{path} is of another autoencoder or text encoder; train it anew with `python train.py image --fresh`")
+    model, diffusion = base.fill(UNet(base.TINY), image, path, may_lack=UNet.is_inflation), base.Diffusion()
 
-    def batch_of(step, samples):  # every fourth step is of pictures, four for each clip. Differs: Imagen Video packs them into clips
+    def batch_of(step, samples):
         if args.joint and step % 4 == 3:
             return diffusion_batch(args, stills, step, [4 * i + k for i in samples for k in range(4)])
         return diffusion_batch(args, data, step, samples)
 
-    prompts = ["a red star moving left", "a cyan circle bouncing on sand", "a yellow square spinning on grass",
-               "a green triangle growing at night", "a pink ring circling", "a blue cross moving up on bricks"]
-    return (model, batch_of, lambda model, batch: base.loss(model, diffusion, batch),
-            preview_of(args, prompts if args.data == "world" else data["captions"][:6], 16), diffusion_config, facts)
+    prompts = data["captions"][:6]
+    if args.data == "world":
+        prompts = ["a red star moving left", "a cyan circle bouncing on sand", "a yellow square spinning on grass",
+                   "a green triangle growing at night", "a pink ring circling", "a blue cross moving up on bricks"]
+    return Stage(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 16),
+                 diffusion_config, facts | {"image": image["hash"]})
 
 
 PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image, "base": prepare_base}
@@ -497,7 +517,8 @@ def dump_first_batch(folder: Path, batch: dict, args):
         videos = vae.decode_video(vae.load(args.weights / "vae.pt", args.device)[0], batch["latents"][:8])
     vae.write_video(folder / "first_batch.gif", torch.cat(list(videos), dim=3), 4.)  # (T, 3, H, 8*W)
     rates = batch["fps"].tolist() if "fps" in batch else [1.] * len(videos)
-    (folder / "first_batch.txt").write_text("\n".join(f"{rate:5.2f} fps  {words}" for rate, words in zip(rates, batch["captions"][:8])) + "\n")
+    lines = [f"{rate:5.2f} fps  {words}\n" for rate, words in zip(rates, batch["captions"][:8])]
+    (folder / "first_batch.txt").write_text("".join(lines))
 
 
 def train(stage: str, args):
@@ -506,8 +527,8 @@ def train(stage: str, args):
     recipe = replace(recipe, **{key: value for key in ("steps", "batch", "lr") if (value := getattr(args, key)) is not None})
     folder = RUNS / args.name / stage
     torch.manual_seed(args.seed)
-    model, batch_of, loss_of, preview, config_of, facts = PREPARE[stage](args)
-    model.to(args.device, memory_format=torch.channels_last).train()
+    setup = PREPARE[stage](args)
+    model = setup.model.to(args.device, memory_format=torch.channels_last).train()
     if hasattr(model, "gradient_checkpointing"):
         model.gradient_checkpointing = args.checkpointing
     fresh = lambda name: recipe.fresh_lr > 0 and UNet.is_inflation(name)
@@ -516,8 +537,8 @@ def train(stage: str, args):
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     start, minutes = 0, 0.
-    origin = {"stage": stage, "seed": args.seed, "data": str(args.data), "stills": args.stills, "clips": args.clips, "side": args.side,
-              "joint": args.joint, **facts}
+    origin = {"stage": stage, "seed": args.seed, "data": args.data, "stills": args.stills, "clips": args.clips,
+              "side": args.side, "joint": args.joint, **setup.facts}
     if (folder / "checkpoint.pt").is_file() and not args.fresh:
         state = read_pt(folder / "checkpoint.pt")
         same_recipe = state["recipe"] | {"steps": recipe.steps} == asdict(recipe) and recipe.steps >= state["step"]
@@ -530,33 +551,34 @@ def train(stage: str, args):
         if start >= recipe.steps and (args.weights / OUTPUT[stage]).is_file():
             return print(f"{stage}: already trained; --fresh starts over")
         print(f"{stage}: going on from step {start}")
-    step_loss = torch.compile(loss_of) if args.compile else loss_of
+    step_loss = torch.compile(setup.loss_of) if args.compile else setup.loss_of
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{stage}: {parameters / 1e6:.2f} M parameters, {recipe}")
 
     def save(step):
-        write_pt(folder / "checkpoint.pt", {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                                            "step": step, "minutes": minutes, "recipe": asdict(recipe), "origin": origin})
+        write_pt(folder / "checkpoint.pt", {
+            "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+            "step": step, "minutes": minutes, "recipe": asdict(recipe), "origin": origin})
 
     def export(path, step):
         with torch.inference_mode():
-            config = config_of(ema)
-        save_weights(path, stage, config, ema, steps=step, seed=args.seed, data=str(args.data), minutes=round(minutes, 1),
-                     metrics={"loss": round(running, 5)}, **facts)
+            config = setup.config_of(ema)
+        save_weights(path, stage, config, ema, steps=step, seed=args.seed, data=args.data, minutes=round(minutes, 1),
+                     metrics={"loss": round(running, 5)}, **setup.facts)
 
     def show(step):
         with torch.inference_mode(), fast_autocast(args.device):
-            vae.write_picture(folder / "preview.png", preview(ema))
+            vae.write_picture(folder / "preview.png", setup.preview(ema))
 
     base.check_folder(folder)
-    dump_first_batch(folder, batch_of(0, range(min(8, recipe.batch))), args)
+    dump_first_batch(folder, setup.batch_of(0, range(min(8, recipe.batch))), args)
     bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=stage, unit="step")
     window, running, step, last_save, last_step = [], math.nan, start, time.time(), time.time()
     try:
         for step in bar:
             losses, levels = [], []
             for part in batches(list(range(recipe.batch)), -(-recipe.batch // args.accumulate)):
-                batch = {key: value.to(args.device) for key, value in batch_of(step, part).items() if key != "captions"}
+                batch = {key: value.to(args.device) for key, value in setup.batch_of(step, part).items() if key != "captions"}
                 with fast_autocast(args.device):
                     each = step_loss(model, batch)                                  # (N,)
                 (each.mean() * len(part) / recipe.batch).backward()
@@ -581,7 +603,8 @@ def train(stage: str, args):
                 losses, levels = (torch.cat(column) for column in zip(*window))
                 running = losses.mean().item()
                 quartiles = [losses[(levels * 4).long() == q].mean().item() for q in range(4)]
-                bar.set_postfix(loss=f"{running:.4f}", samples_per_s=f"{len(losses) / len(window) * (bar.format_dict['rate'] or 0):.1f}")
+                rate = len(losses) / len(window) * (bar.format_dict["rate"] or 0)
+                bar.set_postfix(loss=f"{running:.4f}", samples_per_s=f"{rate:.1f}")
                 new = step < 25 or not (folder / "log.csv").is_file()
                 with open(folder / "log.csv", "w" if new else "a", newline="") as file:
                     csv.writer(file).writerows([["step", "minutes", "loss", "t<1/4", "t<1/2", "t<3/4", "t<1"]] * new
@@ -599,7 +622,7 @@ def train(stage: str, args):
     save(recipe.steps)
     export(args.weights / OUTPUT[stage], recipe.steps)
     show(recipe.steps)
-    print(f"{stage}: {args.weights / OUTPUT[stage]} written after {minutes:.1f} minutes, loss {running:.4f}; look at {folder / 'preview.png'}")
+    print(f"{stage}: {minutes:.1f} minutes, loss {running:.4f}; wrote {args.weights / OUTPUT[stage]}; look at {folder / 'preview.png'}")
 
 
 def main(argv=None):
@@ -613,8 +636,8 @@ def main(argv=None):
     parser.add_argument("--batch", type=positive(int), help="samples per step, instead of the recipe's")
     parser.add_argument("--lr", type=positive(float), help="learning rate, instead of the recipe's")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures")
-    parser.add_argument("--accumulate", type=positive(int), default=1, help="cut each batch into this many pieces, to save memory (clip then contrasts within a piece)")
-    parser.add_argument("--checkpointing", action="store_true", help="image, base: recompute activations in the backward pass, to save memory")
+    parser.add_argument("--accumulate", type=positive(int), default=1, help="cut each batch into this many pieces (clip contrasts within one)")
+    parser.add_argument("--checkpointing", action="store_true", help="image, base: recompute activations backwards, to save memory")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--fresh", action="store_true", help="start over, whatever checkpoint there is")
     parser.add_argument("--save-minutes", type=positive(float), default=3., help="minutes between checkpoints")

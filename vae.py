@@ -106,8 +106,8 @@ class Encoder(Coder):
         widths = [config.channels[0], *config.channels]
         super().__init__(config, 3, 2 * config.latent_channels, widths)
         self.down_blocks = nn.ModuleList(
-            Block([a] + [b] * config.layers, config.groups, downsampler=Downsample(b, (0, 1, 0, 1)) if i < len(widths) - 2 else None)
-            for i, (a, b) in enumerate(zip(widths, widths[1:])))
+            Block([a] + [b] * config.layers, config.groups, downsampler=Downsample(b, (0, 1, 0, 1)) if more else None)
+            for a, b, more in zip(widths, widths[1:], [True] * (len(widths) - 2) + [False]))
 
     def forward(self, x):
         x = self.middle(self.levels(self.conv_in(x), self.down_blocks))
@@ -121,8 +121,8 @@ class Decoder(Coder):
         widths = [config.channels[-1], *config.channels[::-1]]
         super().__init__(config, config.latent_channels, 3, widths)
         self.up_blocks = nn.ModuleList(
-            Block([a] + [b] * (config.layers + 1), config.groups, upsampler=Upsample(b) if i < len(widths) - 2 else None)
-            for i, (a, b) in enumerate(zip(widths, widths[1:])))
+            Block([a] + [b] * (config.layers + 1), config.groups, upsampler=Upsample(b) if more else None)
+            for a, b, more in zip(widths, widths[1:], [True] * (len(widths) - 2) + [False]))
 
     def forward(self, z):
         x = self.levels(self.middle(self.conv_in(z)), self.up_blocks)
@@ -230,9 +230,10 @@ def read_video(path):
                 fps = float(file.metadata()["fps"])
             elif suffix == ".gif":
                 fps = 1000 / (file.metadata(index=0).get("duration") or 100)
-            frames = [torch.from_numpy(np.array(frame)) for frame in (file.iter() if suffix in (".mp4", ".webm") else file.iter(mode="RGB"))]
+            frames = file.iter() if suffix in (".mp4", ".webm") else file.iter(mode="RGB")
+            frames = [torch.from_numpy(np.array(frame)) for frame in frames]        # (H, W, 3) each
     except Exception as error:  # imageio's plugins raise whatever ffmpeg or pillow made them raise
-        raise UserError(f"{path} cannot be read: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}") from error
+        raise UserError(f"{path} cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
     if not frames or not math.isfinite(fps) or fps <= 0:
         raise UserError(f"{path} holds no frames, or no frame rate")
     return torch.stack(frames).permute(0, 3, 1, 2).contiguous(), fps                # (T, 3, H, W)
@@ -290,7 +291,8 @@ def main(argv=None):
     parser.add_argument("action", choices=("encode", "decode"), help="pixels to latents, or latents to pixels")
     parser.add_argument("input", help="encode: .mp4 .gif .webm .png .jpg; decode: a .pt of latents")
     parser.add_argument("--weights", default=WEIGHTS / "vae.pt", help="autoencoder weights, written by train.py")
-    parser.add_argument("-o", "--out", required=True, help="encode: a .pt of latents; decode: .mp4, .gif, .png (a contact sheet), or a .pt of pixels")
+    parser.add_argument("-o", "--out", required=True,
+                        help="encode: a .pt of latents; decode: .mp4, .gif, .png (a contact sheet), or a .pt of pixels")
     parser.add_device()
     args = parser.parse_args(argv)
     check_out(args.out, (".pt",) if args.action == "encode" else (*WRITTEN, ".pt"))
