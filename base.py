@@ -8,7 +8,7 @@ image model applied to every frame. The article's two further ingredients are he
     in    text.pt   tokens (B, L, D) of B prompts, from text.py
     out   base.pt   latents (B, T, 4, h, w) of unit variance, for vae.py decode
 
-    python base.py text.pt -o base.pt --frames 16 --fps 4 --steps 25 --guidance 3 --seed 0
+    python base.py text.pt -o base.pt --frames 16 --fps 4 --steps 16 --guidance 3 --seed 0
 
 Read top to bottom: what all stages share, pseudo-3D layers, the U-Net, diffusion and its samplers, main.
 Shapes: (B, T, C, H, W) is a video, (B*T, C, H, W) are its frames, (B, L, D) is text.
@@ -656,7 +656,7 @@ class Diffusion:
         return (sigma_s / sigma_t) * z - alpha_s * torch.expm1(-h) * x
 
     @torch.no_grad()
-    def sample(self, predict, z, steps: int = 25, sampler: str = "dpmpp", eta: float = 0., seed: int = 0, label: str = ""):
+    def sample(self, predict, z, steps: int = 16, sampler: str = "dpmpp", eta: float = 0., seed: int = 0, label: str = ""):
         """Walk z (B, ...) from pure noise to clean data in `steps` calls of predict(z, t). A label shows a progress bar.
 
         Timesteps are trailing: the first is the noisiest that was trained, the last step ends at no noise."""
@@ -710,7 +710,7 @@ def load(path=WEIGHTS / "base.pt", device="cpu"):
     return unet.to(device, memory_format=torch.channels_last).eval(), Diffusion(**weights["config"]["diffusion"]), weights
 
 
-def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int = 25,
+def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int = 16,
              guidance: float = 3., sampler: str = "dpmpp", eta: float = 0., seed: int = 0, label: str = ""):
     """Latents of one video per prompt, (B, T, 4, side, side)."""
     device = next(unet.parameters()).device
@@ -727,7 +727,7 @@ def main(argv=None):
     parser.add_argument("--weights", default=WEIGHTS / "base.pt", help="base or image weights, written by train.py")
     parser.add_argument("--frames", type=positive(int), default=16, help="frames per video; 1 gives a picture")
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate told to the model; trained on 4 to 30")
-    parser.add_argument("--steps", type=positive(int), default=25, help="sampling steps, 1000 at most")
+    parser.add_argument("--steps", type=positive(int), default=16, help="sampling steps, 1000 at most")
     parser.add_argument("--guidance", type=finite, default=3., help="classifier-free guidance scale; 1 is none")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim"), default="dpmpp", help="DPM-Solver++(2M) or DDIM")
     parser.add_argument("--eta", type=finite, default=0., help="fresh noise per step of ddim: 0 none, 1 ancestral")

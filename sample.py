@@ -67,7 +67,7 @@ def main(argv=None):
     parser.add_argument("--samples", type=positive(int), default=1, help="videos per prompt")
     parser.add_argument("--frames", type=positive(int), default=16, help="frames per video; 1 gives a picture")
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate, of the motion and of the file alike")
-    parser.add_argument("--steps", type=positive(int), default=25, help="sampling steps")
+    parser.add_argument("--steps", type=positive(int), default=16, help="sampling steps")
     parser.add_argument("--guidance", type=base.finite, default=3., help="classifier-free guidance scale; 1 is none")
     parser.add_argument("-o", "--out", default="out", help="a folder, or a file: .mp4, .gif, or .png for one contact sheet of all")
     parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file in this folder")

@@ -9,8 +9,9 @@ which picture. Stable Diffusion reads the text half's last hidden states, token 
     python text.py "a red star moving left" "a blue ring bouncing on sand" -o text.pt
 
 Layers bear the names of Hugging Face's CLIPModel, whose text half is the text encoder in Stable Diffusion's folder.
-Differs: pictures hold no motion, so beside CLIP's loss the text half learns to predict the next token. That is what
-tells it "left" from "right"; it is also what T5 brings to Imagen Video.
+Differs: pictures hold no motion, so beside CLIP's loss the text half learns two things from captions alone: to predict
+the next token, as a language model does, and to name all of a caption's words from its last state. The second is what
+keeps "left" far from "right": nothing ever follows these words from which a next token could tell them apart.
 """
 import json
 import math
@@ -145,8 +146,8 @@ class TextTransformer(nn.Module):
         self.embeddings.position_embedding = nn.Embedding(c.context, c.width)
         self.encoder = Encoder(c.width, c.layers, c.heads, causal=True)
         self.final_layer_norm = nn.LayerNorm(c.width)
-        nn.init.normal_(self.embeddings.token_embedding.weight, std=.02)  # CLIP's; small, since it also reads the next token
-        nn.init.normal_(self.embeddings.position_embedding.weight, std=.01)
+        nn.init.normal_(self.embeddings.token_embedding.weight, std=.1)  # small, since it also reads the next token
+        nn.init.normal_(self.embeddings.position_embedding.weight, std=.05)
 
     def forward(self, ids):
         x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]
@@ -190,17 +191,20 @@ class CLIP(nn.Module):
         captions = F.normalize(self.text_projection(self.text_model(ids)[1]).float(), dim=-1)
         return self.logit_scale.exp().clamp(max=100) * pictures @ captions.T
 
-    def next_token_loss(self, ids):
-        """Mean cross-entropy of each caption's next token, up to its first end. (M, L) -> (M,)"""
-        tokens = self.text_model(ids)[0][:, :-1].float()                            # (M, L-1, D)
-        logits = tokens @ self.text_model.embeddings.token_embedding.weight.T       # (M, L-1, vocabulary)
-        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        counts = torch.arange(ids.shape[1] - 1, device=ids.device) < ids.argmax(1, keepdim=True)
-        return (losses * counts).sum(1) / counts.sum(1)
+    def language_loss(self, ids):
+        """Mean cross-entropy of each caption's next token, up to its first end; plus that of naming all its words from the
+        state at its end alone. (M, L) -> (M,)"""
+        embeddings, position = self.text_model.embeddings.token_embedding.weight, torch.arange(ids.shape[1], device=ids.device)
+        length = ids.argmax(1, keepdim=True)                                        # (M, 1): where the first end stands
+        tokens, pooled = (states.float() for states in self.text_model(ids))        # (M, L, D), (M, D)
+        next_token = F.cross_entropy((tokens[:, :-1] @ embeddings.T).transpose(1, 2), ids[:, 1:], reduction="none")
+        recall = -(pooled @ embeddings.T).log_softmax(1).gather(1, ids)             # (M, L)
+        mean = lambda losses, counts: (losses * counts).sum(1) / counts.sum(1)
+        return mean(next_token, position[:-1] < length) + mean(recall, (position > 0) & (position < length))
 
 
 def loss(clip: CLIP, batch: dict) -> torch.Tensor:
-    """Symmetric contrastive loss of pictures and captions, plus next-token loss of captions with motion; (N,).
+    """Symmetric contrastive loss of pictures and captions, plus the language loss of captions with motion; (N,).
     batch: pixels (N, 3, H, W), ids (N, L) of their captions, motion_ids (N, L) of other captions.
 
     Differs: in so small a world many pictures of a batch have the same caption, and each of them is right for each."""
@@ -208,7 +212,7 @@ def loss(clip: CLIP, batch: dict) -> torch.Tensor:
     same = (ids[:, None] == ids[None]).all(-1).float()                              # (N, N)
     target = same / same.sum(1, keepdim=True)
     contrastive = (F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")) / 2
-    return contrastive + clip.next_token_loss(batch["motion_ids"])
+    return contrastive + clip.language_loss(batch["motion_ids"])
 
 
 # ------------------------------------------------------------------------------------------------
