@@ -412,10 +412,10 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x, emb=None, frames: int = 1):                                # (B*T, C, H, W), (B, E)
+    def forward(self, x, emb=None, frames: int = 1):                                # (B*T, C, H, W), (B*T, E)
         h = self.conv1(F.silu(self.norm1(x)), frames)
         if emb is not None:
-            h = h + self.time_emb_proj(F.silu(emb)).repeat_interleave(frames, 0)[:, :, None, None]
+            h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)), frames)
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)  # (B*T, C', H, W)
 
@@ -528,9 +528,10 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(c.in_channels * patch, width, 3, padding=1)
         self.time_embedding = Embedding(width, 4 * width)
         if c.temporal != "none":
-            self.fps_embedding = Embedding(width, 4 * width)
-            nn.init.zeros_(self.fps_embedding.linear_2.weight)
-            nn.init.zeros_(self.fps_embedding.linear_2.bias)
+            self.fps_embedding, self.frame_embedding = Embedding(width, 4 * width), Embedding(width, 4 * width)
+            for embedding in (self.fps_embedding, self.frame_embedding):
+                nn.init.zeros_(embedding.linear_2.weight)
+                nn.init.zeros_(embedding.linear_2.bias)
 
         skips = [width]
         self.down_blocks = nn.ModuleList()
@@ -553,13 +554,16 @@ class UNet(nn.Module):
     @staticmethod
     def is_inflation(name: str) -> bool:
         """Is this parameter one that an image model does not have?"""
-        return any(part in name for part in ("temporal", "fps_embedding", "gates"))
+        return any(part in name for part in ("temporal", "fps_embedding", "frame_embedding", "gates"))
 
     def forward(self, x, t, context=None, fps=None):                                # (B, T, C, H, W), (B,), (B, L, D), (B,)
         B, T = x.shape[:2]
-        emb = self.time_embedding(t)                                                # (B, E)
-        if T > 1 and hasattr(self, "fps_embedding"):  # a picture has no frame rate
-            emb = emb + self.fps_embedding(fps)
+        emb = self.time_embedding(t).repeat_interleave(T, 0)                        # (B*T, E)
+        if T > 1 and hasattr(self, "fps_embedding"):  # a picture has no frame rate, and no place among others
+            # Differs: the number of a frame is told to every residual block, not to temporal attention alone. Where an object
+            # is in frame 15 follows from the prompt and that number; attention is slow to learn which frame is its own.
+            emb = emb + self.fps_embedding(fps).repeat_interleave(T, 0)
+            emb = emb + self.frame_embedding(torch.arange(T, device=x.device)).repeat(B, 1)
         recompute = self.gradient_checkpointing and self.training
         run = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
 
