@@ -472,6 +472,24 @@ class Embedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoid(value, self.linear_1.in_features))))
 
 
+class MomentEmbedding(Embedding):
+    """The moment of a frame, in seconds from the clip's start, multiplied with the prompt, as one vector (B*T, E).
+
+    Differs: the papers let attention find out how prompt and time belong together. Averaged over a clip, "left" says nothing
+    about a frame, nor does its number averaged over prompts; only their product does, and it is here from the first step."""
+
+    def __init__(self, in_dim: int, dim: int, context_dim: int | None):
+        super().__init__(in_dim, dim)
+        if context_dim:
+            self.prompt = nn.Linear(context_dim, dim)
+
+    def forward(self, seconds, context=None):                                       # (B, T), (B, L, D)
+        h = self.linear_1(sinusoid(4 * seconds.flatten(), self.linear_1.in_features)).unflatten(0, seconds.shape)  # (B, T, E)
+        if context is not None:
+            h = h * (1 + self.prompt(context[:, -1:]))                              # the last token has seen all others
+        return self.linear_2(F.silu(h)).flatten(0, 1)                               # (B*T, E)
+
+
 # ------------------------------------------------------------------------------------------------
 # The U-Net: Stable Diffusion's, inflated.
 
@@ -528,8 +546,9 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(c.in_channels * patch, width, 3, padding=1)
         self.time_embedding = Embedding(width, 4 * width)
         if c.temporal != "none":
-            self.fps_embedding, self.frame_embedding = Embedding(width, 4 * width), Embedding(width, 4 * width)
-            for embedding in (self.fps_embedding, self.frame_embedding):
+            self.fps_embedding = Embedding(width, 4 * width)
+            self.moment_embedding = MomentEmbedding(width, 4 * width, c.context_dim)
+            for embedding in (self.fps_embedding, self.moment_embedding):
                 nn.init.zeros_(embedding.linear_2.weight)
                 nn.init.zeros_(embedding.linear_2.bias)
 
@@ -554,16 +573,14 @@ class UNet(nn.Module):
     @staticmethod
     def is_inflation(name: str) -> bool:
         """Is this parameter one that an image model does not have?"""
-        return any(part in name for part in ("temporal", "fps_embedding", "frame_embedding", "gates"))
+        return any(part in name for part in ("temporal", "fps_embedding", "moment_embedding", "gates"))
 
     def forward(self, x, t, context=None, fps=None):                                # (B, T, C, H, W), (B,), (B, L, D), (B,)
         B, T = x.shape[:2]
         emb = self.time_embedding(t).repeat_interleave(T, 0)                        # (B*T, E)
         if T > 1 and hasattr(self, "fps_embedding"):  # a picture has no frame rate, and no place among others
-            # Differs: the number of a frame is told to every residual block, not to temporal attention alone. Where an object
-            # is in frame 15 follows from the prompt and that number; attention is slow to learn which frame is its own.
-            emb = emb + self.fps_embedding(fps).repeat_interleave(T, 0)
-            emb = emb + self.frame_embedding(torch.arange(T, device=x.device)).repeat(B, 1)
+            seconds = torch.arange(T, device=x.device) / fps[:, None]               # (B, T)
+            emb = emb + self.fps_embedding(fps).repeat_interleave(T, 0) + self.moment_embedding(seconds, context)
         recompute = self.gradient_checkpointing and self.training
         run = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
 
