@@ -337,7 +337,7 @@ RECIPES = {
     "vae": Recipe(steps=4200, batch=32, lr=1.5e-3),
     "clip": Recipe(steps=700, batch=128, lr=1e-3),
     "image": Recipe(steps=1300, batch=128, lr=1e-3),
-    "base": Recipe(steps=1500, batch=16, lr=4e-4, fresh_lr=1.5e-3),
+    "base": Recipe(steps=1200, batch=16, lr=4e-4, fresh_lr=1.5e-3),
 }
 
 
