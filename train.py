@@ -542,7 +542,7 @@ def train(stage: str, args):
     if (folder / "checkpoint.pt").is_file() and not args.fresh:
         state = read_pt(folder / "checkpoint.pt")
         same_recipe = state["recipe"] | {"steps": recipe.steps} == asdict(recipe) and recipe.steps >= state["step"]
-        if not same_recipe or state.get("origin", origin) != origin:
+        if not same_recipe or state["origin"] != origin:
             raise UserError(f"{folder / 'checkpoint.pt'} is of another recipe, seed, data or weights; --fresh starts over")
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
