@@ -805,6 +805,25 @@ def evaluate_autoencoder(clips: int):
             print(f"  {name:12s} centroid of a sliding object off by {off.mean():.3f} px, 95 % within {off.quantile(.95):.3f}, worst {off.max():.3f}")
 
 
+def evaluate_hearing(weights: Path, clips: int = 64):
+    """Does the video model hear the motion? Its loss on sliding clips with their own captions, and with left and right, up and
+    down exchanged. Equal losses mean that the word is not used: this shows long before samples do."""
+    (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = base.load(weights), vae.load(), text.load()
+    slides = [f for f in factors_of(["train"], [0], 20 * clips) if f[2] < 4][:clips]
+    truth = torch.stack([train.render(scene_of(f, i), np.arange(16) / 4) for i, f in enumerate(slides)])
+    x, fps = vae.encode_video(autoencoder, truth), torch.full((clips,), 4.)
+    noise = base.initial_noise(x.shape, seed=0)
+    print("\nLoss with the right caption, and with the opposite direction (new scenes of trained triples on black)")
+    for t in (500, 700, 900):
+        losses = []
+        for words in (slides, [(c, s, m ^ 1, g) for c, s, m, g in slides]):
+            context = text.encode(clip, tokenizer, [in_words(f) for f in words])["tokens"]
+            batch = {"latents": x, "context": context, "fps": fps, "noise": noise, "t": torch.full((clips,), t)}
+            with torch.no_grad(), base.fast_autocast("cpu"):
+                losses.append(base.loss(unet, diffusion, batch).mean().item())
+        print(f"  t = {t}   {losses[0]:.4f}   {losses[1]:.4f}   ({100 * (losses[1] / losses[0] - 1):+.1f} %)")
+
+
 def make(factors: list, fps: float = 4., guidance: float = GUIDANCE, steps: int = STEPS, weights=WEIGHTS / "base.pt", label: str = "", seed: int = 0):
     """Videos of the prompts, uint8 (N, 16, 3, 64, 64), eight at a time."""
     clip, tokenizer, _ = text.load()
@@ -827,7 +846,9 @@ def fidelity(videos: torch.Tensor, factors: list) -> dict:
 
 def print_fidelity(name: str, factors: list, **settings):
     share = fidelity(make(factors, label=name, **settings), factors)
-    error = 1.96 * math.sqrt(max(1e-9, share["first three"] * (1 - share["first three"])) / len(factors))
+    n = len(factors) + 4  # Agresti and Coull: two more of each, so that 0 of 96 is not certainty
+    middle = (share["first three"] * len(factors) + 2) / n
+    error = 1.96 * math.sqrt(middle * (1 - middle) / n)
     print(f"  {name:34s} {len(factors):4d}   " + "   ".join(f"{100 * v:5.1f}" for v in share.values()) + f" ± {100 * error:.1f}", flush=True)
 
 
@@ -837,6 +858,7 @@ def evaluate(args):
     wrong = sum((d["colour"], d["shape"], d["motion"], d["ground"]) != f for d, f in read)
     print(f"\nThe reader itself: all four factors right on {100 - 100 * wrong / len(read):.1f} % of {len(read)} rendered clips")
     evaluate_autoencoder(96)
+    evaluate_hearing(args.weights)
     settings = dict(guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=args.weights)
     print("\nPrompt fidelity at 4 fps, in %              prompts  colour  shape   motion  ground  first three")
     print_fidelity("held-out triples on black", factors_of(["held-out"], [0], args.prompts), **settings)
