@@ -273,6 +273,13 @@ def sinusoid(position: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer with every parameter zero: what stands behind it starts as nothing, and a residual around it as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
 class PseudoConv3d(nn.Conv2d):
     """Conv_P3D(h) = Conv1D( Conv2D(h) . T ) . T                                       Make-A-Video, Eq. 2
 
@@ -382,8 +389,7 @@ class TemporalAttention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm, self.attn = nn.LayerNorm(dim), Attention(dim, heads)
-        nn.init.zeros_(self.attn.to_out[0].weight)
-        nn.init.zeros_(self.attn.to_out[0].bias)
+        zeroed(self.attn.to_out)
 
     def forward(self, x, frames: int = 1):                                          # (B*T, C, H, W)
         if frames == 1:
@@ -453,9 +459,7 @@ class AttentionGate(nn.Module):
         inner = max(skip_channels // 2, 1)
         self.to_skip = nn.Conv2d(skip_channels, inner, 1, bias=False)
         self.to_gating = nn.Conv2d(gating_channels, inner, 1)
-        self.psi = nn.Conv2d(inner, 1, 1)
-        nn.init.zeros_(self.psi.weight)
-        nn.init.zeros_(self.psi.bias)
+        self.psi = zeroed(nn.Conv2d(inner, 1, 1))
 
     def forward(self, skip, gating):                                                # (B*T, C, H, W), (B*T, C', H, W)
         return skip * 2 * self.psi(F.relu(self.to_skip(skip) + self.to_gating(gating))).sigmoid()
@@ -548,9 +552,8 @@ class UNet(nn.Module):
         if c.temporal != "none":
             self.fps_embedding = Embedding(width, 4 * width)
             self.moment_embedding = MomentEmbedding(width, 4 * width, c.context_dim)
-            for embedding in (self.fps_embedding, self.moment_embedding):
-                nn.init.zeros_(embedding.linear_2.weight)
-                nn.init.zeros_(embedding.linear_2.bias)
+            zeroed(self.fps_embedding.linear_2)
+            zeroed(self.moment_embedding.linear_2)
 
         skips = [width]
         self.down_blocks = nn.ModuleList()
@@ -566,9 +569,7 @@ class UNet(nn.Module):
             out = c.channels[i]
             self.up_blocks.append(Level(c, widths_in, out, (c.layers + 1) * c.attention[i], popped, resampler="up" if i else ""))
         self.conv_norm_out = nn.GroupNorm(c.groups, width)
-        self.conv_out = nn.Conv2d(width, c.out_channels * patch, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        self.conv_out = zeroed(nn.Conv2d(width, c.out_channels * patch, 3, padding=1))
 
     @staticmethod
     def is_inflation(name: str) -> bool:

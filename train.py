@@ -636,7 +636,8 @@ def main(argv=None):
     parser.add_argument("--batch", type=positive(int), help="samples per step, instead of the recipe's")
     parser.add_argument("--lr", type=positive(float), help="learning rate, instead of the recipe's")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures")
-    parser.add_argument("--accumulate", type=positive(int), default=1, help="cut each batch into this many pieces (clip contrasts within one)")
+    parser.add_argument("--accumulate", type=positive(int), default=1,
+                        help="cut each batch into this many pieces (clip contrasts within one)")
     parser.add_argument("--checkpointing", action="store_true", help="image, base: recompute activations backwards, to save memory")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--fresh", action="store_true", help="start over, whatever checkpoint there is")
