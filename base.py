@@ -476,22 +476,29 @@ class Embedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoid(value, self.linear_1.in_features))))
 
 
-class MomentEmbedding(Embedding):
-    """The moment of a frame, in seconds from the clip's start, multiplied with the prompt, as one vector (B*T, E).
+class TemporalPrior(nn.Module):
+    """The mean of all clips that a prompt describes, frame by frame: (B, L, D), (B,) -> (B, T, C, H, W).
 
-    Differs: the papers let attention find out how prompt and time belong together. Averaged over a clip, "left" says nothing
-    about a frame, nor does its number averaged over prompts; only their product does, and it is here from the first step."""
+    Differs: the papers let attention find out how prompt, moment and place belong together. Averaged over clips, "left" says
+    nothing about a frame; nor does a frame's number, averaged over prompts; only their product tells where in the picture a
+    thing that moves left should be by now. Here that product is a feature, regressed on the clips themselves: at the
+    noisiest timesteps, where motion is decided, this mean is all that can be known, and the U-Net is handed it."""
 
-    def __init__(self, in_dim: int, dim: int, context_dim: int | None):
-        super().__init__(in_dim, dim)
-        if context_dim:
-            self.prompt = nn.Linear(context_dim, dim)
+    def __init__(self, context_dim: int, channels: int, dim: int = 128):
+        super().__init__()
+        self.norm = nn.LayerNorm(context_dim)
+        self.prompt, self.moment, self.place = nn.Linear(context_dim, dim), nn.Linear(64, dim), nn.Linear(64, dim)
+        self.rate, self.linear_1, self.linear_2 = nn.Linear(64, dim), nn.Linear(dim, dim), zeroed(nn.Linear(dim, channels))
 
-    def forward(self, seconds, context=None):                                       # (B, T), (B, L, D)
-        h = self.linear_1(sinusoid(4 * seconds.flatten(), self.linear_1.in_features)).unflatten(0, seconds.shape)  # (B, T, E)
-        if context is not None:
-            h = h * (1 + self.prompt(context[:, -1:]))                              # the last token has seen all others
-        return self.linear_2(F.silu(h)).flatten(0, 1)                               # (B*T, E)
+    def forward(self, context, fps, T: int, H: int, W: int):
+        seconds = torch.arange(T, device=fps.device) / fps[:, None]                 # (B, T)
+        moment = self.moment(sinusoid(4 * seconds.flatten(), 64)).unflatten(0, seconds.shape)      # (B, T, D')
+        y, x = (sinusoid(8 * (torch.arange(n, device=fps.device) + .5) / n, 32) for n in (H, W))   # (H, 32), (W, 32)
+        place = self.place(torch.cat([y[:, None].expand(H, W, 32), x.expand(H, W, 32)], dim=-1))   # (H, W, D')
+        prompt = self.prompt(self.norm(context[:, -1]))                             # (B, D'): the last token has seen the others
+        h = (moment * (1 + 4 * prompt[:, None]))[:, :, None, None] * (1 + 4 * place)               # (B, T, H, W, D')
+        h = F.silu(self.linear_1(h) + self.rate(sinusoid(fps, 64))[:, None, None, None])
+        return self.linear_2(h).permute(0, 1, 4, 2, 3)                              # (B, T, C, H, W)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -551,9 +558,10 @@ class UNet(nn.Module):
         self.time_embedding = Embedding(width, 4 * width)
         if c.temporal != "none":
             self.fps_embedding = Embedding(width, 4 * width)
-            self.moment_embedding = MomentEmbedding(width, 4 * width, c.context_dim)
             zeroed(self.fps_embedding.linear_2)
-            zeroed(self.moment_embedding.linear_2)
+        if c.context_dim and "attention" in c.temporal:
+            self.temporal_prior = TemporalPrior(c.context_dim, c.out_channels)
+            self.temporal_conv_in = zeroed(nn.Conv2d(c.out_channels * patch, width, 3, padding=1))
 
         skips = [width]
         self.down_blocks = nn.ModuleList()
@@ -574,19 +582,21 @@ class UNet(nn.Module):
     @staticmethod
     def is_inflation(name: str) -> bool:
         """Is this parameter one that an image model does not have?"""
-        return any(part in name for part in ("temporal", "fps_embedding", "moment_embedding", "gates"))
+        return any(part in name for part in ("temporal", "fps_embedding", "gates"))
 
     def forward(self, x, t, context=None, fps=None):                                # (B, T, C, H, W), (B,), (B, L, D), (B,)
         B, T = x.shape[:2]
         emb = self.time_embedding(t).repeat_interleave(T, 0)                        # (B*T, E)
         if T > 1 and hasattr(self, "fps_embedding"):  # a picture has no frame rate, and no place among others
-            seconds = torch.arange(T, device=x.device) / fps[:, None]               # (B, T)
-            emb = emb + self.fps_embedding(fps).repeat_interleave(T, 0) + self.moment_embedding(seconds, context)
+            emb = emb + self.fps_embedding(fps).repeat_interleave(T, 0)
         recompute = self.gradient_checkpointing and self.training
         run = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
 
-        x = F.pixel_unshuffle(x.flatten(0, 1), self.config.patch_size)              # (B*T, C*p*p, H/p, W/p)
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        fold = lambda video: F.pixel_unshuffle(video.flatten(0, 1), self.config.patch_size).contiguous(memory_format=torch.channels_last)
+        h = self.conv_in(fold(x))                                                   # (B*T, C, H/p, W/p)
+        if T > 1 and hasattr(self, "temporal_prior"):
+            h = h + self.temporal_conv_in(fold(self.temporal_prior(context, fps, *x[:, :, 0].shape[1:]).detach()))
+        x = h
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
@@ -720,8 +730,14 @@ SD15 = UNetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, Tr
 
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
-    """Loss per video, (B,). batch: latents (B, T, 4, h, w), context (B, L, D), fps (B,), noise like latents, t (B,)."""
-    return diffusion.loss(lambda z, t: unet(z, t, batch["context"], batch["fps"]), batch["latents"], batch["noise"], batch["t"])
+    """Loss per video, (B,). batch: latents (B, T, 4, h, w), context (B, L, D), fps (B,), noise like latents, t (B,).
+
+    For videos, plus the squared error of the temporal prior: the U-Net's own loss does not reach it, nor its the U-Net."""
+    x, context, fps = batch["latents"], batch["context"], batch["fps"]
+    each = diffusion.loss(lambda z, t: unet(z, t, context, fps), x, batch["noise"], batch["t"])
+    if x.shape[1] > 1 and hasattr(unet, "temporal_prior"):
+        each = each + (unet.temporal_prior(context, fps, *x[:, :, 0].shape[1:]) - x).float().pow(2).flatten(1).mean(1)
+    return each
 
 
 def load(path=WEIGHTS / "base.pt", device="cpu"):

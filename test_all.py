@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -248,9 +249,10 @@ def test_every_fresh_parameter_learns_within_two_steps():
     model = shaken(UNet(SMALL), only=lambda name: not UNet.is_inflation(name))
     optimizer = torch.optim.SGD(model.parameters(), lr=.1)
     x, t, context, fps = inputs()
+    batch = {"latents": x, "t": t, "context": context, "fps": fps, "noise": torch.randn_like(x)}
     learned = set()
     for _ in range(3):  # a gradient behind a zero projection needs one step for the projection to open
-        model(x, t, context, fps).pow(2).mean().backward()
+        base.loss(model, Diffusion(), batch).mean().backward()
         learned |= {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
         optimizer.step()
         optimizer.zero_grad()
@@ -268,18 +270,34 @@ def test_frame_rate_reaches_the_output_and_pictures_have_none():
 
 def test_gradient_checkpointing_changes_memory_and_nothing_else():
     x, t, context, fps = inputs()
+    batch = {"latents": x, "t": t, "context": context, "fps": fps, "noise": x.flip(0)}
     gradients, kept = [], []
     for checkpointing in (False, True):
         model = shaken(UNet(SMALL)).train()
         model.gradient_checkpointing = checkpointing
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
-            loss = model(x, t, context, fps).pow(2).mean()
+            loss = base.loss(model, Diffusion(), batch).mean()
             kept.append(sum(saved))
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients)
     assert kept[1] < .5 * kept[0]
+
+
+def test_the_prior_learns_the_mean_clip_of_each_prompt_and_frame_rate():
+    torch.manual_seed(0)
+    prior, (_, _, context, fps) = base.TemporalPrior(8, 4), inputs()
+    fps[1] = 2 * fps[0]
+    means = torch.randn(2, 5, 4, 1, 1) * torch.linspace(-1, 1, 8)                   # (B, T, C, 1, W): each frame a ramp of its own
+    optimizer = torch.optim.Adam(prior.parameters(), lr=1.5e-3)
+    assert not prior(context, fps, 5, 6, 8).any()
+    for _ in range(200):
+        clips = means.expand(2, 5, 4, 6, 8) + torch.randn(2, 5, 4, 6, 8)
+        (prior(context, fps, 5, 6, 8) - clips).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (prior(context, fps, 5, 6, 8) - means).pow(2).mean() < .1 * means.pow(2).mean()
 
 
 def test_a_longer_video_than_was_trained_runs():
@@ -579,6 +597,37 @@ def test_an_interrupted_run_reaches_the_very_bits_of_an_uninterrupted_one(tmp_pa
     assert equal(weights[0]["model"], weights[1]["model"]) and weights[0]["config"] == weights[1]["config"]
 
 
+def test_ctrl_c_saves_the_step_it_fell_in(tmp_path, monkeypatch):
+    whole = tiny_run(tmp_path / "whole", monkeypatch)
+    learning_rate = train.learning_rate
+
+    def press_ctrl_c(step, recipe):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return learning_rate(step, recipe)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "learning_rate", press_ctrl_c)
+        tiny_run(tmp_path / "parts", patch)
+    assert base.read_pt(tmp_path / "parts/runs/vae/checkpoint.pt")["step"] == 4
+    resumed = tiny_run(tmp_path / "parts", monkeypatch)
+    assert all(equal(whole[key], resumed[key]) for key in ("model", "ema", "optimizer", "step"))
+
+
+def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch):
+    one = tiny_run(tmp_path / "one", monkeypatch, "--steps", "1")
+    flags = ["vae", "--stills", "24", "--steps", "1", "--batch", "4", "--weights", "weights", "--device", "cpu"]
+    (tmp_path / "two.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport train; from pathlib import Path\n"
+                                     f"train.RUNS = Path('runs')\ntrain.main({flags})")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "two.py"]
+    done = subprocess.run([sys.executable, *launch], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    two = base.read_pt(tmp_path / "runs/vae/checkpoint.pt")
+    gradient = lambda run: torch.cat([moments["exp_avg"].flatten() for moments in run["optimizer"]["state"].values()])
+    assert (gradient(one) - gradient(two)).norm() < 1e-3 * gradient(one).norm() > 0
+    assert done.stdout.count("wrote weights/vae.pt") == 1  # one log, one file
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: None)  # it would hide an error of scale
     gradients = []
@@ -818,9 +867,9 @@ def evaluate_hearing(weights: Path, clips: int = 64):
         losses = []
         for words in (slides, [(c, s, m ^ 1, g) for c, s, m, g in slides]):
             context = text.encode(clip, tokenizer, [in_words(f) for f in words])["tokens"]
-            batch = {"latents": x, "context": context, "fps": fps, "noise": noise, "t": torch.full((clips,), t)}
             with torch.no_grad(), base.fast_autocast("cpu"):
-                losses.append(base.loss(unet, diffusion, batch).mean().item())
+                each = diffusion.loss(lambda z, t: unet(z, t, context, fps), x, noise, torch.full((clips,), t))
+            losses.append(each.mean().item())
         print(f"  t = {t}   {losses[0]:.4f}   {losses[1]:.4f}   ({100 * (losses[1] / losses[0] - 1):+.1f} %)")
 
 

@@ -3,6 +3,7 @@
     python train.py all                     everything in weights/, from nothing, one stage after the other
     python train.py base                    one stage; it goes on from runs/base/checkpoint.pt if that is there
     python train.py base --data clips/      the same on .mp4 .gif .webm files with captions.csv, or a .txt beside each
+    torchrun --nproc_per_node 2 train.py base       each batch shared by two processes; on a CPU faster than two threads
 
 Stages, each frozen before the next begins: vae (pixels <-> latents), clip (the text encoder), image (a text-to-image
 U-Net), base (that U-Net inflated to video: Make-A-Video's central idea, section 3.4).
@@ -16,15 +17,20 @@ import copy
 import csv
 import hashlib
 import math
+import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm, trange
 
 import base
@@ -33,6 +39,7 @@ import vae
 from base import WEIGHTS, Parser, UNet, UserError, fast_autocast, positive, read_pt, run, save_weights, write_pt
 
 RUNS = Path(__file__).resolve().parent / "runs"
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 
 
 # ------------------------------------------------------------------------------------------------
@@ -201,12 +208,12 @@ def world_stills(count: int, seed: int, side: int) -> dict:
 
 
 def draw_clip(rng: np.random.Generator, fps: float | None = None, frames: int = 16, side: int = 64):
-    """A training scene, its frames (T, 3, side, side) and their rate. Half of all clips run at 4 fps, where a clip shows a whole
-    scene; the other half at a rate up to 30, log-uniform, from a random start within the scene.
+    """A training scene, its frames (T, 3, side, side) and their rate. Two clips in three run at 4 fps, where they show a whole
+    scene; the others at a rate up to 30, log-uniform, from a random start within the scene.
 
     Differs: Make-A-Video (section 3.4) goes from high to low rates during training; drawing both at once is simpler."""
     scene = draw_scene(rng, "train")
-    drawn = 4 * (30 / 4) ** max(0., rng.uniform(-1, 1))
+    drawn = 4 * (30 / 4) ** max(0., rng.uniform(-2, 1))
     fps = fps or drawn
     start = rng.uniform(0, max(0., SCENE_SECONDS - (frames - 1) / fps))
     return scene, render(scene, start + np.arange(frames) / fps, side), fps
@@ -263,8 +270,10 @@ def cached(args, kind: str, count: int, make, of: str = "pixels") -> dict:
         files = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.data).rglob("*"))
         source = hashlib.sha256(repr(files).encode()).hexdigest()[:8]
     path = RUNS / "cache" / f"{source}-{kind}-{count}-{args.side}-{args.seed}-{of}.pt"
-    if not path.is_file():
+    if RANK == 0 and not path.is_file():
         write_pt(path, make())
+    if RANKS > 1:
+        dist.barrier()
     return read_pt(path)
 
 
@@ -508,6 +517,26 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return max(0., min(1., (step + 1) / recipe.warmup, 1.5 * (recipe.steps - step) / recipe.steps))
 
 
+class Loss(torch.nn.Module):
+    """The loss as a module, so that data-parallel training and torch.compile see one forward, whatever a stage calls."""
+
+    def __init__(self, model, loss_of):
+        super().__init__()
+        self.model, self.loss_of = model, loss_of
+
+    def forward(self, batch):
+        return self.loss_of(self.model, batch)                                      # (N,)
+
+
+def gathered(values: torch.Tensor) -> torch.Tensor:
+    """The values (N,) of every process, one after the other. (RANKS * N,)"""
+    if RANKS == 1:
+        return values.cpu()
+    parts = [torch.empty_like(values) for _ in range(RANKS)]
+    dist.all_gather(parts, values)
+    return torch.cat(parts).cpu()
+
+
 def dump_first_batch(folder: Path, batch: dict, args):
     """The first eight samples as eyes see them, side by side, and their captions: an error of range, channel order, stride
     or caption shows here at once."""
@@ -526,6 +555,9 @@ def train(stage: str, args):
     recipe = RECIPES[stage]
     recipe = replace(recipe, **{key: value for key in ("steps", "batch", "lr") if (value := getattr(args, key)) is not None})
     folder = RUNS / args.name / stage
+    say = print if RANK == 0 else lambda *words: None
+    if recipe.batch % (RANKS * args.accumulate):
+        raise UserError(f"a batch of {recipe.batch} cannot be shared by {RANKS} processes in {args.accumulate} pieces each")
     torch.manual_seed(args.seed)
     setup = PREPARE[stage](args)
     model = setup.model.to(args.device, memory_format=torch.channels_last).train()
@@ -549,11 +581,14 @@ def train(stage: str, args):
         optimizer.load_state_dict(state["optimizer"])
         start, minutes = state["step"], state["minutes"]
         if start >= recipe.steps and (args.weights / OUTPUT[stage]).is_file():
-            return print(f"{stage}: already trained; --fresh starts over")
-        print(f"{stage}: going on from step {start}")
-    step_loss = torch.compile(setup.loss_of) if args.compile else setup.loss_of
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{stage}: {parameters / 1e6:.2f} M parameters, {recipe}")
+            return say(f"{stage}: already trained; --fresh starts over")
+        say(f"{stage}: going on from step {start}")
+    loss_of = Loss(model, setup.loss_of)
+    if RANKS > 1:  # steps on pictures leave the temporal layers unused
+        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=stage == "base")
+    if args.compile:
+        loss_of = torch.compile(loss_of)
+    say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe}")
 
     def save(step):
         write_pt(folder / "checkpoint.pt", {
@@ -566,25 +601,29 @@ def train(stage: str, args):
         save_weights(path, stage, config, ema, steps=step, seed=args.seed, data=args.data, minutes=round(minutes, 1),
                      metrics={"loss": round(running, 5)}, **setup.facts)
 
-    def show(step):
+    def show():
         with torch.inference_mode(), fast_autocast(args.device):
             vae.write_picture(folder / "preview.png", setup.preview(ema))
 
-    base.check_folder(folder)
-    dump_first_batch(folder, setup.batch_of(0, range(min(8, recipe.batch))), args)
-    bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=stage, unit="step")
+    if RANK == 0:
+        base.check_folder(folder)
+        dump_first_batch(folder, setup.batch_of(0, range(min(8, recipe.batch))), args)
+    stop = []  # Ctrl-C lets the step end, and saves; a second one does not wait
+    before = signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=stage, unit="step", disable=RANK > 0)
     window, running, step, last_save, last_step = [], math.nan, start, time.time(), time.time()
     try:
         for step in bar:
             losses, levels = [], []
-            for part in batches(list(range(recipe.batch)), -(-recipe.batch // args.accumulate)):
+            mine = list(range(RANK, recipe.batch, RANKS))
+            for part in batches(mine, len(mine) // args.accumulate):
                 batch = {key: value.to(args.device) for key, value in setup.batch_of(step, part).items() if key != "captions"}
                 with fast_autocast(args.device):
-                    each = step_loss(model, batch)                                  # (N,)
-                (each.mean() * len(part) / recipe.batch).backward()
-                losses.append(each.detach().float().cpu())
-                levels.append(batch["t"].cpu() / 1000 if "t" in batch else torch.zeros(len(each)))
-            losses, levels = torch.cat(losses), torch.cat(levels)
+                    each = loss_of(batch)                                           # (N,)
+                (each.mean() / args.accumulate).backward()
+                losses.append(each.detach().float())
+                levels.append(batch["t"] / 1000 if "t" in batch else torch.zeros_like(losses[-1]))
+            losses, levels = gathered(torch.cat(losses)), gathered(torch.cat(levels))
             if not losses.isfinite().all():
                 raise UserError(f"the loss of step {step} is not finite; {folder}/checkpoint.pt holds the last good state")
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -599,6 +638,8 @@ def train(stage: str, args):
             window.append((losses, levels))
             minutes += (time.time() - last_step) / 60
             last_step = time.time()
+            if RANK > 0:
+                continue
             if (step + 1) % 25 == 0 or step + 1 == recipe.steps:
                 losses, levels = (torch.cat(column) for column in zip(*window))
                 running = losses.mean().item()
@@ -610,19 +651,27 @@ def train(stage: str, args):
                     csv.writer(file).writerows([["step", "minutes", "loss", "t<1/4", "t<1/2", "t<3/4", "t<1"]] * new
                                                + [[step + 1, round(minutes, 2), *(round(x, 5) for x in (running, *quartiles))]])
                 window = []
+            if stop:
+                save(step + 1)
+                raise KeyboardInterrupt
             if time.time() - last_save > 60 * args.save_minutes:
                 save(step + 1)
-                show(step + 1)
+                show()
                 last_save = time.time()
             if args.snapshots and (step + 1) % max(1, recipe.steps // args.snapshots) == 0:
                 export(folder / f"weights-{step + 1:06d}.pt", step + 1)
     except KeyboardInterrupt:
         print(f"\n{stage}: stopped; the same command goes on from {folder / 'checkpoint.pt'}")
         raise
-    save(recipe.steps)
-    export(args.weights / OUTPUT[stage], recipe.steps)
-    show(recipe.steps)
-    print(f"{stage}: {minutes:.1f} minutes, loss {running:.4f}; wrote {args.weights / OUTPUT[stage]}; look at {folder / 'preview.png'}")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if RANK == 0:
+        save(recipe.steps)
+        export(args.weights / OUTPUT[stage], recipe.steps)
+        show()
+    if RANKS > 1:
+        dist.barrier()  # the next stage reads what this one wrote
+    say(f"{stage}: {minutes:.1f} minutes, loss {running:.4f}; wrote {args.weights / OUTPUT[stage]}; look at {folder / 'preview.png'}")
 
 
 def main(argv=None):
@@ -650,8 +699,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.side % 8:
         raise UserError(f"--side is {args.side}, where a multiple of the autoencoder's stride of 8 is wanted")
+    if RANKS > 1:  # one process waits for as long as another renders data
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(days=1))
     for stage in PREPARE if args.stage == "all" else [args.stage]:
         train(stage, args)
+    if RANKS > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
