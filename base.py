@@ -514,9 +514,10 @@ class UNetConfig:
     heads: int = 4
     context_dim: int | None = 128         # width of the prompt's tokens; None: no text
     groups: int = 8                       # of GroupNorm: 32 groups of few channels would erase colour
-    temporal: str = "attention+conv"      # or "conv", or "none": an image model
+    temporal: str = "prior+attention+conv"  # or fewer of them, or "none": an image model
     gates: bool = True                    # attention gates on the skips
     patch_size: int = 1                   # fold patches into channels around the network: what makes 256 px affordable
+    level: bool = False                   # told how much its input was augmented: super-resolution
 
 
 class Level(nn.Module):
@@ -525,7 +526,7 @@ class Level(nn.Module):
     def __init__(self, c: UNetConfig, widths_in: list, width: int, attend: int, skips: tuple = (), resampler: str = ""):
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock(w, width, 4 * c.channels[0], c.groups, temporal=c.temporal != "none") for w in widths_in)
+            ResnetBlock(w, width, 4 * c.channels[0], c.groups, temporal="conv" in c.temporal) for w in widths_in)
         self.attentions = nn.ModuleList(SpatialTransformer(width, c.heads, c.context_dim, c.groups) for _ in range(attend))
         self.temporal_attentions = nn.ModuleList(
             TemporalAttention(width, c.heads) for _ in range(attend if "attention" in c.temporal else 0))
@@ -559,7 +560,9 @@ class UNet(nn.Module):
         if c.temporal != "none":
             self.fps_embedding = Embedding(width, 4 * width)
             zeroed(self.fps_embedding.linear_2)
-        if c.context_dim and "attention" in c.temporal:
+        if c.level:
+            self.level_embedding = Embedding(width, 4 * width)
+        if c.context_dim and "prior" in c.temporal:
             self.temporal_prior = TemporalPrior(c.context_dim, c.out_channels)
             self.temporal_conv_in = zeroed(nn.Conv2d(c.out_channels * patch, width, 3, padding=1))
 
@@ -584,14 +587,20 @@ class UNet(nn.Module):
         """Is this parameter one that an image model does not have?"""
         return any(part in name for part in ("temporal", "fps_embedding", "gates"))
 
-    def forward(self, x, t, context=None, fps=None):                                # (B, T, C, H, W), (B,), (B, L, D), (B,)
+    def forward(self, x, t, context=None, fps=None, level=None):                    # (B, T, C, H, W), (B,), (B, L, D), (B,), (B,)
         B, T = x.shape[:2]
-        emb = self.time_embedding(t).repeat_interleave(T, 0)                        # (B*T, E)
+        emb = self.time_embedding(t)                                                # (B, E)
+        if level is not None:
+            emb = emb + self.level_embedding(100 * level)
+        emb = emb.repeat_interleave(T, 0)                                           # (B*T, E)
         if T > 1 and hasattr(self, "fps_embedding"):  # a picture has no frame rate, and no place among others
             emb = emb + self.fps_embedding(fps).repeat_interleave(T, 0)
         recompute = self.gradient_checkpointing and self.training
         run = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
 
+        H, W, stride = *x.shape[-2:], self.config.patch_size * 2 ** (len(self.config.channels) - 1)
+        if H % stride or W % stride:  # sizes that do not fit are padded here and cropped at the end
+            x = F.pad(x.flatten(0, 1), (0, -W % stride, 0, -H % stride), mode="replicate").unflatten(0, (B, T))
         fold = lambda video: F.pixel_unshuffle(video.flatten(0, 1), self.config.patch_size).contiguous(memory_format=torch.channels_last)
         h = self.conv_in(fold(x))                                                   # (B*T, C, H/p, W/p)
         if T > 1 and hasattr(self, "temporal_prior"):
@@ -613,7 +622,7 @@ class UNet(nn.Module):
             for upsample in block.upsamplers:
                 x = upsample(x)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return F.pixel_shuffle(x, self.config.patch_size).unflatten(0, (B, T)).float()  # (B, T, C', H, W)
+        return F.pixel_shuffle(x, self.config.patch_size)[..., :H, :W].unflatten(0, (B, T)).float()  # (B, T, C', H, W)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -661,10 +670,10 @@ class Diffusion:
             return (z - sigma * prediction) / alpha, prediction
         return prediction, (z - alpha * prediction) / sigma
 
-    def loss(self, predict, x, noise, t):
-        """Mean squared error of the target, one number per video. (B, ...) -> (B,)"""
+    def loss(self, predict, x, noise, t, weight=1.):
+        """Weighted mean squared error of the target, one number per video. (B, ...) -> (B,)"""
         error = predict(self.add_noise(x, noise, t), t) - self.target_of(x, noise, t)
-        return error.float().pow(2).flatten(1).mean(1)
+        return (weight * error.float().pow(2)).flatten(1).mean(1)
 
     def ddim_step(self, z, x, noise, t, s, eta: float = 0., fresh=None):
         """z_s = alpha_s x + sqrt(sigma_s^2 - eta^2 var) eps + eta sqrt(var) n     DDIM (2010.02502), Eq. 12"""
@@ -706,17 +715,19 @@ class Diffusion:
         return z
 
 
-def guided(unet: UNet, context, null_context, fps, guidance_scale: float):
+def guided(unet: UNet, context, null_context, fps, guidance_scale: float, given=None):
     """Classifier-free guidance as a predict(z, t): null + scale * (prompt - null), on all channels.
 
-    A scale of 1 is the prompt alone, 0 the null prompt alone; Imagen Video's weight w is scale - 1 (Eq. 5)."""
+    A scale of 1 is the prompt alone, 0 the null prompt alone; Imagen Video's weight w is scale - 1 (Eq. 5). `given` are
+    further input channels (B, T, C', h, w), the same at every t: the known frames of interpolate.py."""
     null_context = null_context.expand_as(context)
+    twice = lambda x: torch.cat([x, x])
     def predict(z, t):
+        z = z if given is None else torch.cat([z, given], dim=2)
         with fast_autocast(z.device):
             if guidance_scale in (0, 1):
                 return unet(z, t, context if guidance_scale else null_context, fps)
-            both = unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([context, null_context]), torch.cat([fps, fps]))
-        prompt, null = both.chunk(2)
+            prompt, null = unet(twice(z), twice(t), torch.cat([context, null_context]), twice(fps)).chunk(2)
         return null + guidance_scale * (prompt - null)
     return predict
 
@@ -740,9 +751,9 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
     return each
 
 
-def load(path=WEIGHTS / "base.pt", device="cpu"):
-    """The shipped U-Net, ready to sample, its Diffusion, and the weights' dict."""
-    weights = load_weights(path, "base", "image")
+def load(path=WEIGHTS / "base.pt", device="cpu", stages: tuple = ("base", "image")):
+    """The U-Net of any stage's weights, ready to sample, its Diffusion, and the weights' dict."""
+    weights = load_weights(path, *stages)
     unet = UNet(configure(UNetConfig, weights["config"]["unet"], path))
     fill(unet, weights, path)
     return unet.to(device, memory_format=torch.channels_last).eval(), Diffusion(**weights["config"]["diffusion"]), weights
@@ -756,6 +767,18 @@ def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: flo
     z = initial_noise((len(tokens), frames, unet.config.out_channels, side, side), seed).to(device)
     predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device), guidance)
     return diffusion.sample(predict, z, steps, sampler, eta, seed, label).cpu()
+
+
+def check_steps(steps: int):
+    if steps > 1000:
+        raise UserError(f"--steps is {steps}, where 1000 noise levels are all there is")
+
+
+def check_encoder(path, text: dict, weights_path, made_by: dict):
+    """Raise UserError unless the tokens in a stage file are of the text encoder that the weights were trained on."""
+    if text["encoder"] != made_by["text"]:
+        raise UserError(f"{path} was encoded by text weights {text['encoder']}, but {weights_path} was trained on "
+                        f"{made_by['text']}; make it anew with `{MADE_BY['text']}`")
 
 
 def main(argv=None):
@@ -773,16 +796,13 @@ def main(argv=None):
     parser.add_device()
     args = parser.parse_args(argv)
     check_out(args.out, (".pt",))
-    if args.steps > 1000:
-        raise UserError(f"--steps is {args.steps}, where 1000 noise levels are all there is")
+    check_steps(args.steps)
     if not 0 <= args.eta <= 1 or args.eta and args.sampler != "ddim":
         raise UserError(f"--eta is {args.eta:g}, where 0 to 1 is wanted, and 0 with any sampler but ddim")
     stage = load_stage(args.text, "text")
     unet, diffusion, weights = load(args.weights, args.device)
     made_by, text = weights["made_by"], stage["text"]
-    if text["encoder"] != made_by["text"]:
-        raise UserError(f"{args.text} was encoded by text weights {text['encoder']}, but {args.weights} was trained on "
-                        f"{made_by['text']}; make it anew with `{MADE_BY['text']}`")
+    check_encoder(args.text, text, args.weights, made_by)
     latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, args.guidance,
                        args.sampler, args.eta, args.seed, label="base")
     history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"

@@ -2,12 +2,14 @@
 
     python sample.py "a red star moving left"
     python sample.py "a blue ring bouncing on sand" "a pink cross spinning" --samples 2 --out videos/ --keep stages/
+    python sample.py "a yellow star moving up" --animate picture.png
 
-Runs the stages' own programs one after the other, through the .pt files they exchange (Make-A-Video, Eq. 1, as far as it
-is built: text, base, decode). `--keep` leaves those files for a look, or for going on by hand from any of them.
+Runs the stages' own programs one after the other, through the .pt files they exchange (Make-A-Video, Eq. 1). `--keep` leaves
+those files for a look, with the commands that made them in stages.txt; the same call then goes on from what is there.
 """
 import re
 import resource
+import shlex
 import sys
 import tempfile
 import time
@@ -16,23 +18,48 @@ from pathlib import Path
 import torch
 
 import base
+import interpolate
+import superres
 import text
 import vae
 from base import WEIGHTS, Parser, load_stage, positive, run
 
+UNTIL = ("base", "interpolate", "low", "high")
+
 
 def cascade(args, prompts: list, folder: Path) -> list:
-    """The pipeline as data: (stage, its main, its arguments). Each reads the file before it and writes its own."""
-    common = ["--device", args.device]
+    """The pipeline as data: (stage, its main, its arguments, the file it writes). Each reads the file before it."""
     file = lambda name: str(folder / f"{name}.pt")
-    weights = lambda name: ["--weights", str(args.weights / f"{name}.pt")]
-    return [
-        ("text", text.main, [*common, *weights("text"), "-o", file("text"), "--", *prompts]),
-        ("base", base.main, [*common, *weights("base"), "-o", file("base"), file("text"), "--frames", str(args.frames),
-                             "--fps", str(args.fps), "--steps", str(args.steps), "--guidance", str(args.guidance),
-                             "--seed", str(args.seed)]),
-        ("decode", vae.main, [*common, *weights("vae"), "-o", file("pixels"), "decode", file("base")]),
-    ]
+    weights = lambda name: ["--weights", str(args.weights / name)]
+    seed = ["--seed", str(args.seed)]
+    how = ["--fps", str(args.fps), "--steps", str(args.steps), "--guidance", str(args.guidance), *seed]
+    keyframes = ("base", base.main, [file("text"), *weights("base.pt"), "--frames", str(args.frames), *how])
+    if args.animate:
+        keyframes = ("base", interpolate.main, [file("text"), *weights(""), "--animate", str(Path(args.animate)), *how])
+    stages = [("text", text.main, [*weights("text.pt"), "--", *prompts]), keyframes]
+    if args.until != "base" and args.frames > 1:
+        stages += [("interpolate", interpolate.main, [file("base"), *weights(""), "--skip", "5", *seed])]
+    stages += [("decode", vae.main, ["decode", file(stages[-1][0]), *weights("vae.pt")])]
+    for which in UNTIL[2:UNTIL.index(args.until) + 1]:
+        stages += [(which, superres.main, [which, file(stages[-1][0]), *weights(f"superres-{which}.pt"), *seed])]
+    return [(name, main, ["-o", file(name), "--device", args.device, *argv], file(name)) for name, main, argv in stages]
+
+
+def run_cascade(stages: list, folder: Path):
+    """Run the stages, but for those at the beginning that an earlier call with the same arguments left in `folder`."""
+    log, done = folder / "stages.txt", []
+    before = log.read_text().splitlines() if log.is_file() else []
+    for name, stage_main, argv, file in stages:
+        done.append(f"{name}: {shlex.join(argv)}")
+        if before[:len(done)] == done and Path(file).is_file():
+            print(f"{name:11s}  kept in {file}")
+            continue
+        before = []  # what follows an anew made file must be made anew too
+        forget_peak()
+        start = time.time()
+        stage_main(argv)
+        log.write_text("\n".join(done))
+        print(f"{name:11s} {time.time() - start:6.1f} s   peak {peak_memory()}")
 
 
 def forget_peak():
@@ -70,6 +97,9 @@ def main(argv=None):
     parser.add_argument("--steps", type=positive(int), default=16, help="sampling steps")
     parser.add_argument("--guidance", type=base.finite, default=3., help="classifier-free guidance scale; 1 is none")
     parser.add_argument("-o", "--out", default="out", help="a folder, or a file: .mp4, .gif, or .png for one contact sheet of all")
+    parser.add_argument("--until", choices=UNTIL, default="base", help="where the cascade stops: 16 frames of 64 x 64 after base, "
+                        "76 after interpolate, of 256 x 256 after low, of 768 x 768 after high")
+    parser.add_argument("--animate", metavar="PICTURE", help="bring this picture to life, instead of starting from noise")
     parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file in this folder")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights")
     parser.add_seed()
@@ -82,21 +112,18 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.keep or temporary)
         base.check_folder(folder)
-        for name, stage_main, stage_argv in cascade(args, prompts, folder):
-            forget_peak()
-            start = time.time()
-            stage_main(stage_argv)
-            print(f"{name:8s} {time.time() - start:6.1f} s   peak {peak_memory()}")
-        stage = load_stage(folder / "pixels.pt", "pixels")
+        stages = cascade(args, prompts, folder)
+        run_cascade(stages, folder)
+        stage = load_stage(stages[-1][3], "pixels")
     videos, fps = stage["data"], stage["fps"]
     if out.suffix:
         paths = vae.write_videos(out, videos, fps)
     else:
-        paths = [out / name for name in file_names(prompts, ".png" if args.frames == 1 else ".mp4")]
+        paths = [out / name for name in file_names(prompts, ".png" if videos.shape[1] == 1 else ".mp4")]
         for path, video in zip(paths, videos):
             vae.write_video(path, video, fps)
     for path in paths:
-        print(f"{path}: {args.frames} frames of {videos.shape[4]} x {videos.shape[3]} at {fps:g} fps")
+        print(f"{path}: {videos.shape[1]} frames of {videos.shape[4]} x {videos.shape[3]} at {fps:g} fps")
 
 
 if __name__ == "__main__":

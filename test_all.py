@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +24,9 @@ import torch
 import torch.nn.functional as F
 
 import base
+import interpolate
 import sample
+import superres
 import text
 import train
 import vae
@@ -239,7 +241,7 @@ def test_frames_see_each_other_only_through_trained_temporal_layers():
         others = [0, 1, 3, 4]
         assert torch.equal(before[:, others], after[:, others]) and not torch.equal(before[:, 2], after[:, 2])
         for kind in ("temporal_attentions", "conv"):
-            part = UNet(replace(SMALL, temporal="attention+conv" if kind != "conv" else "conv"))
+            part = UNet(replace(SMALL, temporal="prior+attention+conv" if kind != "conv" else "conv"))
             shaken(part, only=lambda name: not UNet.is_inflation(name) or kind in name)
             before, after = part(x, t, context, fps), part(touched, t, context, fps)
             assert all(not torch.equal(before[:, i], after[:, i]) for i in others)
@@ -426,6 +428,173 @@ def test_a_small_model_learns_one_clip():
     text_part = {"tokens": context, "null_tokens": context}
     made = base.generate(model.eval(), diffusion, text_part, frames=8, fps=4., side=4, steps=20, guidance=1.)
     assert (made - clip).pow(2).mean() < .1 * clip.pow(2).mean()
+
+
+# ------------------------------------------------------------------------------------------------
+# interpolate.py and superres.py
+
+def small_interpolator():
+    return shaken(UNet(replace(interpolate.TINY, channels=(16, 32), heads=2, context_dim=8, groups=4)), scale=.1)
+
+
+def words(batch: int = 1):
+    return {"tokens": torch.randn(batch, 6, 8), "null_tokens": torch.randn(1, 6, 8)}
+
+
+def test_window_plans():
+    assert interpolate.windows(76, 10) == [0, 10, 20, 30, 40, 50, 60] and interpolate.windows(76, 15) == [0, 15, 30, 45, 60]
+    for skip in range(2, 7):
+        for length in range(2, 40):
+            frames = skip * (length - 1) + 1
+            for stride in (10, 15):
+                starts = interpolate.windows(frames, stride)
+                assert {f for s in starts for f in range(s, s + 16) if f < frames} == set(range(frames))
+                assert starts == sorted(set(starts)) and starts[-1] == max(0, frames - 16)
+
+
+def test_the_network_is_shown_known_frames_and_a_mask_that_is_one_there():
+    x, known = torch.randn(1, 3, 4, 2, 2), torch.tensor([[True, False, True]])
+    beside = interpolate.given(x, known)
+    assert torch.equal(beside[:, [0, 2], :4], x[:, [0, 2]]) and not beside[:, 1].any() and (beside[:, [0, 2], 4] == 1).all()
+    model = small_interpolator()
+    batch = {"latents": x, "known": known, "noise": torch.randn_like(x), "t": torch.tensor([500]), "fps": torch.tensor([8.]),
+             "context": torch.randn(1, 6, 8)}
+    seen = []
+    hook = model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    interpolate.loss(model, Diffusion(), batch)
+    hook.remove()
+    torch.testing.assert_close(seen[0][:, :, 4:], beside)
+    torch.testing.assert_close(seen[0][:, :, :4], Diffusion().add_noise(x, batch["noise"], batch["t"]))  # noise on all frames alike
+
+
+def test_the_interpolation_loss_is_of_unknown_frames_alone():
+    x, known = torch.randn(2, 4, 4, 2, 2), torch.tensor([[1, 0, 0, 1], [1, 1, 0, 1]]).bool()
+    diffusion = Diffusion()
+    batch = {"latents": x, "known": known, "noise": torch.randn_like(x), "t": torch.tensor([500, 900]), "fps": torch.ones(2), "context": None}
+    truth = diffusion.target_of(x, batch["noise"], batch["t"])
+    off_by = lambda error: interpolate.loss(lambda *a: truth + error[:, :, None, None, None], diffusion, batch)
+    assert not off_by(known * 5.).any()
+    torch.testing.assert_close(off_by(~known * 3.), torch.tensor([9., 9.]))
+
+
+@pytest.mark.parametrize("how", [dict(skip=2), dict(skip=5), dict(skip=5, parallel=True), dict(skip=3, parallel=True),
+                                 dict(after=20), dict(before=20), dict(before=3, after=4, skip=2)])
+def test_known_frames_come_back_to_the_bit_where_they_belong(how):
+    parallel = how.pop("parallel", False)
+    torch.manual_seed(0)
+    tagged = torch.arange(1., 8).view(1, 7, 1, 1, 1) + .01 * torch.randn(2, 7, 4, 4, 4)
+    x, known = interpolate.timeline(tagged, **how)
+    made = interpolate.fill_timeline(small_interpolator(), Diffusion(), x, known, words(2), 8., parallel, steps=2)
+    assert torch.equal(made[:, known], tagged) and made.shape == x.shape and made.isfinite().all()
+    assert (made[:, ~known] != 0).all() and known.sum() == 7
+    where = known.nonzero().flatten().tolist()
+    assert where == [how.get("before", 0) + how.get("skip", 1) * i for i in range(7)]
+
+
+def test_every_window_is_shown_what_the_one_before_made(monkeypatch):
+    shown = []
+    def fill(unet, diffusion, x, known, noise, *rest, **sampling):
+        shown.append((x.clone(), known.clone()))
+        return torch.where(known[:, :, None, None, None], x, torch.full_like(x, 100. + len(shown)))
+    monkeypatch.setattr(interpolate, "fill", fill)
+    x, known = interpolate.timeline(torch.ones(1, 16, 4, 2, 2), skip=5)
+    made = interpolate.fill_timeline(small_interpolator(), Diffusion(), x, known, words(), 20.)
+    assert len(shown) == 7 and all(mask[0].sum() == (4 if i == 0 else 8) for i, (_, mask) in enumerate(shown))
+    assert (shown[1][0][0, 1:5] == 101).all()  # frames 11 to 14, which window 0 made
+    shown.clear()
+    interpolate.fill_timeline(small_interpolator(), Diffusion(), x, known, words(), 20., parallel=True)
+    assert len(shown) == 1 and shown[0][1].shape == (5, 16) and (shown[0][1].sum(1) == 4).all()
+    shown.clear()
+    x, known = interpolate.timeline(torch.ones(1, 16, 4, 2, 2), before=15)
+    made = interpolate.fill_timeline(small_interpolator(), Diffusion(), x, known, words(), 8.)
+    assert [int(mask[0, 0]) for _, mask in shown] == [0] * len(shown) and (made[0, 5:15] == 101).all() and (made[0, :5] == 102).all()
+
+
+def test_masks_to_train_on_hide_something_and_show_something():
+    masks = [interpolate.random_known(np.random.default_rng(i)) for i in range(500)]
+    assert all(mask.shape == (16,) and mask.any() and not mask.all() for mask in masks)
+    regular = [tuple((torch.arange(16) % k == phase).tolist()) for k in range(2, 7) for phase in range(k)]
+    assert {tuple(mask.tolist()) for mask in masks} >= set(regular)
+    assert len({mask.sum().item() for mask in masks}) > 8
+
+
+def test_a_fresh_interpolator_is_the_video_model_whatever_it_is_shown():
+    video = shaken(UNet(replace(base.TINY, temporal="attention+conv")), scale=.1)
+    model = base.fill(UNet(interpolate.TINY), interpolate.inflate({"model": video.state_dict()}), "base")
+    x, t, context, fps = inputs(frames=4, side=4, dim=128)
+    with torch.no_grad():
+        beside = interpolate.given(torch.randn_like(x), torch.ones(2, 4).bool())
+        torch.testing.assert_close(model(torch.cat([x, beside], dim=2), t, context, fps), video(x, t, context, fps), atol=1e-4, rtol=1e-4)
+
+
+def small_upscaler(which: str):
+    stage = superres.STAGES[which]
+    small = replace(stage.config, channels=(8, 8), groups=4)
+    return shaken(UNet(small), scale=.1), superres.diffusion_of(), replace(stage, config=small)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
+def test_shared_noise_keeps_a_static_clip_static(sampler):
+    unet, diffusion, stage = small_upscaler("high")
+    still = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).expand(6, -1, -1, -1)
+    flicker = lambda video: (video[1:].int() - video[:-1].int()).abs().max().item()
+    assert flicker(superres.upscale(unet, diffusion, stage, still, 4., sampler=sampler)) <= 1
+    assert flicker(superres.upscale(unet, diffusion, stage, still, 4., sampler=sampler, independent=True)) > 1
+
+
+@pytest.mark.parametrize("which", ["low", "high"])
+def test_upscaling_in_chunks_is_upscaling_whole(which):
+    unet, diffusion, stage = small_upscaler(which)
+    clip = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    whole = superres.upscale(unet, diffusion, replace(stage, chunk=40), clip, 8., steps=2)
+    parts = superres.upscale(unet, diffusion, replace(stage, chunk=7), clip, 8., steps=2)
+    assert (whole.int() - parts.int()).abs().max() <= 1 < (whole.int() - whole[0].int()).abs().max()
+    if which == "low":  # without the halo they are not: the temporal convolutions do reach that far
+        wrong = superres.upscale(unet, diffusion, replace(stage, chunk=7, halo=1), clip, 8., steps=2)
+        assert (whole.int() - wrong.int()).abs().max() > 1
+
+
+def test_conditioning_augmentation():
+    small = torch.rand(3, 2, 3, 8, 8) * 2 - 1
+    plain = superres.enlarge(small, 3, torch.zeros(3))
+    assert torch.equal(plain.flatten(0, 1), F.interpolate(small.flatten(0, 1), scale_factor=3, mode="bilinear"))
+    mixed = superres.enlarge(small, 3, torch.tensor([0., .5, 1.]))
+    assert torch.equal(mixed[0], plain[0]) and (mixed[1] - plain[1]).std() < (mixed[2] - plain[2]).std()
+    flat = superres.enlarge(torch.full((1, 1, 3, 8, 8), .25), 3, torch.ones(1))
+    torch.testing.assert_close(flat, torch.full_like(flat, .25))                    # a blur moves light, and keeps it
+
+
+def test_training_and_sampling_damage_their_input_by_the_same_function(monkeypatch):
+    unet, diffusion, stage = small_upscaler("high")
+    calls, enlarge = [], superres.enlarge
+    monkeypatch.setattr(superres, "enlarge", lambda *a: calls.append(a[2].tolist()) or enlarge(*a))
+    superres.upscale(unet, diffusion, stage, torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 4., steps=1, level=.25)
+    batch = {"pixels": torch.zeros(2, 1, 3, 24, 24), "small": torch.zeros(2, 1, 3, 8, 8), "level": torch.tensor([.5, .75]),
+             "fps": torch.ones(2), "noise": torch.randn(2, 1, 3, 24, 24), "t": torch.tensor([10, 900])}
+    superres.loss(unet, diffusion, batch, 3)
+    assert calls == [[.25], [.5, .75]]
+    with torch.no_grad():  # and the network hears the level
+        outputs = [superres.predict_with(unet, batch["pixels"], torch.full((2,), level))(batch["noise"], batch["t"]) for level in (0., 1.)]
+    assert not torch.allclose(*outputs)
+
+
+@pytest.mark.parametrize("which", ["low", "high"])
+def test_sizes_that_do_not_fit_are_padded_and_cropped_back(which):
+    unet, diffusion, stage = small_upscaler(which)
+    assert superres.upscale(unet, diffusion, stage, torch.zeros(2, 3, 9, 11, dtype=torch.uint8), 4., steps=1).shape \
+        == (2, 3, 9 * stage.scale, 11 * stage.scale)
+    model = small_interpolator()
+    x, known = interpolate.timeline(torch.randn(1, 3, 4, 3, 5), skip=2)
+    assert interpolate.fill_timeline(model, Diffusion(), x, known, words(), 8., steps=1).shape == (1, 5, 4, 3, 5)
+
+
+def test_crops_cut_every_frame_and_size_at_the_same_place():
+    at = torch.stack(torch.meshgrid(torch.arange(64.), torch.arange(64.), indexing="ij"))[None].expand(4, 2, 64, 64)  # each pixel its place
+    large = at.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    for x, y in ((.5, .5), (0., 1.), (.9, .2)):
+        small, big = train.crop([at, large], 16, x, y)
+        assert small.shape == (4, 2, 16, 16) and torch.equal(big, small.repeat_interleave(4, 2).repeat_interleave(4, 3))
+        assert (small == small[:1]).all()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -777,7 +946,7 @@ def test_weights_that_are_refused(stages, monkeypatch):
 
 
 def test_imports_do_no_work_and_ask_no_network():
-    script = "import socket; socket.socket.connect = socket.getaddrinfo = None\nimport base, text, vae, sample, train"
+    script = "import socket; socket.socket.connect = socket.getaddrinfo = None\nimport base, interpolate, superres, text, vae, sample, train"
     subprocess.run([sys.executable, "-c", script], cwd=HERE, check=True, timeout=120)
 
 
@@ -800,6 +969,78 @@ def test_the_pipeline_by_hand_is_the_pipeline_in_one_command(tmp_path):
     assert (tmp_path / "video.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
     again = base.load_stage(tmp_path / "z.pt", "latents")
     assert again["data"].shape == (1, 4, 4, 8, 8) and again["fps"] == 8 and vae.read_video(tmp_path / "video.mp4")[1] == 8
+
+
+@pytest.fixture
+def all_weights(tmp_path):
+    """A folder of weights where the stages that are not shipped yet are small and random."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for name in ("text", "vae", "base"):
+        (folder / f"{name}.pt").symlink_to(WEIGHTS / f"{name}.pt")
+    made_by = {key: base.load_weights(WEIGHTS / "base.pt", "base")["made_by"][key] for key in ("vae", "text", "side")}
+    model = shaken(UNet(replace(interpolate.TINY, channels=(16, 32), groups=4)), scale=.05)
+    config = lambda model, diffusion: {"unet": asdict(model.config), "diffusion": diffusion.config}
+    base.save_weights(folder / "interpolate.pt", "interpolate", config(model, Diffusion()), model, **made_by)
+    for which in ("low", "high"):
+        model, diffusion, _ = small_upscaler(which)
+        base.save_weights(folder / f"superres-{which}.pt", f"superres-{which}", config(model, diffusion), model, **made_by)
+    return folder
+
+
+def test_the_whole_cascade_and_going_on_from_kept_files(tmp_path, all_weights, capsys):
+    flags = ["a red star", "--frames", "3", "--steps", "1", "--keep", str(tmp_path / "kept"), "--weights", str(all_weights), "--device", "cpu"]
+    out = ["--out", str(tmp_path / "video.mp4")]
+    sample.main([*flags, *out, "--until", "base"])
+    base_bits = (tmp_path / "kept/base.pt").read_bytes()
+    capsys.readouterr()
+    sample.main([*flags, *out, "--until", "high"])
+    said = capsys.readouterr().out
+    assert said.count("kept in") == 2 and "11 frames of 768 x 768 at 20 fps" in said
+    video, fps = vae.read_video(tmp_path / "video.mp4")
+    assert video.shape == (11, 3, 768, 768) and fps == 20
+    shapes = {name: tuple(base.load_stage(tmp_path / f"kept/{name}.pt", "pixels")["data"].shape) for name in ("decode", "low", "high")}
+    assert shapes == {"decode": (1, 11, 3, 64, 64), "low": (1, 11, 3, 256, 256), "high": (1, 11, 3, 768, 768)}
+    history = base.load_stage(tmp_path / "kept/high.pt", "pixels")["history"]
+    assert [line.split()[0] for line in history] == ["text", "base", "interpolate", "decode", "superres-low", "superres-high"]
+    sample.main([*flags, *out, "--until", "low"])
+    assert capsys.readouterr().out.count("kept in") == 5
+    sample.main([*flags, *out, "--until", "base", "--seed", "1"])
+    assert capsys.readouterr().out.count("kept in") == 1 and (tmp_path / "kept/base.pt").read_bytes() != base_bits
+
+
+def test_a_picture_is_brought_to_life(tmp_path, all_weights):
+    picture = train.render(scene_of((0, 3, 0, 0), 1), [0.])[0]
+    vae.write_picture(tmp_path / "picture.png", picture)
+    sample.main(["a red star moving left", "a red star growing", "--animate", str(tmp_path / "picture.png"), "--steps", "1", "--fps", "8",
+                 "--keep", str(tmp_path / "kept"), "--out", str(tmp_path / "out"), "--weights", str(all_weights), "--device", "cpu"])
+    autoencoder = vae.load()[0]
+    stage = base.load_stage(tmp_path / "kept/base.pt", "latents")
+    assert stage["data"].shape == (2, 16, 4, 8, 8) and stage["fps"] == 8
+    first = vae.encode_video(autoencoder, picture[None, None])[0]
+    torch.testing.assert_close(stage["data"][:, 0], first.expand(2, -1, -1, -1))
+
+
+def test_a_clip_that_is_not_ours(tmp_path, all_weights, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    camera = (torch.rand(21, 3, 60, 90, generator=torch.Generator().manual_seed(0)) * 255).byte()
+    vae.write_video(Path("clip.mp4"), camera, 25.)
+    common = ["--device", "cpu", "--steps", "1"]
+    vae.main(["encode", "clip.mp4", "-o", "z.pt", "--device", "cpu"])
+    interpolate.main(["z.pt", "-o", "frames.pt", "--skip", "2", "--weights", str(all_weights), *common])
+    frames = base.load_stage("frames.pt", "latents")
+    assert frames["data"].shape[:2] == (1, 41) and frames["fps"] == 50 and frames["text"] is None
+    assert torch.equal(frames["data"][:, ::2], base.load_stage("z.pt", "latents")["data"])
+    superres.main(["low", "clip.mp4", "-o", "low.pt", "--weights", str(all_weights / "superres-low.pt"), *common])
+    assert base.load_stage("low.pt", "pixels")["data"].shape == (1, 21, 3, 240, 360)
+    for flags, wanted in ((["--skip", "1"], "nothing between"), (["--skip", "0"], "not a positive"), ([], "required"),
+                          (["--skip", "2", "--steps", "1001"], "1000 noise levels"), (["--animate", "no.png"], "holds latents where text")):
+        assert wanted in complaint(interpolate.main, ["z.pt", "-o", "out.pt", "--weights", str(all_weights), *flags])
+    assert "0 to 1 is wanted" in complaint(superres.main, ["high", "clip.mp4", "-o", "out.pt", "--level", "2"])
+    assert "no such weights" in complaint(superres.main, ["high", "low.pt", "-o", "out.pt", "--weights", "none.pt"])
+    assert "holds latents where pixels" in complaint(superres.main, ["high", "z.pt", "-o", "out.pt", "--weights", str(all_weights / "superres-high.pt")])
+    assert not Path("out.pt").exists()
+
 
 # ------------------------------------------------------------------------------------------------
 # Measurements: python test_all.py evaluate

@@ -6,7 +6,8 @@
     torchrun --nproc_per_node 2 train.py base       each batch shared by two processes; on a CPU faster than two threads
 
 Stages, each frozen before the next begins: vae (pixels <-> latents), clip (the text encoder), image (a text-to-image
-U-Net), base (that U-Net inflated to video: Make-A-Video's central idea, section 3.4).
+U-Net), base (that U-Net inflated to video: Make-A-Video's central idea, section 3.4), interpolate (base fine-tuned to fill in
+masked frames).
 
 Sample i of step n is a pure function of (seed, n, i), its noise and timestep included. So a run that was stopped goes on
 to the very bits it would have reached, and no random state needs saving. Every stage leaves in runs/STAGE/: log.csv
@@ -34,6 +35,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm, trange
 
 import base
+import interpolate
+import superres
 import text
 import vae
 from base import WEIGHTS, Parser, UNet, UserError, fast_autocast, positive, read_pt, run, save_weights, write_pt
@@ -219,10 +222,14 @@ def draw_clip(rng: np.random.Generator, fps: float | None = None, frames: int = 
     return scene, render(scene, start + np.arange(frames) / fps, side), fps
 
 
-def world_clips(count: int, seed: int, side: int):
-    """Training clips of the world, in groups small enough to encode at once: yields (pixels, captions, fps)."""
+def world_clips(count: int, seed: int, side: int, windows: bool = False):
+    """Training clips of the world, in groups small enough to encode at once: yields (pixels, captions, fps). `windows` are for
+    interpolation, all at a rate of 4 to 30."""
+    def clip(i):
+        rng = np.random.default_rng((seed, 4 if windows else 2, i))
+        return draw_clip(rng, 4 * (30 / 4) ** rng.random() if windows else None, side=side)
     for group in trange(0, count, 64, desc="rendering and encoding clips"):
-        clips = [draw_clip(np.random.default_rng((seed, 2, i)), side=side) for i in range(group, min(group + 64, count))]
+        clips = [clip(i) for i in range(group, min(group + 64, count))]
         yield torch.stack([c[1] for c in clips]), [caption(c[0]) for c in clips], torch.tensor([c[2] for c in clips])
 
 
@@ -302,10 +309,55 @@ def latents(args, kind: str) -> tuple[dict, str]:
         if kind == "stills":
             stills = pictures(args)
             return zip(stills["pixels"].split(256), batches(stills["captions"], 256), stills["fps"].split(256))
-        return world_clips(args.clips, args.seed, args.side) if args.data == "world" else folder_clips(args.data, 16, args.side)
+        if args.data != "world":
+            return folder_clips(args.data, 16, args.side)
+        return world_clips(args.clips, args.seed, args.side, windows=kind == "windows")
 
     make = lambda: gather(groups(), lambda pixels: {"latents": vae.encode_video(autoencoder, pixels).half()})
     return cached(args, kind, args.stills if kind == "stills" else args.clips, make, weights["hash"]), weights["hash"]
+
+
+def crop(videos: list, side: int, x: float, y: float) -> list:
+    """One window of the picture from clips (T, 3, S, S) of one scene at several sizes, every frame at the same place: `side` pixels
+    of the first, which is the smallest, about the point (x, y) of the unit square."""
+    S = videos[0].shape[-1]
+    left, top = (min(max(0, round(at * S) - side // 2), S - side) for at in (x, y))
+    return [v[..., k * top:k * (top + side), k * left:k * (left + side)] for v in videos for k in [v.shape[-1] // S]]
+
+
+def pairs(args, which: str) -> dict:
+    """Windows of clips at two sizes, to learn super-resolution from: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (the
+    small ones after a round trip through our autoencoder, which is what `low` will meet; for `high` small again), fps.
+
+    Seven in ten are about the object's place; the rest of a picture is ground."""
+    scale, frames, side, inner, count = superres.STAGES[which].scale, *{"low": (8, 64, 32, 1200), "high": (1, 256, 64, 4800)}[which]
+    autoencoder, weights = vae.load(args.weights / "vae.pt", args.device)
+
+    def world():
+        for i in trange(count, desc=f"rendering pairs for {which}"):
+            rng = np.random.default_rng((args.seed, 6 if which == "low" else 7, i))
+            scene, fps = draw_scene(rng, "train"), 4 * (30 / 4) ** rng.random()
+            times = rng.uniform(0, SCENE_SECONDS - (frames - 1) / fps) + np.arange(frames) / fps
+            path = trajectory(scene, torch.as_tensor(times, dtype=torch.float32))
+            place = [float(axis[frames // 2]) for axis in path[:2]] if rng.random() < .7 else rng.random(2)
+            small, large = render(scene, times, side), render(scene, times, scale * side)
+            yield small, large, place, fps
+
+    def folder():
+        for windows, _, rates in folder_clips(args.data, frames, scale * side):
+            for large, fps in zip(windows, rates):
+                small = F.interpolate(large.float(), (side, side), mode="area").round().byte()
+                yield small, large, np.random.default_rng((args.seed, len(large))).random(2), float(fps)
+
+    def make():
+        parts = []
+        for small, large, place, fps in world() if args.data == "world" else folder():
+            again = vae.decode_video(autoencoder, vae.encode_video(autoencoder, small[None]))[0] if which == "low" else small
+            cut = crop([small, again, large], inner, *place)
+            parts.append({"small": cut[0], "decoded": cut[1], "pixels": cut[2], "fps": torch.tensor(fps)})
+        return {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+
+    return cached(args, f"pairs-{which}", count, make, weights["hash"])
 
 
 def batches(items: list, size: int) -> list:
@@ -345,8 +397,11 @@ class Recipe:
 RECIPES = {
     "vae": Recipe(steps=4200, batch=32, lr=1.5e-3),
     "clip": Recipe(steps=700, batch=128, lr=1e-3),
-    "image": Recipe(steps=1300, batch=128, lr=1e-3),
-    "base": Recipe(steps=1200, batch=16, lr=4e-4, fresh_lr=1.5e-3),
+    "image": Recipe(steps=3000, batch=64, lr=1e-3),
+    "base": Recipe(steps=2400, batch=16, lr=4e-4, fresh_lr=1.5e-3),
+    "interpolate": Recipe(steps=800, batch=16, lr=4e-4),
+    "superres-low": Recipe(steps=1000, batch=4, lr=1e-3),
+    "superres-high": Recipe(steps=1500, batch=8, lr=1e-3),
 }
 
 
@@ -479,17 +534,24 @@ def prepare_image(args) -> Stage:
                  lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 1), diffusion_config, facts)
 
 
+def parent(args, stage: str, facts: dict) -> dict:
+    """The weights of the stage that this one starts from, of the same autoencoder and text encoder."""
+    path = args.weights / f"{stage}.pt"
+    weights = base.load_weights(path, stage)
+    if any(weights["made_by"][key] != facts[key] for key in ("vae", "text")):
+        raise UserError(f"{path} is of another autoencoder or text encoder; train it anew with `python train.py {stage} --fresh`")
+    return weights
+
+
 def prepare_base(args) -> Stage:
     """Make-A-Video, section 3.4: the image model, inflated, goes on to learn from video.
 
     Every fourth step is of pictures, four for each clip. Differs: Imagen Video packs its pictures into clips."""
     data, facts = with_tokens(args, "clips")
     stills, _ = with_tokens(args, "stills")
-    path = args.weights / "image.pt"
-    image = base.load_weights(path, "image")
-    if any(image["made_by"][key] != facts[key] for key in ("vae", "text")):
-        raise UserError(f"{path} is of another autoencoder or text encoder; train it anew with `python train.py image --fresh`")
-    model, diffusion = base.fill(UNet(base.TINY), image, path, may_lack=UNet.is_inflation), base.Diffusion()
+    image = parent(args, "image", facts)
+    model = base.fill(UNet(base.TINY), image, args.weights / "image.pt", may_lack=UNet.is_inflation)
+    diffusion = base.Diffusion()
 
     def batch_of(step, samples):
         if args.joint and step % 4 == 3:
@@ -504,8 +566,57 @@ def prepare_base(args) -> Stage:
                  diffusion_config, facts | {"image": image["hash"]})
 
 
-PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image, "base": prepare_base}
-OUTPUT = {"vae": "vae.pt", "clip": "text.pt", "image": "image.pt", "base": "base.pt"}  # each stage's file in weights/
+def prepare_interpolate(args) -> Stage:
+    """Make-A-Video, section 3.3: the video model goes on to learn from clips some of whose frames it is shown."""
+    data, facts = with_tokens(args, "windows" if args.data == "world" else "clips")
+    weights = parent(args, "base", facts)
+    model = base.fill(UNet(interpolate.TINY), interpolate.inflate(weights), args.weights / "base.pt")
+    diffusion = base.Diffusion()
+
+    def batch_of(step, samples):
+        masks = [interpolate.random_known(np.random.default_rng((args.seed, 5, step, i))) for i in samples]
+        return diffusion_batch(args, data, step, samples) | {"known": torch.stack(masks)}
+
+    def preview(model):  # sixteen frames of which every fifth is given, below the truth
+        x, known = data["latents"][:4].float(), torch.arange(16) % 5 == 0
+        words = {"tokens": data["tokens"][data["rows"][:4]], "null_tokens": data["null"][None]}
+        made = interpolate.fill(model, diffusion, x, known.expand(4, 16), base.initial_noise(x.shape, 0), words, data["fps"][:4])
+        rows = torch.stack([x, made], dim=1).flatten(0, 1)                          # (8, T, 4, h, w)
+        return vae.contact_sheet(vae.decode_video(vae.load(args.weights / "vae.pt", args.device)[0], rows), columns=16)
+
+    return Stage(model, batch_of, lambda model, batch: interpolate.loss(model, diffusion, batch), preview, diffusion_config,
+                 facts | {"base": weights["hash"]})
+
+
+def prepare_superres(args, which: str) -> Stage:
+    """Super-resolution, on windows of clips, from nothing. `low` learns from clips and single frames alike."""
+    data, facts = pairs(args, which), {"vae": base.load_weights(args.weights / "vae.pt", "vae")["hash"]}
+    stage = superres.STAGES[which]
+    model, diffusion = UNet(stage.config), superres.diffusion_of()
+
+    def batch_of(step, samples):
+        rngs = [sample_rng(args.seed, step, i) for i in samples]
+        picks = [int(rng.integers(len(data["pixels"]))) for rng in rngs]
+        small = torch.stack([data["decoded" if rng.random() < .5 else "small"][i] for i, rng in zip(picks, rngs)])
+        x = vae.to_float(data["pixels"][picks])                                     # (N, T, 3, S, S)
+        return {"pixels": x, "small": vae.to_float(small), "level": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
+                "fps": data["fps"][picks].float(), "noise": normal(rngs, x.shape[1:]),
+                "t": torch.tensor([int(rng.integers(1000)) for rng in rngs]), "captions": [f"{which} pair {i}" for i in picks]}
+
+    def preview(model):  # bilinear, ours, truth
+        small, truth = data["decoded"][:8, :1], data["pixels"][:8, :1]              # (8, 1, 3, s, s)
+        ours = torch.stack([superres.upscale(model, diffusion, stage, clip, 4.) for clip in small])
+        plain = vae.to_uint8(superres.enlarge(vae.to_float(small), stage.scale, torch.zeros(8)))
+        return vae.contact_sheet(torch.cat([plain, ours, truth], dim=1).transpose(0, 1), columns=8)
+
+    return Stage(model, batch_of, lambda model, batch: superres.loss(model, diffusion, batch, stage.scale), preview,
+                 lambda model: {"unet": asdict(model.config), "diffusion": diffusion.config}, facts)
+
+
+PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image, "base": prepare_base,
+           "interpolate": prepare_interpolate, "superres-low": lambda args: prepare_superres(args, "low"),
+           "superres-high": lambda args: prepare_superres(args, "high")}
+OUTPUT = {stage: f"{stage}.pt" for stage in PREPARE} | {"clip": "text.pt"}  # each stage's file in weights/
 
 
 # ------------------------------------------------------------------------------------------------
@@ -541,7 +652,8 @@ def dump_first_batch(folder: Path, batch: dict, args):
     """The first eight samples as eyes see them, side by side, and their captions: an error of range, channel order, stride
     or caption shows here at once."""
     if "pixels" in batch:
-        videos = vae.to_uint8(batch["pixels"][:8])[:, None]                         # (8, 1, 3, H, W)
+        videos = vae.to_uint8(batch["pixels"][:8])
+        videos = videos[:, None] if videos.ndim == 4 else videos                    # (8, T, 3, H, W)
     else:
         videos = vae.decode_video(vae.load(args.weights / "vae.pt", args.device)[0], batch["latents"][:8])
     vae.write_video(folder / "first_batch.gif", torch.cat(list(videos), dim=3), 4.)  # (T, 3, H, 8*W)
@@ -679,7 +791,7 @@ def main(argv=None):
     parser.add_argument("stage", choices=[*PREPARE, "all"], help="what to train; a stage needs the weights of those before it")
     parser.add_argument("--data", default="world", help="'world', the built-in toy world, or a folder of clips")
     parser.add_argument("--stills", type=positive(int), default=24000, help="pictures of the world to make")
-    parser.add_argument("--clips", type=positive(int), default=12000, help="clips of the world to make")
+    parser.add_argument("--clips", type=positive(int), default=8000, help="clips of the world to make")
     parser.add_argument("--side", type=positive(int), default=64, help="side of the training pictures, in pixels")
     parser.add_argument("--steps", type=positive(int), help="steps, instead of the recipe's")
     parser.add_argument("--batch", type=positive(int), help="samples per step, instead of the recipe's")

@@ -1,0 +1,193 @@
+"""interpolate.py - the frames between, before and after: masked-frame interpolation, extrapolation, image animation.
+
+Make-A-Video (2209.14792) section 3.3: the video model, fine-tuned to fill in the frames of a clip that a mask hides. Its
+input gains the known frames and the mask as channels, and which frames are known decides what it does: keyframes are
+interpolated, a clip is continued either way, a picture comes to life.
+
+    in    base.pt     latents (B, T, 4, h, w), as base.py or `vae.py encode` made them
+    out   frames.pt   latents (B, k*(T-1) + 1, 4, h, w) at k times the frame rate; the known ones unchanged to the bit
+
+    python interpolate.py base.pt -o frames.pt --skip 5         16 frames at 4 fps become 76 at 20
+    python interpolate.py base.pt -o longer.pt --extend 15      go on for 15 frames; --extend-before 15: how it came to this
+    python interpolate.py text.pt -o z.pt --animate picture.png      bring a picture to life, as the prompt says
+
+The network sees 16 frames at once, so a long timeline is filled window by window: each begins a stride after the one before
+and is shown what that made. The papers do not say how; a stride of 10 leaves six frames in common (seven windows for 76
+frames), and `--parallel` fills five windows at once that share only keyframes: faster, and free to disagree between them.
+"""
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import base
+import text
+import vae
+from base import WEIGHTS, Diffusion, Parser, UNet, UserError, finite, load_stage, positive, run, save_stage
+
+WINDOW = 16  # frames the network was trained on
+
+
+# ------------------------------------------------------------------------------------------------
+# The model: base's, with nine input channels.
+
+TINY = replace(base.TINY, in_channels=4 + 4 + 1, temporal="attention+conv")  # noisy latents, known latents, mask
+
+
+def inflate(image_or_video: dict) -> dict:
+    """Weights of base.py with the new input columns zero, and without the prior, which speaks of whole scenes: a network that
+    starts from these ignores what is known, and is the video model."""
+    tensors = {name: tensor for name, tensor in image_or_video["model"].items() if "prior" not in name}
+    weight = tensors["conv_in.weight"]                                              # (C, 4, 3, 3)
+    return image_or_video | {"model": tensors | {"conv_in.weight": F.pad(weight, (0, 0, 0, 0, 0, TINY.in_channels - weight.shape[1]))}}
+
+
+def given(x, known):
+    """What the network is shown beside the noisy frames: the known ones, zero elsewhere, and the mask, 1 = known.
+    x (B, T, 4, h, w), known (B, T) -> (B, T, 4 + 1, h, w)"""
+    mask = known[:, :, None, None, None].to(x)                                      # (B, T, 1, 1, 1)
+    return torch.cat([x * mask, mask.expand_as(x[:, :, :1])], dim=2)
+
+
+def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
+    """Loss per video over its unknown frames, (B,). batch: as for base.loss, and known (B, T), 1 where a frame is given.
+
+    Known frames stay among the noisy ones too, as alpha_t known + sigma_t eps, here and in `fill` alike."""
+    x, known = batch["latents"], batch["known"].to(batch["latents"])
+    beside = given(x, known)
+    predict = lambda z, t: unet(torch.cat([z, beside], dim=2), t, batch["context"], batch["fps"])
+    unknown = (1 - known) / (1 - known).mean(1, keepdim=True)                       # (B, T), of mean one
+    return diffusion.loss(predict, x, batch["noise"], batch["t"], weight=unknown[:, :, None, None, None])
+
+
+def random_known(rng, frames: int = WINDOW) -> torch.Tensor:
+    """A mask to train on, (T,) bool: every k-th frame, half the time behind frames that an earlier window made; or a beginning,
+    an end, both ends, or one frame alone."""
+    at = torch.arange(frames)
+    kind, k, n = rng.choice(["every", "beginning", "end", "ends", "one"], p=[.6, .15, .1, .05, .1]), rng.integers(2, 7), rng.integers(1, frames)
+    if kind == "every":
+        made = rng.integers(0, frames // 2) if rng.random() < .5 else 0
+        return (at % k == rng.integers(k)) | (at < made)
+    return {"beginning": at < n, "end": at >= n, "ends": (at == 0) | (at == frames - 1), "one": at == n}[kind]
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampling: one window, then a timeline of them.
+
+def windows(frames: int, stride: int) -> list:
+    """Where windows begin: a stride apart, the last slid back to end at the last frame."""
+    last = max(0, frames - WINDOW)
+    return list(range(0, last, stride)) + [last]
+
+
+def fill(unet: UNet, diffusion: Diffusion, x, known, noise, text: dict, fps, steps: int = 16, guidance: float = 1.,
+         sampler: str = "dpmpp", label: str = ""):
+    """Fill in the unknown frames of windows. x and noise (B, T, 4, h, w), known (B, T) bool, fps (B,); returns x, filled in."""
+    at = known[:, :, None, None, None]                                              # (B, T, 1, 1, 1)
+    guide = base.guided(unet, text["tokens"], text["null_tokens"], fps, guidance, given(x, known))
+    predict = lambda z, t: guide(torch.where(at, diffusion.add_noise(x, noise, t), z), t)
+    return torch.where(at, x, diffusion.sample(predict, noise, steps, sampler, label=label))
+
+
+def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, text: dict, fps: float, parallel: bool = False, seed: int = 0,
+                  label: str = "", **sampling):
+    """Fill in timelines of any length. x (B, T, 4, h, w) holds the known frames in place, known (T,) bool says where.
+
+    One window after another, away from what is known, each shown the frames made before it; or in parallel all at once, shown
+    the known frames alone: where two then made the same frame, the first counts."""
+    device = next(unet.parameters()).device
+    B, T = x.shape[:2]
+    noise = base.initial_noise(x.shape, seed).to(device)  # of the timeline: windows that share a frame share its noise
+    x, made = x.to(device).float(), known.to(device)
+    tokens, null = text["tokens"].to(device).float(), text["null_tokens"].to(device).float()
+    starts = windows(T, 15 if parallel else 10)
+    if known[-1] and not known[0]:  # only what came before is missing: from the end backwards
+        starts = [max(0, T - WINDOW) - start for start in starts]
+    starts = [start for start in starts if not known[start:start + WINDOW].all()]
+    for i, group in enumerate([starts] if parallel else [[start] for start in starts]):
+        n = len(group)
+        cut = lambda video: torch.cat([video[:, start:start + WINDOW] for start in group])         # (n*B, 16, ...)
+        filled = fill(unet, diffusion, cut(x), cut(made.expand(B, T)), cut(noise),
+                      {"tokens": tokens.repeat(n, 1, 1), "null_tokens": null}, torch.full((n * B,), float(fps), device=device),
+                      label=label and f"{label} window {i + 1} of {1 if parallel else len(starts)}", **sampling)
+        x, made = x.clone(), made.clone()
+        for start, frames in zip(group, filled.split(B)):                           # (B, 16, 4, h, w)
+            here = slice(start, start + WINDOW)
+            x[:, here] = torch.where(made[here, None, None, None], x[:, here], frames)
+            made[here] = True
+    return x.cpu()                                                                  # (B, T, 4, h, w)
+
+
+def timeline(latents, skip: int = 1, before: int = 0, after: int = 0):
+    """Known frames spread out in time. (B, T, ...) -> (B, before + skip*(T-1) + 1 + after, ...) with zeros between, known (T',)"""
+    B, T = latents.shape[:2]
+    x = latents.new_zeros(B, before + skip * (T - 1) + 1 + after, *latents.shape[2:])
+    known = torch.zeros(x.shape[1], dtype=torch.bool)
+    places = before + skip * torch.arange(T)
+    x[:, places], known[places] = latents, True
+    return x, known
+
+
+def load(path=WEIGHTS / "interpolate.pt", device="cpu"):
+    """The U-Net, ready to fill in frames, its Diffusion, and the weights' dict."""
+    return base.load(path, device, ("interpolate",))
+
+
+def still_life(picture, text_path, weights: Path, device: str) -> dict:
+    """A picture as the first frame of one clip per prompt of a text file: a stage dict of latents (B, 1, 4, h, w)."""
+    stage = load_stage(text_path, "text")
+    autoencoder, made_by = vae.load(weights / "vae.pt", device)
+    pixels = vae.read_video(picture)[0][None, :1]                                   # (1, 1, 3, H, W)
+    side = 64 / min(pixels.shape[-2:])
+    size = [round(side * n / 8) * 8 for n in pixels.shape[-2:]]
+    pixels = F.interpolate(pixels[0].float(), size, mode="bilinear", antialias=True).round().byte()[None]
+    latents = vae.encode_video(autoencoder, pixels).expand(len(stage["prompts"]), -1, -1, -1, -1)
+    return stage | {"data": latents, "vae": made_by["hash"], "history": stage["history"] + [f"picture {Path(picture).name}"]}
+
+
+def main(argv=None):
+    parser = Parser("Fill in frames between, before or after those that are given.")
+    parser.add_argument("input", help="latents from base.py or `vae.py encode`; with --animate the text file of its prompt")
+    parser.add_argument("-o", "--out", default="frames.pt", help="file of latents to write")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--skip", type=positive(int), help="make of each step between frames this many: 5 makes 76 frames of 16")
+    what.add_argument("--extend", type=positive(int), metavar="N", help="add N frames after the last")
+    what.add_argument("--extend-before", type=positive(int), metavar="N", help="add N frames before the first")
+    what.add_argument("--animate", metavar="PICTURE", help="bring a picture to life: its first 16 frames at --fps")
+    parser.add_argument("--fps", type=positive(float), default=4., help="frame rate of an animation; 4 to 30 were trained")
+    parser.add_argument("--parallel", action="store_true", help="all windows at once, sharing keyframes alone")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, as written by train.py")
+    parser.add_argument("--steps", type=positive(int), default=16, help="sampling steps per window, 1000 at most")
+    parser.add_argument("--guidance", type=finite, default=1., help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("--sampler", choices=("dpmpp", "ddim"), default="dpmpp", help="DPM-Solver++(2M) or DDIM")
+    parser.add_seed()
+    parser.add_device()
+    args = parser.parse_args(argv)
+    base.check_out(args.out, (".pt",))
+    base.check_steps(args.steps)
+    if args.animate:
+        stage = still_life(args.animate, args.input, args.weights, args.device) | {"fps": args.fps}
+    else:
+        stage = load_stage(args.input, "latents")
+    x, known = timeline(stage["data"].float(), args.skip or 1, args.extend_before or 0, args.extend or 15 * bool(args.animate))
+    if known.all():
+        raise UserError(f"there is nothing between {stage['data'].shape[1]} frames at --skip {args.skip}; --extend goes on behind them")
+    unet, diffusion, weights = load(args.weights / "interpolate.pt", args.device)
+    if stage["vae"] != weights["made_by"]["vae"]:
+        raise UserError(f"{args.input} holds latents of autoencoder {stage['vae']}, but the weights were trained on {weights['made_by']['vae']}")
+    words = stage["text"]
+    if words is None:  # a clip that came without a prompt
+        words = text.encode(*text.load(args.weights / "text.pt")[:2], [""] * len(x))
+    else:
+        base.check_encoder(args.input, words, args.weights, weights["made_by"])
+    fps = stage["fps"] * (args.skip or 1)
+    frames = fill_timeline(unet, diffusion, x, known, words, fps, args.parallel, args.seed, "interpolate",
+                           steps=args.steps, guidance=args.guidance, sampler=args.sampler)
+    done = f"interpolate {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} {'parallel ' * args.parallel}fps {fps:g}"
+    save_stage(args.out, "latents", frames, text=stage["text"], prompts=stage["prompts"], fps=fps, seed=args.seed,
+               history=stage["history"] + [done], vae=stage["vae"])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,164 @@
+"""superres.py - more pixels: 64 -> 256 for a whole clip, 256 -> 768 frame by frame.
+
+Make-A-Video (2209.14792) sections 3.1-3.2. SR_l is a space-time network, so that detail it invents agrees over time. SR_h is
+too big for that and works on single frames; what keeps it from flickering is that every frame starts from the same noise.
+Both see the small clip, enlarged, beside the noisy large one; in training the enlarged clip is damaged by a random amount that
+the network is told (conditioning augmentation), so that it forgives the faults of the stage before.
+
+    in    pixels.pt   uint8 (B, T, 3, h, w), from vae.py decode or from the stage before
+    out   low.pt      uint8 (B, T, 3, 4*h, 4*w);   high.pt  uint8 (B, T, 3, 3*h, 3*w)
+
+    python superres.py low pixels.pt -o low.pt
+    python superres.py high low.pt -o high.pt       --independent-noise shows the flicker that the shared noise removes
+
+Any size works: both networks are convolutional, and what does not fit their strides is padded and cropped back.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import base
+import vae
+from base import WEIGHTS, Diffusion, Parser, UNet, UNetConfig, UserError, load_stage, positive, run, save_stage
+
+
+# ------------------------------------------------------------------------------------------------
+# Conditioning augmentation: one function, in training and in sampling.
+
+def blur(video, sigma: float):
+    """Gaussian blur of every frame, sigma in pixels. (B, T, C, H, W)"""
+    reach = math.ceil(3 * sigma)
+    x = torch.arange(-reach, reach + 1, device=video.device, dtype=video.dtype)
+    kernel = torch.softmax(-x ** 2 / (2 * sigma ** 2), 0).expand(video.shape[2], 1, 1, -1)         # (C, 1, 1, K)
+    frames = F.pad(video.flatten(0, 1), (reach,) * 4, mode="replicate")                            # (B*T, C, H+2r, W+2r)
+    frames = F.conv2d(F.conv2d(frames, kernel, groups=len(kernel)), kernel.transpose(2, 3), groups=len(kernel))
+    return frames.unflatten(0, video.shape[:2])                                                    # (B, T, C, H, W)
+
+
+def enlarge(small, scale: int, level):
+    """The condition: a clip (B, T, 3, h, w) in -1...1, bilinearly `scale` times as large and blurred by level (B,) in 0...1.
+    Level 0 is the enlarged clip itself.
+
+    Differs: Imagen Video (section 2.5) adds Gaussian noise. What this network says is added to the enlarged clip, and it is too
+    narrow to take noise back out of every pixel; blur is what unCLIP (2204.06125) gave its upsamplers."""
+    B, T, C, h, w = small.shape
+    large = F.interpolate(small.flatten(0, 1), scale_factor=scale, mode="bilinear").unflatten(0, (B, T))   # (B, T, 3, H, W)
+    level = level.view(-1, 1, 1, 1, 1).to(large)
+    return large + level * (blur(large, scale * .75) - large) if level.any() else large
+
+
+# ------------------------------------------------------------------------------------------------
+# The two models
+
+@dataclass
+class Stage:
+    scale: int           # times as many pixels each way
+    config: UNetConfig
+    level: float         # of augmentation, when sampling
+    chunk: int           # frames at once, when sampling
+    halo: int            # frames on either side of a chunk that reach into it
+
+
+LOW = Stage(4, UNetConfig(in_channels=6, out_channels=3, channels=(64, 96), attention=(False, False), context_dim=None,
+                          temporal="conv", patch_size=4, level=True), level=.3, chunk=76, halo=16)
+HIGH = Stage(3, UNetConfig(in_channels=6, out_channels=3, channels=(48, 96), attention=(False, False), context_dim=None,
+                           temporal="none", gates=False, patch_size=8, level=True), level=.3, chunk=4, halo=0)
+STAGES = {"low": LOW, "high": HIGH}
+
+
+def diffusion_of() -> Diffusion:
+    """Differs: both papers predict noise or v. Behind a patch of p x p pixels a narrow network cannot carry 3 p^2 numbers of
+    noise per position; the clean picture, as a residual on the enlarged one, it can."""
+    return Diffusion(target="sample")
+
+
+def predict_with(unet: UNet, large, level, fps=None):
+    """A predict(z, t) of the clean clip, from the condition `large` (B, T, 3, H, W)."""
+    return lambda z, t: large + unet(torch.cat([z, large], dim=2), t, None, fps, level)
+
+
+def loss(unet: UNet, diffusion: Diffusion, batch: dict, scale: int) -> torch.Tensor:
+    """Loss per clip, (B,). batch: pixels (B, T, 3, H, W), small (B, T, 3, h, w), level (B,), fps (B,), noise like pixels, t (B,).
+
+    |v - v'|^2 = |x - x'|^2 / sigma^2, as far as 10, beyond which z is as good as clean."""
+    large = enlarge(batch["small"], scale, batch["level"])
+    _, sigma = diffusion.alpha_sigma(batch["t"], large)
+    predict = predict_with(unet, large, batch["level"], batch["fps"])
+    return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"], weight=(1 / sigma ** 2).clamp(max=10))
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampling: in chunks of frames, so that memory does not grow with the length of the clip.
+
+def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, steps: int = 4, sampler: str = "ddim",
+            seed: int = 0, independent: bool = False, level: float | None = None, label: str = ""):
+    """A clip uint8 (T, 3, h, w) at `stage.scale` times the size, uint8 (T, 3, H, W).
+
+    A chunk is denoised with `halo` frames on either side, as many as the temporal convolutions reach, which are then dropped:
+    so chunks make the same frames as the whole clip would."""
+    device, (T, C, h, w) = next(unet.parameters()).device, small.shape
+    H, W = stage.scale * h, stage.scale * w
+    level = torch.tensor([stage.level if level is None else level], device=device)
+    out = torch.empty(T, C, H, W, dtype=torch.uint8)
+    one = base.initial_noise((1, 1, C, H, W), seed)                                 # of every frame, unless independent
+    for start in tqdm(range(0, T, stage.chunk), desc=label, disable=not label, leave=False):
+        first, last = max(0, start - stage.halo), min(T, start + stage.chunk + stage.halo)
+        noise = one.expand(1, last - first, -1, -1, -1)
+        if independent:
+            noise = base.initial_noise((last - first, 1, C, H, W), seed + first).transpose(0, 1)
+        piece = vae.to_float(small[None, first:last]).to(device)                    # (1, T', 3, h, w)
+        if not stage.halo:  # frame by frame: frames are a batch of pictures
+            piece, noise = piece.transpose(0, 1), noise.transpose(0, 1)             # (T', 1, 3, h, w)
+        many = level.expand(len(piece))
+        predict = predict_with(unet, enlarge(piece, stage.scale, many), many, torch.full((len(piece),), fps, device=device))
+
+        def fast(z, t):
+            with base.fast_autocast(device):
+                return predict(z, t)
+
+        x = diffusion.sample(fast, noise.to(device), steps, sampler)                # (1, T', 3, H, W) or (T', 1, 3, H, W)
+        x = x.flatten(0, 1)[start - first:][:stage.chunk]
+        out[start:start + stage.chunk] = vae.to_uint8(x).cpu()
+    return out
+
+
+def load(which: str, path=None, device="cpu"):
+    """The U-Net of "low" or "high", ready to sample, its Diffusion, and the weights' dict."""
+    return base.load(path or WEIGHTS / f"superres-{which}.pt", device, (f"superres-{which}",))
+
+
+def main(argv=None):
+    parser = Parser("Enlarge the clips of a file of pixels: low four times, high three times.")
+    parser.add_argument("which", choices=STAGES, help="low: 64 to 256, in space and time; high: 256 to 768, frame by frame")
+    parser.add_argument("pixels", help="pixels from `vae.py decode` or the stage before, or any video")
+    parser.add_argument("-o", "--out", default="large.pt", help="file of pixels to write")
+    parser.add_argument("--weights", help="weights, written by train.py; weights/superres-low.pt or -high.pt if not given")
+    parser.add_argument("--steps", type=positive(int), default=4, help="sampling steps, 1000 at most")
+    parser.add_argument("--sampler", choices=("dpmpp", "ddim"), default="ddim", help="DPM-Solver++(2M) or DDIM")
+    parser.add_argument("--level", type=base.finite, help="how much to mistrust the input's detail, 0 to 1")
+    parser.add_argument("--independent-noise", action="store_true", help="a noise of its own for every frame: watch it flicker")
+    parser.add_seed()
+    parser.add_device()
+    args = parser.parse_args(argv)
+    base.check_out(args.out, (".pt",))
+    base.check_steps(args.steps)
+    if args.level is not None and not 0 <= args.level <= 1:
+        raise UserError(f"--level is {args.level:g}, where 0 to 1 is wanted")
+    if args.pixels.endswith(vae.VIDEOS + vae.PICTURES):
+        video, fps = vae.read_video(args.pixels)
+        stage = {"data": video[None], "text": None, "prompts": [args.pixels], "fps": fps, "history": [], "vae": None}
+    else:
+        stage = load_stage(args.pixels, "pixels")
+    unet, diffusion, weights = load(args.which, args.weights, args.device)
+    clips = [upscale(unet, diffusion, STAGES[args.which], clip, stage["fps"], args.steps, args.sampler, args.seed + i,
+                     args.independent_noise, args.level, label=f"superres {args.which}") for i, clip in enumerate(stage["data"])]
+    done = f"superres-{args.which} {weights['hash']} {args.sampler} steps {args.steps}{' independent noise' * args.independent_noise}"
+    save_stage(args.out, "pixels", torch.stack(clips), text=stage["text"], prompts=stage["prompts"], fps=stage["fps"],
+               seed=args.seed, history=stage["history"] + [done], vae=stage["vae"])
+
+
+if __name__ == "__main__":
+    run(main)
