@@ -481,8 +481,8 @@ class TemporalPrior(nn.Module):
 
     Differs: the papers let attention find out how prompt, moment and place belong together. Averaged over clips, "left" says
     nothing about a frame; nor does a frame's number, averaged over prompts; only their product tells where in the picture a
-    thing that moves left should be by now. Here that product is a feature, regressed on the clips themselves: at the
-    noisiest timesteps, where motion is decided, this mean is all that can be known, and the U-Net is handed it."""
+    thing that moves left should be by now. Here that product is a feature, and the mean is regressed before the U-Net learns
+    from video: at the noisiest timesteps, where motion is decided, it is all that can be known, and the U-Net is handed it."""
 
     def __init__(self, context_dim: int, channels: int, dim: int = 128):
         super().__init__()
@@ -564,7 +564,7 @@ class UNet(nn.Module):
             self.level_embedding = Embedding(width, 4 * width)
         if c.context_dim and "prior" in c.temporal:
             self.temporal_prior = TemporalPrior(c.context_dim, c.out_channels)
-            self.temporal_conv_in = zeroed(nn.Conv2d(c.out_channels * patch, width, 3, padding=1))
+            self.temporal_prior_conv = zeroed(nn.Conv2d(c.out_channels * patch, width, 3, padding=1))
 
         skips = [width]
         self.down_blocks = nn.ModuleList()
@@ -604,7 +604,9 @@ class UNet(nn.Module):
         fold = lambda video: F.pixel_unshuffle(video.flatten(0, 1), self.config.patch_size).contiguous(memory_format=torch.channels_last)
         h = self.conv_in(fold(x))                                                   # (B*T, C, H/p, W/p)
         if T > 1 and hasattr(self, "temporal_prior"):
-            h = h + self.temporal_conv_in(fold(self.temporal_prior(context, fps, *x[:, :, 0].shape[1:]).detach()))
+            with torch.no_grad():  # frozen, as every stage is before the next begins
+                mean = self.temporal_prior(context, fps, T, *x.shape[-2:])          # (B, T, C', H, W)
+            h = h + self.temporal_prior_conv(fold(mean))
         x = h
         skips = [x]
         for block in self.down_blocks:
@@ -741,14 +743,14 @@ SD15 = UNetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, Tr
 
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
-    """Loss per video, (B,). batch: latents (B, T, 4, h, w), context (B, L, D), fps (B,), noise like latents, t (B,).
+    """Loss per video, (B,). batch: latents (B, T, 4, h, w), context (B, L, D), fps (B,), noise like latents, t (B,)."""
+    return diffusion.loss(lambda z, t: unet(z, t, batch["context"], batch["fps"]), batch["latents"], batch["noise"], batch["t"])
 
-    For videos, plus the squared error of the temporal prior: the U-Net's own loss does not reach it, nor its the U-Net."""
-    x, context, fps = batch["latents"], batch["context"], batch["fps"]
-    each = diffusion.loss(lambda z, t: unet(z, t, context, fps), x, batch["noise"], batch["t"])
-    if x.shape[1] > 1 and hasattr(unet, "temporal_prior"):
-        each = each + (unet.temporal_prior(context, fps, *x[:, :, 0].shape[1:]) - x).float().pow(2).flatten(1).mean(1)
-    return each
+
+def prior_loss(prior: TemporalPrior, batch: dict) -> torch.Tensor:
+    """Squared error of the mean clip, (B,). The best answer to it is the mean. batch: latents, context, fps, as above."""
+    B, T, C, H, W = batch["latents"].shape
+    return (prior(batch["context"], batch["fps"], T, H, W) - batch["latents"]).float().pow(2).flatten(1).mean(1)
 
 
 def load(path=WEIGHTS / "base.pt", device="cpu", stages: tuple = ("base", "image")):

@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 2 train.py base       each batch shared by two processes; on a CPU faster than two threads
 
 Stages, each frozen before the next begins: vae (pixels <-> latents), clip (the text encoder), image (a text-to-image
-U-Net), base (that U-Net inflated to video: Make-A-Video's central idea, section 3.4), interpolate (base fine-tuned to fill in
-masked frames).
+U-Net), prior (the mean clip of a prompt), base (that U-Net inflated to video: Make-A-Video's central idea, section 3.4),
+interpolate (base fine-tuned to fill in masked frames), superres-low and superres-high.
 
 Sample i of step n is a pure function of (seed, n, i), its noise and timestep included. So a run that was stopped goes on
 to the very bits it would have reached, and no random state needs saving. Every stage leaves in runs/STAGE/: log.csv
@@ -398,6 +398,7 @@ RECIPES = {
     "vae": Recipe(steps=4200, batch=32, lr=1.5e-3),
     "clip": Recipe(steps=700, batch=128, lr=1e-3),
     "image": Recipe(steps=3000, batch=64, lr=1e-3),
+    "prior": Recipe(steps=800, batch=64, lr=5e-3, warmup=50),
     "base": Recipe(steps=2400, batch=16, lr=4e-4, fresh_lr=1.5e-3),
     "interpolate": Recipe(steps=800, batch=16, lr=4e-4),
     "superres-low": Recipe(steps=1000, batch=4, lr=1e-3),
@@ -543,13 +544,34 @@ def parent(args, stage: str, facts: dict) -> dict:
     return weights
 
 
+VIDEO_PROMPTS = ["a red star moving left", "a cyan circle bouncing on sand", "a yellow square spinning on grass",
+                 "a green triangle growing at night", "a pink ring circling", "a blue cross moving up on bricks"]
+
+
+def prepare_prior(args) -> Stage:
+    """The mean clip of every prompt and frame rate, which the video model is handed."""
+    data, facts = with_tokens(args, "clips")
+    model = base.TemporalPrior(data["tokens"].shape[-1], data["latents"].shape[2])
+    prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
+
+    def preview(model):
+        (clip, tokenizer, _), (autoencoder, _) = text.load(args.weights / "text.pt"), vae.load(args.weights / "vae.pt", args.device)
+        context = text.encode(clip, tokenizer, prompts)["tokens"].to(args.device)
+        mean = model(context, torch.full((len(prompts),), 4., device=args.device), *data["latents"][0, :, 0].shape)
+        return vae.contact_sheet(vae.decode_video(autoencoder, mean.cpu()), columns=16)
+
+    return Stage(model, lambda step, samples: diffusion_batch(args, data, step, samples), base.prior_loss, preview,
+                 lambda model: {"context_dim": data["tokens"].shape[-1]}, facts)
+
+
 def prepare_base(args) -> Stage:
     """Make-A-Video, section 3.4: the image model, inflated, goes on to learn from video.
 
     Every fourth step is of pictures, four for each clip. Differs: Imagen Video packs its pictures into clips."""
     data, facts = with_tokens(args, "clips")
     stills, _ = with_tokens(args, "stills")
-    image = parent(args, "image", facts)
+    image, prior = parent(args, "image", facts), parent(args, "prior", facts)
+    image["model"] |= {f"temporal_prior.{name}": tensor for name, tensor in prior["model"].items()}
     model = base.fill(UNet(base.TINY), image, args.weights / "image.pt", may_lack=UNet.is_inflation)
     diffusion = base.Diffusion()
 
@@ -558,12 +580,9 @@ def prepare_base(args) -> Stage:
             return diffusion_batch(args, stills, step, [4 * i + k for i in samples for k in range(4)])
         return diffusion_batch(args, data, step, samples)
 
-    prompts = data["captions"][:6]
-    if args.data == "world":
-        prompts = ["a red star moving left", "a cyan circle bouncing on sand", "a yellow square spinning on grass",
-                   "a green triangle growing at night", "a pink ring circling", "a blue cross moving up on bricks"]
+    prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
     return Stage(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 16),
-                 diffusion_config, facts | {"image": image["hash"]})
+                 diffusion_config, facts | {"image": image["hash"], "prior": prior["hash"]})
 
 
 def prepare_interpolate(args) -> Stage:
@@ -613,7 +632,7 @@ def prepare_superres(args, which: str) -> Stage:
                  lambda model: {"unet": asdict(model.config), "diffusion": diffusion.config}, facts)
 
 
-PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image, "base": prepare_base,
+PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image, "prior": prepare_prior, "base": prepare_base,
            "interpolate": prepare_interpolate, "superres-low": lambda args: prepare_superres(args, "low"),
            "superres-high": lambda args: prepare_superres(args, "high")}
 OUTPUT = {stage: f"{stage}.pt" for stage in PREPARE} | {"clip": "text.pt"}  # each stage's file in weights/
@@ -750,6 +769,10 @@ def train(stage: str, args):
             window.append((losses, levels))
             minutes += (time.time() - last_step) / 60
             last_step = time.time()
+            if stop:
+                if RANK == 0:
+                    save(step + 1)
+                raise KeyboardInterrupt
             if RANK > 0:
                 continue
             if (step + 1) % 25 == 0 or step + 1 == recipe.steps:
@@ -763,9 +786,6 @@ def train(stage: str, args):
                     csv.writer(file).writerows([["step", "minutes", "loss", "t<1/4", "t<1/2", "t<3/4", "t<1"]] * new
                                                + [[step + 1, round(minutes, 2), *(round(x, 5) for x in (running, *quartiles))]])
                 window = []
-            if stop:
-                save(step + 1)
-                raise KeyboardInterrupt
             if time.time() - last_save > 60 * args.save_minutes:
                 save(step + 1)
                 show()
@@ -773,7 +793,7 @@ def train(stage: str, args):
             if args.snapshots and (step + 1) % max(1, recipe.steps // args.snapshots) == 0:
                 export(folder / f"weights-{step + 1:06d}.pt", step + 1)
     except KeyboardInterrupt:
-        print(f"\n{stage}: stopped; the same command goes on from {folder / 'checkpoint.pt'}")
+        say(f"\n{stage}: stopped; the same command goes on from {folder / 'checkpoint.pt'}")
         raise
     finally:
         signal.signal(signal.SIGINT, before)
