@@ -10,7 +10,8 @@ image model applied to every frame. The article's two further ingredients are he
 
     python base.py text.pt -o base.pt --frames 16 --fps 4 --steps 16 --guidance 3 --seed 0
 
-Read top to bottom: what all stages share, pseudo-3D layers, the U-Net, diffusion and its samplers, main.
+Read top to bottom: pseudo-3D layers, the U-Net, diffusion and its samplers; then the files and the command line that all
+stages share, and main.
 Shapes: (B, T, C, H, W) is a video, (B*T, C, H, W) are its frames, (B, L, D) is text.
 """
 import argparse
@@ -29,237 +30,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-
-WEIGHTS = Path(__file__).resolve().parent / "weights"
-MADE_BY = {"text": 'python text.py "a red star moving left" -o text.pt', "latents": "python base.py text.pt -o base.pt",
-           "pixels": "python vae.py decode base.pt -o pixels.pt"}
-
-
-# ------------------------------------------------------------------------------------------------
-# What every stage shares: errors in one line, the command line, and files that are whole or not there.
-
-class UserError(Exception):
-    """Something only the user can mend; `run` prints it as one line on stderr and exits with code 2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that shows every default, knows the flags that stages share, and errs in one line."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def add_device(self):
-        self.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-
-    def add_seed(self):
-        self.add_argument("--seed", type=int, default=0, help="video i of a call starts from the noise of seed + i")
-
-    def error(self, message: str):
-        raise UserError(message)
-
-
-def positive(kind: type):
-    """An argparse type: a finite number of `kind` above zero."""
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (0 < value < math.inf):
-            raise argparse.ArgumentTypeError(f"'{text}' is not a positive {'whole ' if kind is int else ''}number")
-        return value
-    return parse
-
-
-def finite(text: str) -> float:
-    """An argparse type: any number but nan and the infinities."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
-    return value
-
-
-def device(text: str) -> str:
-    """An argparse type: a device that this machine has."""
-    try:
-        torch.zeros(1, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"'{text}' cannot be used here: {str(error).splitlines()[0]}")
-    return text
-
-
-def note(message: str):
-    """A remark to the user, beside the output."""
-    print(message, file=sys.stderr)
-
-
-def run(main):
-    """The last line of every script: call main(), with a UserError as one clear line."""
-    try:
-        main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-@contextmanager
-def atomic(path):
-    """Yield a temporary path beside `path` and rename it when all went well: no half-written file has the final name."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def check_out(path, allowed: tuple):
-    """Refuse a file name, or a folder that cannot be written, before any time is spent on what would go into it."""
-    path = Path(path)
-    if path.suffix.lower() not in allowed:
-        raise UserError(f"{path}: unknown extension, where one of {' '.join(allowed)} is wanted")
-    check_folder(path.parent)
-
-
-def check_folder(folder):
-    """Make a folder, or say at once that nothing can be written there."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write into {folder}: permission denied")
-
-
-def write_pt(path, content: dict):
-    """torch.save of plain tensors and values. Through an open handle, since torch.save(path) stores the file's own name
-    inside: this way equal content gives equal bytes."""
-    with atomic(path) as temporary, open(temporary, "wb") as handle:
-        torch.save(content, handle)
-
-
-def read_pt(path) -> dict:
-    """The dict of a .pt file, by torch's weights_only reader: a file from a stranger never runs code."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is truncated, or no .pt file at all")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds a pickled object, which is refused and not run") from error
-    except Exception as error:  # torch raises a dozen kinds here, some without a word
-        raise UserError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a bare {type(content).__name__}, not one of our files")
-    return content
-
-
-def save_stage(path, kind: str, data, *, text, prompts, fps: float, seed, history: list, vae: str | None = None):
-    """Hand tensors to the next stage. Latents are float (B, T, 4, h, w), pixels uint8 (B, T, 3, H, W), text has no data;
-    `fps` is that of this very clip, `vae` the short hash of the autoencoder whose latents these are."""
-    write_pt(path, {"format": 1, "kind": kind, "data": data, "text": text, "prompts": prompts, "fps": float(fps),
-                    "seed": seed, "history": history, "vae": vae})
-
-
-def load_stage(path, kind: str) -> dict:
-    """Read a stage file and check all that the next stage relies on. Raises UserError, naming what would mend it."""
-    stage = read_pt(path)
-
-    def want(condition, otherwise: str):
-        if not condition:
-            raise UserError(f"{path}: {otherwise}; make one with `{MADE_BY[kind]}`")
-
-    keys = {"kind", "data", "text", "prompts", "fps", "seed", "history", "vae"}
-    want(stage.get("format") == 1 and keys <= stage.keys(), "no stage file of format 1")
-    want(stage["kind"] == kind, f"holds {stage['kind']} where {kind} {'is' if kind == 'text' else 'are'} wanted")
-    data, text, tensors = stage["data"], stage["text"], []
-    if kind != "text":
-        is_tensor = isinstance(data, torch.Tensor)
-        got = f"{data.dtype} {tuple(data.shape)}" if is_tensor else type(data).__name__
-        wanted = "float (B, T, 4, h, w)" if kind == "latents" else "torch.uint8 (B, T, 3, H, W)"
-        right_type = is_tensor and (data.is_floating_point() if kind == "latents" else data.dtype == torch.uint8)
-        right_shape = right_type and data.ndim == 5 and data.numel() and data.shape[2] == (4 if kind == "latents" else 3)
-        want(right_shape, f"data is {got} where {wanted} is wanted")
-        fps = stage["fps"]
-        want(isinstance(fps, float) and 0 < fps < math.inf, f"fps is {fps} where a positive number is wanted")
-        tensors = [data] if kind == "latents" else []
-    if kind == "text" or text is not None:
-        parts = ("tokens", "pooled", "null_tokens", "null_pooled")
-        whole = isinstance(text, dict) and "encoder" in text and all(isinstance(text.get(part), torch.Tensor) for part in parts)
-        want(whole and all(text[part].is_floating_point() for part in parts), f"text lacks one of encoder, {', '.join(parts)}")
-        want(text["tokens"].ndim == 3 and text["tokens"].numel() and len(text["tokens"]) == len(stage["prompts"])
-             and text["null_tokens"].shape == (1, *text["tokens"].shape[1:]), "text has not one (L, D) of tokens per prompt")
-        tensors += [text[part] for part in parts]
-    want(all(tensor.isfinite().all() for tensor in tensors), "holds NaN or infinite values")
-    return stage
-
-
-def save_weights(path, stage: str, config: dict, model: nn.Module, **made_by):
-    """Weights of one model: its config, its tensors in fp16, and how they came to be."""
-    tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_pt(path, {"format": 1, "config": config, "model": tensors, "made_by": {"stage": stage, **made_by}})
-
-
-def load_weights(path, *stages: str) -> dict:
-    """Read what save_weights wrote for one of `stages`, and add `hash`: eight letters that name these very weights."""
-    remedy = f"train them with `python train.py {stages[0]}`"
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such weights; {remedy}")
-    weights = read_pt(path)
-    if "made_by" not in weights:
-        raise UserError(f"{path} holds no weights; {remedy}")
-    if weights["made_by"]["stage"] not in stages:
-        raise UserError(f"{path} holds weights of {weights['made_by']['stage']}, where {' or '.join(stages)} is wanted; {remedy}")
-    digest = hashlib.sha256(repr(weights["config"]).encode())
-    for name, tensor in sorted(weights["model"].items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return weights | {"hash": digest.hexdigest()[:8]}
-
-
-def fill(model: nn.Module, weights: dict, path, may_lack=lambda name: False) -> nn.Module:
-    """load_state_dict, where only names that `may_lack` allows may be missing. Raises UserError on any other difference."""
-    own, given = model.state_dict(), weights["model"]
-    wrong = [name for name in own.keys() ^ given.keys() if name in given or not may_lack(name)]
-    wrong += [name for name in own.keys() & given.keys() if own[name].shape != given[name].shape]
-    if wrong:
-        raise UserError(f"{path} is of another config: {len(wrong)} tensors differ, {sorted(wrong)[0]} among them")
-    if not all(tensor.isfinite().all() for tensor in given.values()):
-        raise UserError(f"{path} holds NaN or infinite weights")
-    model.load_state_dict({name: tensor.float() for name, tensor in given.items()}, strict=False)
-    return model
-
-
-def configure(config_class, values: dict, path):
-    """A config dataclass from the plain dict that weights keep. Raises UserError on fields it does not know."""
-    try:
-        return config_class(**values)
-    except TypeError as error:
-        raise UserError(f"{path} is of another config: {str(error).split('__init__() ')[-1]}") from error
-
-
-def has_fast_bf16(device) -> bool:
-    """Does the hardware multiply bf16 natively? A CPU without AMX is slower in bf16 than in fp32."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("amx_bf16", False)
-
-
-def fast_autocast(device):
-    """bf16 where that is fast, fp32 elsewhere."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_fast_bf16(device))
-
-
-def initial_noise(shape: tuple, seed: int) -> torch.Tensor:
-    """Standard normal (B, ...) on the CPU, one generator per video: video i does not depend on how many are made."""
-    return torch.stack([torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed + i)) for i in range(shape[0])])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -732,6 +502,238 @@ def guided(unet: UNet, context, null_context, fps, guidance_scale: float, given=
             prompt, null = unet(twice(z), twice(t), torch.cat([context, null_context]), twice(fps)).chunk(2)
         return null + guidance_scale * (prompt - null)
     return predict
+
+
+# ------------------------------------------------------------------------------------------------
+# What every stage shares: errors in one line, the command line, and files that are whole or not there.
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+MADE_BY = {"text": 'python text.py "a red star moving left" -o text.pt', "latents": "python base.py text.pt -o base.pt",
+           "pixels": "python vae.py decode base.pt -o pixels.pt"}
+
+
+class UserError(Exception):
+    """Something only the user can mend; `run` prints it as one line on stderr and exits with code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows every default, knows the flags that stages share, and errs in one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def add_device(self):
+        self.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+
+    def add_seed(self):
+        self.add_argument("--seed", type=int, default=0, help="video i of a call starts from the noise of seed + i")
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def positive(kind: type):
+    """An argparse type: a finite number of `kind` above zero."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (0 < value < math.inf):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a positive {'whole ' if kind is int else ''}number")
+        return value
+    return parse
+
+
+def finite(text: str) -> float:
+    """An argparse type: any number but nan and the infinities."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
+    return value
+
+
+def device(text: str) -> str:
+    """An argparse type: a device that this machine has."""
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"'{text}' cannot be used here: {str(error).splitlines()[0]}")
+    return text
+
+
+def note(message: str):
+    """A remark to the user, beside the output."""
+    print(message, file=sys.stderr)
+
+
+def run(main):
+    """The last line of every script: call main(), with a UserError as one clear line."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path` and rename it when all went well: no half-written file has the final name."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def check_out(path, allowed: tuple):
+    """Refuse a file name, or a folder that cannot be written, before any time is spent on what would go into it."""
+    path = Path(path)
+    if path.suffix.lower() not in allowed:
+        raise UserError(f"{path}: unknown extension, where one of {' '.join(allowed)} is wanted")
+    check_folder(path.parent)
+
+
+def check_folder(folder):
+    """Make a folder, or say at once that nothing can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write into {folder}: permission denied")
+
+
+def write_pt(path, content: dict):
+    """torch.save of plain tensors and values. Through an open handle, since torch.save(path) stores the file's own name
+    inside: this way equal content gives equal bytes."""
+    with atomic(path) as temporary, open(temporary, "wb") as handle:
+        torch.save(content, handle)
+
+
+def read_pt(path) -> dict:
+    """The dict of a .pt file, by torch's weights_only reader: a file from a stranger never runs code."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is truncated, or no .pt file at all")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds a pickled object, which is refused and not run") from error
+    except Exception as error:  # torch raises a dozen kinds here, some without a word
+        raise UserError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a bare {type(content).__name__}, not one of our files")
+    return content
+
+
+def save_stage(path, kind: str, data, *, text, prompts, fps: float, seed, history: list, vae: str | None = None):
+    """Hand tensors to the next stage. Latents are float (B, T, 4, h, w), pixels uint8 (B, T, 3, H, W), text has no data;
+    `fps` is that of this very clip, `vae` the short hash of the autoencoder whose latents these are."""
+    write_pt(path, {"format": 1, "kind": kind, "data": data, "text": text, "prompts": prompts, "fps": float(fps),
+                    "seed": seed, "history": history, "vae": vae})
+
+
+def load_stage(path, kind: str) -> dict:
+    """Read a stage file and check all that the next stage relies on. Raises UserError, naming what would mend it."""
+    stage = read_pt(path)
+
+    def want(condition, otherwise: str):
+        if not condition:
+            raise UserError(f"{path}: {otherwise}; make one with `{MADE_BY[kind]}`")
+
+    keys = {"kind", "data", "text", "prompts", "fps", "seed", "history", "vae"}
+    want(stage.get("format") == 1 and keys <= stage.keys(), "no stage file of format 1")
+    want(stage["kind"] == kind, f"holds {stage['kind']} where {kind} {'is' if kind == 'text' else 'are'} wanted")
+    data, text, tensors = stage["data"], stage["text"], []
+    if kind != "text":
+        is_tensor = isinstance(data, torch.Tensor)
+        got = f"{data.dtype} {tuple(data.shape)}" if is_tensor else type(data).__name__
+        wanted = "float (B, T, 4, h, w)" if kind == "latents" else "torch.uint8 (B, T, 3, H, W)"
+        right_type = is_tensor and (data.is_floating_point() if kind == "latents" else data.dtype == torch.uint8)
+        right_shape = right_type and data.ndim == 5 and data.numel() and data.shape[2] == (4 if kind == "latents" else 3)
+        want(right_shape, f"data is {got} where {wanted} is wanted")
+        fps = stage["fps"]
+        want(isinstance(fps, float) and 0 < fps < math.inf, f"fps is {fps} where a positive number is wanted")
+        tensors = [data] if kind == "latents" else []
+    if kind == "text" or text is not None:
+        parts = ("tokens", "pooled", "null_tokens", "null_pooled")
+        whole = isinstance(text, dict) and "encoder" in text and all(isinstance(text.get(part), torch.Tensor) for part in parts)
+        want(whole and all(text[part].is_floating_point() for part in parts), f"text lacks one of encoder, {', '.join(parts)}")
+        want(text["tokens"].ndim == 3 and text["tokens"].numel() and len(text["tokens"]) == len(stage["prompts"])
+             and text["null_tokens"].shape == (1, *text["tokens"].shape[1:]), "text has not one (L, D) of tokens per prompt")
+        tensors += [text[part] for part in parts]
+    want(all(tensor.isfinite().all() for tensor in tensors), "holds NaN or infinite values")
+    return stage
+
+
+def save_weights(path, stage: str, config: dict, model: nn.Module, **made_by):
+    """Weights of one model: its config, its tensors in fp16, and how they came to be."""
+    tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_pt(path, {"format": 1, "config": config, "model": tensors, "made_by": {"stage": stage, **made_by}})
+
+
+def load_weights(path, *stages: str) -> dict:
+    """Read what save_weights wrote for one of `stages`, and add `hash`: eight letters that name these very weights."""
+    remedy = f"train them with `python train.py {stages[0]}`"
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such weights; {remedy}")
+    weights = read_pt(path)
+    if "made_by" not in weights:
+        raise UserError(f"{path} holds no weights; {remedy}")
+    if weights["made_by"]["stage"] not in stages:
+        raise UserError(f"{path} holds weights of {weights['made_by']['stage']}, where {' or '.join(stages)} is wanted; {remedy}")
+    digest = hashlib.sha256(repr(weights["config"]).encode())
+    for name, tensor in sorted(weights["model"].items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return weights | {"hash": digest.hexdigest()[:8]}
+
+
+def fill(model: nn.Module, weights: dict, path, may_lack=lambda name: False) -> nn.Module:
+    """load_state_dict, where only names that `may_lack` allows may be missing. Raises UserError on any other difference."""
+    own, given = model.state_dict(), weights["model"]
+    wrong = [name for name in own.keys() ^ given.keys() if name in given or not may_lack(name)]
+    wrong += [name for name in own.keys() & given.keys() if own[name].shape != given[name].shape]
+    if wrong:
+        raise UserError(f"{path} is of another config: {len(wrong)} tensors differ, {sorted(wrong)[0]} among them")
+    if not all(tensor.isfinite().all() for tensor in given.values()):
+        raise UserError(f"{path} holds NaN or infinite weights")
+    model.load_state_dict({name: tensor.float() for name, tensor in given.items()}, strict=False)
+    return model
+
+
+def configure(config_class, values: dict, path):
+    """A config dataclass from the plain dict that weights keep. Raises UserError on fields it does not know."""
+    try:
+        return config_class(**values)
+    except TypeError as error:
+        raise UserError(f"{path} is of another config: {str(error).split('__init__() ')[-1]}") from error
+
+
+def has_fast_bf16(device) -> bool:
+    """Does the hardware multiply bf16 natively? A CPU without AMX is slower in bf16 than in fp32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+def fast_autocast(device):
+    """bf16 where that is fast, fp32 elsewhere."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_fast_bf16(device))
+
+
+def initial_noise(shape: tuple, seed: int) -> torch.Tensor:
+    """Standard normal (B, ...) on the CPU, one generator per video: video i does not depend on how many are made."""
+    return torch.stack([torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed + i)) for i in range(shape[0])])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -535,11 +535,10 @@ def prepare_image(args) -> Stage:
                  lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 1), diffusion_config, facts)
 
 
-def parent(args, stage: str, facts: dict) -> dict:
-    """The weights of the stage that this one starts from, of the same autoencoder and text encoder."""
-    path = args.weights / f"{stage}.pt"
+def parent(path, stage: str, facts: dict) -> dict:
+    """The weights to start from, of `stage`, if they stand on the same autoencoder and text encoder."""
     weights = base.load_weights(path, stage)
-    if any(weights["made_by"][key] != facts[key] for key in ("vae", "text")):
+    if any(weights["made_by"][key] != facts[key] for key in ("vae", "text") if key in facts):
         raise UserError(f"{path} is of another autoencoder or text encoder; train it anew with `python train.py {stage} --fresh`")
     return weights
 
@@ -570,7 +569,7 @@ def prepare_base(args) -> Stage:
     Every fourth step is of pictures, four for each clip. Differs: Imagen Video packs its pictures into clips."""
     data, facts = with_tokens(args, "clips")
     stills, _ = with_tokens(args, "stills")
-    image, prior = parent(args, "image", facts), parent(args, "prior", facts)
+    image, prior = (parent(args.weights / f"{stage}.pt", stage, facts) for stage in ("image", "prior"))
     image["model"] |= {f"temporal_prior.{name}": tensor for name, tensor in prior["model"].items()}
     model = base.fill(UNet(base.TINY), image, args.weights / "image.pt", may_lack=UNet.is_inflation)
     diffusion = base.Diffusion()
@@ -588,7 +587,7 @@ def prepare_base(args) -> Stage:
 def prepare_interpolate(args) -> Stage:
     """Make-A-Video, section 3.3: the video model goes on to learn from clips some of whose frames it is shown."""
     data, facts = with_tokens(args, "windows" if args.data == "world" else "clips")
-    weights = parent(args, "base", facts)
+    weights = parent(args.weights / "base.pt", "base", facts)
     model = base.fill(UNet(interpolate.TINY), interpolate.inflate(weights), args.weights / "base.pt")
     diffusion = base.Diffusion()
 
@@ -698,8 +697,12 @@ def train(stage: str, args):
     groups = [{"params": [p for n, p in model.named_parameters() if fresh(n)], "base_lr": recipe.fresh_lr},
               {"params": [p for n, p in model.named_parameters() if not fresh(n)], "base_lr": recipe.lr}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
     start, minutes = 0, 0.
+    if args.init:  # go on from finished weights of this very stage
+        weights = parent(args.init, stage, setup.facts)
+        base.fill(model, weights, args.init)
+        setup.facts |= {"init": weights["hash"], "init_steps": weights["made_by"]["steps"], "init_minutes": weights["made_by"]["minutes"]}
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
     origin = {"stage": stage, "seed": args.seed, "data": args.data, "stills": args.stills, "clips": args.clips,
               "side": args.side, "joint": args.joint, **setup.facts}
     if (folder / "checkpoint.pt").is_file() and not args.fresh:
@@ -821,6 +824,7 @@ def main(argv=None):
                         help="cut each batch into this many pieces (clip contrasts within one)")
     parser.add_argument("--checkpointing", action="store_true", help="image, base: recompute activations backwards, to save memory")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--init", help="start from these weights of the same stage, such as weights/base.pt, to train them further")
     parser.add_argument("--fresh", action="store_true", help="start over, whatever checkpoint there is")
     parser.add_argument("--save-minutes", type=positive(float), default=3., help="minutes between checkpoints")
     parser.add_argument("--snapshots", type=int, default=0, help="keep this many weights on the way, for a curve over training")
@@ -829,6 +833,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the data, the initial weights and every sample")
     parser.add_device()
     args = parser.parse_args(argv)
+    if args.init and args.stage == "all":
+        raise UserError("--init is for one stage")
     if args.side % 8:
         raise UserError(f"--side is {args.side}, where a multiple of the autoencoder's stride of 8 is wanted")
     if RANKS > 1:  # one process waits for as long as another renders data
