@@ -16,18 +16,20 @@ Shapes: (B, T, C, H, W) is a video, (B*T, C, H, W) are its frames, (B, L, D) is 
 """
 import argparse
 import hashlib
+import json
 import math
 import os
 import pickle
 import sys
 import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -683,7 +685,10 @@ def save_weights(path, stage: str, config: dict, model: nn.Module, **made_by):
 
 
 def load_weights(path, *stages: str) -> dict:
-    """Read what save_weights wrote for one of `stages`, and add `hash`: eight letters that name these very weights."""
+    """Read what save_weights wrote for one of `stages`, and add `hash`: eight letters that name these very weights. A Stable
+    Diffusion folder has the weights of stages image, vae and clip."""
+    if Path(path).is_dir():
+        return stable_diffusion(Path(path), stages)
     remedy = f"train them with `python train.py {stages[0]}`"
     if not Path(path).is_file():
         raise UserError(f"{path}: no such weights; {remedy}")
@@ -696,6 +701,58 @@ def load_weights(path, *stages: str) -> dict:
     for name, tensor in sorted(weights["model"].items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     return weights | {"hash": digest.hexdigest()[:8]}
+
+
+SD_PARTS = {"image": "unet", "vae": "vae", "clip": "text_encoder"}
+
+
+def weights_in(folder, name: str) -> Path:
+    """Where the weights of a stage are: NAME.pt in this folder; or, if there is none, the folder itself, where it is one of
+    Stable Diffusion's."""
+    path = Path(folder) / f"{name}.pt"
+    return Path(folder) if (Path(folder) / "unet").is_dir() and not path.is_file() and name in ("image", "base", "vae", "text") else path
+
+
+def stable_diffusion(folder: Path, stages: tuple) -> dict:
+    """One part of a downloaded Stable Diffusion 1.x folder (unet/, vae/, text_encoder/, tokenizer/; .safetensors or .bin) as
+    load_weights would give it, but for `settings`, the part's own config.json, instead of a config of ours. Raises UserError."""
+    def part_file(part: str) -> Path:
+        names = [f"{stem}{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin") for stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
+        found = [folder / part / name for name in names if (folder / part / name).is_file()]
+        if not found or not (folder / part / "config.json").is_file():
+            raise UserError(f"{folder} is no Stable Diffusion folder: {part}/ lacks config.json, or weights in .safetensors or .bin")
+        return found[0]
+
+    def name_of(path: Path) -> str:  # by its size and first megabyte: a hash of gigabytes would take longer than a picture
+        with open(path, "rb") as handle:
+            return hashlib.sha256(handle.read(2 ** 20) + str(path.stat().st_size).encode()).hexdigest()[:8]
+
+    stage = next((stage for stage in SD_PARTS if stage in stages), None)
+    if stage is None:
+        raise UserError(f"{folder} is a folder, where weights of {' or '.join(stages)} are wanted; train them with `python train.py {stages[0]}`")
+    path = part_file(SD_PARTS[stage])
+    try:
+        settings = json.loads((path.parent / "config.json").read_text())
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # json's, safetensors' and torch's
+        raise UserError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+    version = {1024: "2.x", 1280: "XL", 2048: "XL"}.get(settings.get("cross_attention_dim", settings.get("hidden_size")))
+    if version:
+        raise UserError(f"{folder} is Stable Diffusion {version}, whose text is not 768 wide as that of 1.x is; only 1.x is read")
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # names of 2022, as 1 x 1 convolutions
+    model = {}
+    for name, tensor in tensors.items():
+        *stem, layer, kind = name.split(".")
+        if layer in old and stage == "vae":
+            name, tensor = ".".join([*stem, old[layer], kind]), tensor.flatten(1) if kind == "weight" else tensor
+        if stage == "clip" and not name.startswith("text_model."):  # as of transformers 5
+            name = f"text_model.{name}"
+        if kind != "position_ids":
+            model[name] = tensor
+    ids = {key: name_of(part_file(part)) for key, part in (("vae", "vae"), ("text", "text_encoder"))} if stage == "image" else {}
+    made_by = {"stage": stage, "side": settings.get("sample_size"), **ids}
+    note(f"Stable Diffusion's {path.parent.name}: all {len(model)} tensors")
+    return {"config": None, "settings": settings, "model": model, "made_by": made_by, "hash": name_of(path)}
 
 
 def fill(model: nn.Module, weights: dict, path, may_lack=lambda name: False) -> nn.Module:
@@ -758,17 +815,31 @@ def prior_loss(prior: TemporalPrior, batch: dict) -> torch.Tensor:
 def load(path=WEIGHTS / "base.pt", device="cpu", stages: tuple = ("base", "image")):
     """The U-Net of any stage's weights, ready to sample, its Diffusion, and the weights' dict."""
     weights = load_weights(path, *stages)
-    unet = UNet(configure(UNetConfig, weights["config"]["unet"], path))
-    fill(unet, weights, path)
-    return unet.to(device, memory_format=torch.channels_last).eval(), Diffusion(**weights["config"]["diffusion"]), weights
+    unet, diffusion = build(weights, path)
+    return unet.to(device, memory_format=torch.channels_last).eval(), diffusion, weights
+
+
+def build(weights: dict, path, **changes):
+    """The U-Net of these weights, with `changes` to its config, and its Diffusion. What an image model lacks starts as the identity."""
+    if "settings" in weights:
+        s = weights["settings"]
+        config = UNetConfig(channels=tuple(s["block_out_channels"]), layers=s["layers_per_block"], heads=s["attention_head_dim"],
+                            attention=tuple("CrossAttn" in kind for kind in s["down_block_types"]),
+                            context_dim=s["cross_attention_dim"], groups=s["norm_num_groups"])
+        diffusion = Diffusion("scaled_linear", "epsilon")
+    else:
+        config, diffusion = configure(UNetConfig, weights["config"]["unet"], path), Diffusion(**weights["config"]["diffusion"])
+    unet = UNet(replace(config, **changes))
+    return fill(unet, weights, path, may_lack=UNet.is_inflation if changes or "settings" in weights else lambda name: False), diffusion
 
 
 def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int = 16,
-             guidance: float = 3., sampler: str = "dpmpp", eta: float = 0., seed: int = 0, label: str = ""):
+             guidance: float = 3., sampler: str = "dpmpp", eta: float = 0., seed: int = 0, label: str = "", shared_noise: bool = False):
     """Latents of one video per prompt, (B, T, 4, side, side)."""
     device = next(unet.parameters()).device
     tokens, null = text["tokens"].to(device).float(), text["null_tokens"].to(device).float()
-    z = initial_noise((len(tokens), frames, unet.config.out_channels, side, side), seed).to(device)
+    z = initial_noise((len(tokens), 1 if shared_noise else frames, unet.config.out_channels, side, side), seed).to(device)
+    z = z.expand(-1, frames, -1, -1, -1)                                            # (B, T, 4, side, side)
     predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device), guidance)
     return diffusion.sample(predict, z, steps, sampler, eta, seed, label).cpu()
 
@@ -789,7 +860,8 @@ def main(argv=None):
     parser = Parser("Sample keyframe latents for the prompts of a text file.")
     parser.add_argument("text", help="the prompts' tokens, written by text.py")
     parser.add_argument("-o", "--out", default="base.pt", help="file of latents to write")
-    parser.add_argument("--weights", default=WEIGHTS / "base.pt", help="base or image weights, written by train.py")
+    parser.add_argument("--weights", default=WEIGHTS / "base.pt", help="base or image weights, or a Stable Diffusion 1.x folder")
+    parser.add_argument("--shared-noise", action="store_true", help="start every frame from the same noise")
     parser.add_argument("--frames", type=positive(int), default=16, help="frames per video; 1 gives a picture")
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate told to the model; trained on 4 to 30")
     parser.add_argument("--steps", type=positive(int), default=16, help="sampling steps, 1000 at most")
@@ -808,7 +880,7 @@ def main(argv=None):
     made_by, text = weights["made_by"], stage["text"]
     check_encoder(args.text, text, args.weights, made_by)
     latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, args.guidance,
-                       args.sampler, args.eta, args.seed, label="base")
+                       args.sampler, args.eta, args.seed, "base", args.shared_noise)
     history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"
     save_stage(args.out, "latents", latents, text=text, prompts=stage["prompts"], fps=args.fps, seed=args.seed,
                history=stage["history"] + [history], vae=made_by["vae"])

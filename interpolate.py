@@ -137,7 +137,7 @@ def load(path=WEIGHTS / "interpolate.pt", device="cpu"):
 def still_life(picture, text_path, weights: Path, device: str) -> dict:
     """A picture as the first frame of one clip per prompt of a text file: a stage dict of latents (B, 1, 4, h, w)."""
     stage = load_stage(text_path, "text")
-    autoencoder, made_by = vae.load(weights / "vae.pt", device)
+    autoencoder, made_by = vae.load(base.weights_in(weights, "vae"), device)
     pixels = vae.read_video(picture)[0][None, :1]                                   # (1, 1, 3, H, W)
     side = 64 / min(pixels.shape[-2:])
     size = [round(side * n / 8) * 8 for n in pixels.shape[-2:]]
@@ -178,7 +178,7 @@ def main(argv=None):
         raise UserError(f"{args.input} holds latents of autoencoder {stage['vae']}, but the weights were trained on {weights['made_by']['vae']}")
     words = stage["text"]
     if words is None:  # a clip that came without a prompt
-        words = text.encode(*text.load(args.weights / "text.pt")[:2], [""] * len(x))
+        words = text.encode(*text.load(base.weights_in(args.weights, "text"))[:2], [""] * len(x))
     else:
         base.check_encoder(args.input, words, args.weights, weights["made_by"])
     fps = stage["fps"] * (args.skip or 1)

@@ -30,18 +30,18 @@ UNTIL = ("base", "interpolate", "low", "high")
 def cascade(args, prompts: list, folder: Path) -> list:
     """The pipeline as data: (stage, its main, its arguments, the file it writes). Each reads the file before it."""
     file = lambda name: str(folder / f"{name}.pt")
-    weights = lambda name: ["--weights", str(args.weights / name)]
+    weights = lambda name: ["--weights", str(base.weights_in(args.weights, name) if name else args.weights)]
     seed = ["--seed", str(args.seed)]
     how = ["--fps", str(args.fps), "--steps", str(args.steps), "--guidance", str(args.guidance), *seed]
-    keyframes = ("base", base.main, [file("text"), *weights("base.pt"), "--frames", str(args.frames), *how])
+    keyframes = ("base", base.main, [file("text"), *weights("base"), "--frames", str(args.frames), *how, *["--shared-noise"] * args.shared_noise])
     if args.animate:
         keyframes = ("base", interpolate.main, [file("text"), *weights(""), "--animate", str(Path(args.animate)), *how])
-    stages = [("text", text.main, [*weights("text.pt"), "--", *prompts]), keyframes]
+    stages = [("text", text.main, [*weights("text"), "--", *prompts]), keyframes]
     if args.until != "base" and args.frames > 1:
         stages += [("interpolate", interpolate.main, [file("base"), *weights(""), "--skip", "5", *seed])]
-    stages += [("decode", vae.main, ["decode", file(stages[-1][0]), *weights("vae.pt")])]
+    stages += [("decode", vae.main, ["decode", file(stages[-1][0]), *weights("vae")])]
     for which in UNTIL[2:UNTIL.index(args.until) + 1]:
-        stages += [(which, superres.main, [which, file(stages[-1][0]), *weights(f"superres-{which}.pt"), *seed])]
+        stages += [(which, superres.main, [which, file(stages[-1][0]), *weights(f"superres-{which}"), *seed])]
     return [(name, main, ["-o", file(name), "--device", args.device, *argv], file(name)) for name, main, argv in stages]
 
 
@@ -101,7 +101,8 @@ def main(argv=None):
                         "76 after interpolate, of 256 x 256 after low, of 768 x 768 after high")
     parser.add_argument("--animate", metavar="PICTURE", help="bring this picture to life, instead of starting from noise")
     parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file in this folder")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights")
+    parser.add_argument("--shared-noise", action="store_true", help="start every frame from the same noise")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, ours or Stable Diffusion 1.x's")
     parser.add_seed()
     parser.add_device()
     args = parser.parse_args(argv)

@@ -8,8 +8,10 @@ Prompt fidelity is read from pixels by `describe`, which has no learned part, so
 """
 import contextlib
 import io
+import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -696,7 +698,138 @@ def test_pictures_and_contact_sheets(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# train.py
+# Stable Diffusion's weights, against the libraries that made them (which only these tests need)
+
+@pytest.fixture(scope="session")
+def stable(tmp_path_factory):
+    """A folder as Stable Diffusion 1.x comes, small and random, written by diffusers and transformers; and their models."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("stable")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32, 32), layers_per_block=2, cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"))
+    autoencoder = diffusers.AutoencoderKL(
+        block_out_channels=(16, 32), layers_per_block=2, norm_num_groups=8, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    vocab, merges = text.learn_tokenizer(["a photo of an astronaut riding a horse on the moon", "two naïve cafés, 1984!"])
+    encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=len(vocab), hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=24, hidden_act="quick_gelu", bos_token_id=vocab[text.START], eos_token_id=vocab[text.END]))
+    for part, model in (("unet", unet), ("vae", autoencoder), ("text_encoder", encoder)):
+        model.eval().save_pretrained(folder / part)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/vocab.json").write_text(json.dumps(vocab))
+    (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    tokenizer = transformers.CLIPTokenizer(str(folder / "tokenizer/vocab.json"), str(folder / "tokenizer/merges.txt"))
+    return folder, unet, autoencoder, encoder, tokenizer
+
+
+def close(ours, theirs):
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm() > 0
+
+
+def test_stable_diffusions_models_give_the_same_numbers(stable):
+    folder, unet, autoencoder, encoder, _ = stable
+    ours, diffusion, _ = base.load(folder)
+    assert diffusion.config == {"schedule": "scaled_linear", "target": "epsilon"}
+    x, t, context, fps = inputs(frames=3, dim=32)
+    with torch.no_grad():
+        frames = torch.stack([unet(x[:, i], t, context).sample for i in range(3)], dim=1)
+        close(ours(x, t, context, fps), frames)                                     # sixteen frames are sixteen pictures
+        mine, _ = vae.load(folder)
+        pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+        posterior = autoencoder.encode(pixels).latent_dist
+        close(mine.encode(pixels)[0], posterior.mean)
+        close(mine.decode(posterior.mean), autoencoder.decode(posterior.mean).sample)
+        clip = text.load(folder)[0]
+        ids = torch.randint(0, 500, (3, 24), generator=torch.Generator().manual_seed(0))
+        close(clip.text_model(ids)[0], encoder(ids).last_hidden_state)
+
+
+def test_stable_diffusions_files_of_other_ages_and_kinds(stable, tmp_path, monkeypatch):
+    folder, _, autoencoder, _, _ = stable
+    shutil.copytree(folder, tmp_path / "old")
+    part = tmp_path / "old/vae"
+    tensors = base.load_file(part / "diffusion_pytorch_model.safetensors")
+    (part / "diffusion_pytorch_model.safetensors").unlink()
+    new = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    def aged(name, tensor):
+        for a, b in new.items():
+            if a in name:
+                return name.replace(a, b), tensor[..., None, None] if name.endswith("weight") else tensor
+        return name, tensor
+    torch.save(dict(aged(*item) for item in tensors.items()), part / "diffusion_pytorch_model.bin")
+    assert equal(vae.load(tmp_path / "old")[0].state_dict(), vae.load(folder)[0].state_dict())
+
+    def broken(part, change):
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "new")
+        change(tmp_path / "new" / part)
+        with pytest.raises(UserError) as error:
+            {"unet": base, "vae": vae, "text_encoder": text}[part].load(tmp_path / "new")
+        return str(error.value)
+
+    def edit(**changes):
+        return lambda path: (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | changes))
+    weights = "diffusion_pytorch_model.safetensors"
+    assert "2.x" in broken("unet", edit(cross_attention_dim=1024)) and "XL" in broken("unet", edit(cross_attention_dim=2048))
+    assert "another config" in broken("unet", edit(layers_per_block=1))
+    assert "unet/ lacks" in broken("unet", lambda path: shutil.rmtree(path))
+    assert "is damaged" in broken("vae", lambda path: (path / weights).write_bytes((path / weights).read_bytes()[:5000]))
+    assert "is damaged" in broken("vae", lambda path: (path / "config.json").write_text("{"))
+    assert "no tokenizer" in broken("text_encoder", lambda path: shutil.rmtree(path.parent / "tokenizer"))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
+def test_samplers_walk_as_the_libraries_do(stable, sampler):
+    diffusers = pytest.importorskip("diffusers")
+    folder, unet, *_ = stable
+    ours, diffusion, _ = base.load(folder)
+    common = dict(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", timestep_spacing="trailing")
+    scheduler = diffusers.DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=True) if sampler == "ddim" else \
+        diffusers.DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero")
+    x, _, context, _ = inputs(batch=1, frames=1, dim=32)
+    for steps in (8, 20):  # divisors of 1000: for others the library's DDIM steps from t to t - 1000 // steps, wherever it goes next
+        scheduler.set_timesteps(steps)
+        z = x[:, 0]
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                z = scheduler.step(unet(z, t, context).sample, t, z).prev_sample
+        made = diffusion.sample(base.guided(ours, context, context, torch.ones(1), 1.), x, steps, sampler)
+        close(made[:, 0], z)
+
+
+def test_token_ids_are_those_of_clip(stable, capsys):
+    folder, *_, tokenizer = stable
+    rng = np.random.default_rng(0)
+    parts = ["a photo", "Astronaut", "riding", "HORSE", "moon's", "don't", "café", "naïve", "1984", "3.14", "!?", "...", "  ", "\t", "\n", "—", "日本語",
+             "🦄", "👩‍🚀", "ß", "ﬁ", "İstanbul", "e\u0301", "<|endoftext|>", "#$%", "'ll", "x_y", "\u00a0", "Ω", "\u200b", ""]
+    strings = parts + [" ".join(rng.choice(parts, rng.integers(1, 9))) for _ in range(400)]
+    ours = text.tokenize(text.load(folder)[1], strings, 24)
+    theirs = tokenizer(strings, padding="max_length", max_length=24, truncation=True, return_tensors="pt").input_ids
+    wrong = [s for s, a, b in zip(strings, ours, theirs) if not torch.equal(a, b)]
+    assert not wrong, (len(wrong), wrong[:5])
+
+
+def test_stable_diffusion_from_prompt_to_pictures(stable, tmp_path, capsys):
+    common = ["a horse on the moon", "--weights", str(stable[0]), "--steps", "2", "--keep", str(tmp_path / "kept"), "--device", "cpu"]
+    sample.main([*common, "--frames", "1", "--out", str(tmp_path / "picture.png")])
+    one = base.load_stage(tmp_path / "kept/base.pt", "latents")["data"]
+    assert "all 0" not in capsys.readouterr().err
+    sample.main([*common, "--frames", "3", "--out", str(tmp_path / "video.mp4"), "--shared-noise"])
+    same = base.load_stage(tmp_path / "kept/base.pt", "latents")["data"]
+    assert same.shape == (1, 3, 4, 8, 8)
+    for i in range(3):
+        torch.testing.assert_close(same[:, i], one[:, 0], atol=1e-4, rtol=1e-4)
+    sample.main([*common, "--frames", "3", "--out", str(tmp_path / "video.mp4")])
+    other = base.load_stage(tmp_path / "kept/base.pt", "latents")["data"]
+    assert (other[:, 1] - other[:, 0]).std() > .1
+
+
+# ------------------------------------------------------------------------------------------------
+# Files between stages, and what the programs refuse
 
 def test_no_held_out_combination_is_ever_trained_on(monkeypatch):
     forbidden = train.TRIPLES["held-out"] + train.TRIPLES["unseen"]

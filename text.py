@@ -17,13 +17,14 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from base import WEIGHTS, Parser, attend, check_out, configure, fill, load_weights, note, run, save_stage
+from base import WEIGHTS, Parser, UserError, attend, check_out, configure, fill, load_weights, note, run, save_stage
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -39,6 +40,7 @@ def build_tokenizer(vocab: dict, merges: list) -> Tokenizer:
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.add_special_tokens([token for token in (START, END) if token in vocab])
     return tokenizer
 
 
@@ -220,8 +222,27 @@ def loss(clip: CLIP, batch: dict) -> torch.Tensor:
 def load(path=WEIGHTS / "text.pt", device="cpu"):
     """The shipped CLIP, its tokenizer, and the weights' dict."""
     weights = load_weights(path, "clip")
-    clip = fill(CLIP(configure(CLIPConfig, weights["config"]["clip"], path)), weights, path)
+    if "settings" in weights:  # Stable Diffusion ships the text half alone
+        s = weights["settings"]
+        config = CLIPConfig(s["vocab_size"], s["max_position_embeddings"], s["hidden_size"], s["num_hidden_layers"], s["num_attention_heads"], vision_layers=0)
+        clip = fill(CLIP(config), weights, path, may_lack=lambda name: not name.startswith("text_model"))
+        weights["config"] = {"tokenizer": read_tokenizer(Path(path) / "tokenizer"), "words": []}
+    else:
+        clip = fill(CLIP(configure(CLIPConfig, weights["config"]["clip"], path)), weights, path)
     return clip.to(device).eval(), build_tokenizer(**weights["config"]["tokenizer"]), weights
+
+
+def read_tokenizer(folder: Path) -> dict:
+    """Vocabulary and merges of CLIP's own tokenizer: vocab.json and merges.txt, or tokenizer.json."""
+    try:
+        if (folder / "vocab.json").is_file():
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            merges = [line.split() for line in lines if line and not line.startswith("#version")]
+            return {"vocab": json.loads((folder / "vocab.json").read_text(encoding="utf-8")), "merges": merges}
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        return {"vocab": model["vocab"], "merges": [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} holds no tokenizer: vocab.json and merges.txt, or tokenizer.json") from error
 
 
 @torch.inference_mode()
@@ -247,7 +268,7 @@ def remark(prompts: list, words: list):
 def main(argv=None):
     parser = Parser("Encode prompts into the tokens that every later stage attends to.")
     parser.add_argument("prompts", nargs="+", help="what the videos should show, one prompt each")
-    parser.add_argument("--weights", default=WEIGHTS / "text.pt", help="text encoder weights, written by train.py")
+    parser.add_argument("--weights", default=WEIGHTS / "text.pt", help="text encoder weights, written by train.py, or a Stable Diffusion 1.x folder")
     parser.add_argument("-o", "--out", default="text.pt", help="file of tokens to write")
     parser.add_device()
     args = parser.parse_args(argv)

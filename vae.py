@@ -169,7 +169,13 @@ def loss(vae: AutoencoderKL, batch: dict) -> torch.Tensor:
 def load(path=WEIGHTS / "vae.pt", device="cpu"):
     """The shipped autoencoder, and the weights' dict."""
     weights = load_weights(path, "vae")
-    vae = fill(AutoencoderKL(configure(VAEConfig, weights["config"], path)), weights, path)
+    if "settings" in weights:
+        s = weights["settings"]
+        config = VAEConfig(tuple(s["block_out_channels"]), s["layers_per_block"], s["latent_channels"], s["norm_num_groups"],
+                           s.get("scaling_factor", SD15.scaling_factor))
+    else:
+        config = configure(VAEConfig, weights["config"], path)
+    vae = fill(AutoencoderKL(config), weights, path)
     return vae.to(device, memory_format=torch.channels_last).eval(), weights
 
 
@@ -290,7 +296,7 @@ def main(argv=None):
     parser = Parser("Encode a video file into latents, or decode latents into a video file.")
     parser.add_argument("action", choices=("encode", "decode"), help="pixels to latents, or latents to pixels")
     parser.add_argument("input", help="encode: .mp4 .gif .webm .png .jpg; decode: a .pt of latents")
-    parser.add_argument("--weights", default=WEIGHTS / "vae.pt", help="autoencoder weights, written by train.py")
+    parser.add_argument("--weights", default=WEIGHTS / "vae.pt", help="autoencoder weights, written by train.py, or a Stable Diffusion 1.x folder")
     parser.add_argument("-o", "--out", required=True,
                         help="encode: a .pt of latents; decode: .mp4, .gif, .png (a contact sheet), or a .pt of pixels")
     parser.add_device()
