@@ -15,7 +15,6 @@ The network sees 16 frames at once, so a long timeline is filled window by windo
 and is shown what that made. The papers do not say how; a stride of 10 leaves six frames in common (seven windows for 76
 frames), and `--parallel` fills five windows at once that share only keyframes: faster, and free to disagree between them.
 """
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,15 +31,15 @@ WINDOW = 16  # frames the network was trained on
 # ------------------------------------------------------------------------------------------------
 # The model: base's, with nine input channels.
 
-TINY = replace(base.TINY, in_channels=4 + 4 + 1, temporal="attention+conv")  # noisy latents, known latents, mask
+CHANGES = {"in_channels": 4 + 4 + 1, "temporal": "attention+conv"}  # noisy latents, known latents, mask; and no prior, which
+                                                                    # speaks of whole scenes
 
 
-def inflate(image_or_video: dict) -> dict:
-    """Weights of base.py with the new input columns zero, and without the prior, which speaks of whole scenes: a network that
-    starts from these ignores what is known, and is the video model."""
-    tensors = {name: tensor for name, tensor in image_or_video["model"].items() if "prior" not in name}
-    weight = tensors["conv_in.weight"]                                              # (C, 4, 3, 3)
-    return image_or_video | {"model": tensors | {"conv_in.weight": F.pad(weight, (0, 0, 0, 0, 0, TINY.in_channels - weight.shape[1]))}}
+def inflate(weights: dict) -> dict:
+    """base's weights with the new input columns zero: a network that starts from these ignores what is known."""
+    tensors = {name: tensor for name, tensor in weights["model"].items() if "prior" not in name}
+    new = CHANGES["in_channels"] - tensors["conv_in.weight"].shape[1]               # conv_in.weight: (C, 4, 3, 3)
+    return weights | {"model": tensors | {"conv_in.weight": F.pad(tensors["conv_in.weight"], (0, 0, 0, 0, 0, new))}}
 
 
 def given(x, known):

@@ -436,7 +436,7 @@ def test_a_small_model_learns_one_clip():
 # interpolate.py and superres.py
 
 def small_interpolator():
-    return shaken(UNet(replace(interpolate.TINY, channels=(16, 32), heads=2, context_dim=8, groups=4)), scale=.1)
+    return shaken(UNet(replace(base.TINY, **interpolate.CHANGES, channels=(16, 32), heads=2, context_dim=8, groups=4)), scale=.1)
 
 
 def words(batch: int = 1):
@@ -522,7 +522,7 @@ def test_masks_to_train_on_hide_something_and_show_something():
 
 def test_a_fresh_interpolator_is_the_video_model_whatever_it_is_shown():
     video = shaken(UNet(base.TINY), scale=.1)
-    model = base.fill(UNet(interpolate.TINY), interpolate.inflate({"model": video.state_dict()}), "base")
+    model = base.fill(UNet(replace(base.TINY, **interpolate.CHANGES)), interpolate.inflate({"model": video.state_dict()}), "base")
     x, t, context, fps = inputs(frames=4, side=4, dim=128)
     with torch.no_grad():
         beside = interpolate.given(torch.randn_like(x), torch.ones(2, 4).bool())
@@ -829,7 +829,7 @@ def test_stable_diffusion_from_prompt_to_pictures(stable, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------
-# Files between stages, and what the programs refuse
+# train.py
 
 def test_no_held_out_combination_is_ever_trained_on(monkeypatch):
     forbidden = train.TRIPLES["held-out"] + train.TRIPLES["unseen"]
@@ -987,6 +987,22 @@ def test_a_wrong_motion_is_not_read_as_a_right_one():
             assert motion(video.flip(0)) == backwards
 
 
+def test_own_videos_train_the_temporal_layers_of_stable_diffusion_alone(stable, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
+    shutil.copytree(stable[0], tmp_path / "stable")
+    (tmp_path / "clips").mkdir()
+    for i in range(2):
+        vae.write_video(tmp_path / f"clips/{i}.mp4", train.draw_clip(np.random.default_rng(i), fps=8.)[1], 8.)
+        (tmp_path / f"clips/{i}.txt").write_text("a horse on the moon")
+    common = ["--weights", str(tmp_path / "stable"), "--data", str(tmp_path / "clips"), "--side", "16", "--device", "cpu", "--batch", "2"]
+    train.main(["base", *common, "--steps", "3", "--freeze", "spatial", "--no-joint"])
+    before, after = (base.load(tmp_path / name)[0].state_dict() for name in ("stable", "stable/base.pt"))
+    changed = {name for name in before if not torch.allclose(before[name], after[name], rtol=1e-3, atol=1e-3)}
+    assert changed and all(UNet.is_inflation(name) for name in changed)
+    assert "no prior.pt" in capsys.readouterr().err
+    sample.main(["a horse", "--weights", str(tmp_path / "stable"), "--steps", "1", "--frames", "2", "--out", str(tmp_path / "horse.gif"), "--device", "cpu"])
+
+
 # ------------------------------------------------------------------------------------------------
 # Files between stages, and what the programs refuse
 
@@ -1113,7 +1129,7 @@ def all_weights(tmp_path):
     for name in ("text", "vae", "base"):
         (folder / f"{name}.pt").symlink_to(WEIGHTS / f"{name}.pt")
     made_by = {key: base.load_weights(WEIGHTS / "base.pt", "base")["made_by"][key] for key in ("vae", "text", "side")}
-    model = shaken(UNet(replace(interpolate.TINY, channels=(16, 32), groups=4)), scale=.05)
+    model = shaken(UNet(replace(base.TINY, **interpolate.CHANGES, channels=(16, 32), groups=4)), scale=.05)
     config = lambda model, diffusion: {"unet": asdict(model.config), "diffusion": diffusion.config}
     base.save_weights(folder / "interpolate.pt", "interpolate", config(model, Diffusion()), model, **made_by)
     for which in ("low", "high"):

@@ -39,7 +39,7 @@ import interpolate
 import superres
 import text
 import vae
-from base import WEIGHTS, Parser, UNet, UserError, fast_autocast, positive, read_pt, run, save_weights, write_pt
+from base import WEIGHTS, Parser, UNet, UserError, fast_autocast, note, positive, read_pt, run, save_weights, weights_in, write_pt
 
 RUNS = Path(__file__).resolve().parent / "runs"
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
@@ -303,7 +303,7 @@ def gather(groups, of_pixels) -> dict:
 
 def latents(args, kind: str) -> tuple[dict, str]:
     """Stills or clips as fp16 latents (N, T, 4, h, w) with captions and fps; and the hash of the autoencoder they are of."""
-    autoencoder, weights = vae.load(args.weights / "vae.pt", args.device)
+    autoencoder, weights = vae.load(weights_in(args.weights, "vae"), args.device)
 
     def groups():
         if kind == "stills":
@@ -331,7 +331,7 @@ def pairs(args, which: str) -> dict:
 
     Seven in ten are about the object's place; the rest of a picture is ground."""
     scale, frames, side, inner, count = superres.STAGES[which].scale, *{"low": (8, 64, 32, 1200), "high": (1, 256, 64, 4800)}[which]
-    autoencoder, weights = vae.load(args.weights / "vae.pt", args.device)
+    autoencoder, weights = vae.load(weights_in(args.weights, "vae"), args.device)
 
     def world():
         for i in trange(count, desc=f"rendering pairs for {which}"):
@@ -479,7 +479,7 @@ def prepare_clip(args) -> Stage:
 def caption_tokens(args, captions: list):
     """Tokens (K, L, D) of every distinct caption, the row of each caption in them (N,), the null prompt's tokens (L, D),
     and the hash of the text encoder."""
-    clip, tokenizer, weights = text.load(args.weights / "text.pt")
+    clip, tokenizer, weights = text.load(weights_in(args.weights, "text"))
     distinct = sorted(set(captions))
     encoded = text.encode(clip, tokenizer, distinct)
     rows = {words: i for i, words in enumerate(distinct)}
@@ -508,20 +508,20 @@ def with_tokens(args, kind: str) -> tuple[dict, dict]:
     return data | {"tokens": tokens, "rows": rows, "null": null}, facts
 
 
-def preview_of(args, prompts: list, frames: int):
+def preview_of(args, prompts: list, frames: int, diffusion: base.Diffusion):
     """A function that samples the prompts and lays the frames out, one video per row."""
     def preview(model):
-        clip, tokenizer, _ = text.load(args.weights / "text.pt")
-        autoencoder, _ = vae.load(args.weights / "vae.pt", args.device)
+        clip, tokenizer, _ = text.load(weights_in(args.weights, "text"))
+        autoencoder, _ = vae.load(weights_in(args.weights, "vae"), args.device)
         side = args.side // autoencoder.config.factor
-        z = base.generate(model, base.Diffusion(), text.encode(clip, tokenizer, prompts), frames, 4., side)
+        z = base.generate(model, diffusion, text.encode(clip, tokenizer, prompts), frames, 4., side)
         videos = vae.decode_video(autoencoder, z)                                   # (B, T, 3, H, W)
         return vae.contact_sheet(videos if frames > 1 else videos.transpose(0, 1), columns=16 if frames > 1 else 8)
     return preview
 
 
-def diffusion_config(model) -> dict:
-    return {"unet": asdict(model.config), "diffusion": base.Diffusion().config}
+def diffusion_config(diffusion: base.Diffusion):
+    return lambda model: {"unet": asdict(model.config), "diffusion": diffusion.config}
 
 
 def prepare_image(args) -> Stage:
@@ -532,7 +532,8 @@ def prepare_image(args) -> Stage:
         factors = zip(list(COLOURS) * 4, SHAPES * 6, GROUNDS * 7)
         prompts = [f"a {colour} {shape} {ground}".strip() for colour, shape, ground in factors]
     return Stage(model, lambda step, samples: diffusion_batch(args, data, step, samples),
-                 lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 1), diffusion_config, facts)
+                 lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 1, diffusion),
+                 diffusion_config(diffusion), facts)
 
 
 def parent(path, stage: str, facts: dict) -> dict:
@@ -554,7 +555,7 @@ def prepare_prior(args) -> Stage:
     prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
 
     def preview(model):
-        (clip, tokenizer, _), (autoencoder, _) = text.load(args.weights / "text.pt"), vae.load(args.weights / "vae.pt", args.device)
+        (clip, tokenizer, _), (autoencoder, _) = text.load(weights_in(args.weights, "text")), vae.load(weights_in(args.weights, "vae"), args.device)
         context = text.encode(clip, tokenizer, prompts)["tokens"].to(args.device)
         mean = model(context, torch.full((len(prompts),), 4., device=args.device), *data["latents"][0, :, 0].shape)
         return vae.contact_sheet(vae.decode_video(autoencoder, mean.cpu()), columns=16)
@@ -569,10 +570,14 @@ def prepare_base(args) -> Stage:
     Every fourth step is of pictures, four for each clip. Differs: Imagen Video packs its pictures into clips."""
     data, facts = with_tokens(args, "clips")
     stills, _ = with_tokens(args, "stills")
-    image, prior = (parent(args.weights / f"{stage}.pt", stage, facts) for stage in ("image", "prior"))
-    image["model"] |= {f"temporal_prior.{name}": tensor for name, tensor in prior["model"].items()}
-    model = base.fill(UNet(base.TINY), image, args.weights / "image.pt", may_lack=UNet.is_inflation)
-    diffusion = base.Diffusion()
+    image = parent(weights_in(args.weights, "image"), "image", facts)
+    model, diffusion = base.build(image, args.weights, temporal=base.TINY.temporal, gates=True)
+    if (args.weights / "prior.pt").is_file():
+        prior = parent(args.weights / "prior.pt", "prior", facts)
+        base.fill(model.temporal_prior, prior, args.weights / "prior.pt")
+        facts["prior"] = prior["hash"]
+    else:
+        note("base: no prior.pt, so attention alone must find what a prompt means for a frame; `python train.py prior` makes one")
 
     def batch_of(step, samples):
         if args.joint and step % 4 == 3:
@@ -580,16 +585,15 @@ def prepare_base(args) -> Stage:
         return diffusion_batch(args, data, step, samples)
 
     prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
-    return Stage(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 16),
-                 diffusion_config, facts | {"image": image["hash"], "prior": prior["hash"]})
+    return Stage(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 16, diffusion),
+                 diffusion_config(diffusion), facts | {"image": image["hash"]})
 
 
 def prepare_interpolate(args) -> Stage:
     """Make-A-Video, section 3.3: the video model goes on to learn from clips some of whose frames it is shown."""
     data, facts = with_tokens(args, "windows" if args.data == "world" else "clips")
     weights = parent(args.weights / "base.pt", "base", facts)
-    model = base.fill(UNet(interpolate.TINY), interpolate.inflate(weights), args.weights / "base.pt")
-    diffusion = base.Diffusion()
+    model, diffusion = base.build(interpolate.inflate(weights), args.weights / "base.pt", **interpolate.CHANGES)
 
     def batch_of(step, samples):
         masks = [interpolate.random_known(np.random.default_rng((args.seed, 5, step, i))) for i in samples]
@@ -600,15 +604,15 @@ def prepare_interpolate(args) -> Stage:
         words = {"tokens": data["tokens"][data["rows"][:4]], "null_tokens": data["null"][None]}
         made = interpolate.fill(model, diffusion, x, known.expand(4, 16), base.initial_noise(x.shape, 0), words, data["fps"][:4])
         rows = torch.stack([x, made], dim=1).flatten(0, 1)                          # (8, T, 4, h, w)
-        return vae.contact_sheet(vae.decode_video(vae.load(args.weights / "vae.pt", args.device)[0], rows), columns=16)
+        return vae.contact_sheet(vae.decode_video(vae.load(weights_in(args.weights, "vae"), args.device)[0], rows), columns=16)
 
-    return Stage(model, batch_of, lambda model, batch: interpolate.loss(model, diffusion, batch), preview, diffusion_config,
-                 facts | {"base": weights["hash"]})
+    return Stage(model, batch_of, lambda model, batch: interpolate.loss(model, diffusion, batch), preview,
+                 diffusion_config(diffusion), facts | {"base": weights["hash"]})
 
 
 def prepare_superres(args, which: str) -> Stage:
     """Super-resolution, on windows of clips, from nothing. `low` learns from clips and single frames alike."""
-    data, facts = pairs(args, which), {"vae": base.load_weights(args.weights / "vae.pt", "vae")["hash"]}
+    data, facts = pairs(args, which), {"vae": base.load_weights(weights_in(args.weights, "vae"), "vae")["hash"]}
     stage = superres.STAGES[which]
     model, diffusion = UNet(stage.config), superres.diffusion_of()
 
@@ -628,7 +632,7 @@ def prepare_superres(args, which: str) -> Stage:
         return vae.contact_sheet(torch.cat([plain, ours, truth], dim=1).transpose(0, 1), columns=8)
 
     return Stage(model, batch_of, lambda model, batch: superres.loss(model, diffusion, batch, stage.scale), preview,
-                 lambda model: {"unet": asdict(model.config), "diffusion": diffusion.config}, facts)
+                 diffusion_config(diffusion), facts)
 
 
 PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image, "prior": prepare_prior, "base": prepare_base,
@@ -673,7 +677,7 @@ def dump_first_batch(folder: Path, batch: dict, args):
         videos = vae.to_uint8(batch["pixels"][:8])
         videos = videos[:, None] if videos.ndim == 4 else videos                    # (8, T, 3, H, W)
     else:
-        videos = vae.decode_video(vae.load(args.weights / "vae.pt", args.device)[0], batch["latents"][:8])
+        videos = vae.decode_video(vae.load(weights_in(args.weights, "vae"), args.device)[0], batch["latents"][:8])
     vae.write_video(folder / "first_batch.gif", torch.cat(list(videos), dim=3), 4.)  # (T, 3, H, 8*W)
     rates = batch["fps"].tolist() if "fps" in batch else [1.] * len(videos)
     lines = [f"{rate:5.2f} fps  {words}\n" for rate, words in zip(rates, batch["captions"][:8])]
@@ -693,9 +697,11 @@ def train(stage: str, args):
     model = setup.model.to(args.device, memory_format=torch.channels_last).train()
     if hasattr(model, "gradient_checkpointing"):
         model.gradient_checkpointing = args.checkpointing
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(args.freeze == "none" or UNet.is_inflation(name))
     fresh = lambda name: recipe.fresh_lr > 0 and UNet.is_inflation(name)
-    groups = [{"params": [p for n, p in model.named_parameters() if fresh(n)], "base_lr": recipe.fresh_lr},
-              {"params": [p for n, p in model.named_parameters() if not fresh(n)], "base_lr": recipe.lr}]
+    groups = [{"params": [p for n, p in model.named_parameters() if p.requires_grad and fresh(n)], "base_lr": recipe.fresh_lr},
+              {"params": [p for n, p in model.named_parameters() if p.requires_grad and not fresh(n)], "base_lr": recipe.lr}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
     start, minutes = 0, 0.
     if args.init:  # go on from finished weights of this very stage
@@ -704,7 +710,7 @@ def train(stage: str, args):
         setup.facts |= {"init": weights["hash"], "init_steps": weights["made_by"]["steps"], "init_minutes": weights["made_by"]["minutes"]}
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     origin = {"stage": stage, "seed": args.seed, "data": args.data, "stills": args.stills, "clips": args.clips,
-              "side": args.side, "joint": args.joint, **setup.facts}
+              "side": args.side, "joint": args.joint, "freeze": args.freeze, **setup.facts}
     if (folder / "checkpoint.pt").is_file() and not args.fresh:
         state = read_pt(folder / "checkpoint.pt")
         same_recipe = state["recipe"] | {"steps": recipe.steps} == asdict(recipe) and recipe.steps >= state["step"]
@@ -819,6 +825,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=positive(int), help="steps, instead of the recipe's")
     parser.add_argument("--batch", type=positive(int), help="samples per step, instead of the recipe's")
     parser.add_argument("--lr", type=positive(float), help="learning rate, instead of the recipe's")
+    parser.add_argument("--freeze", choices=("none", "spatial"), default="none", help="base: train all, or the temporal layers alone")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures")
     parser.add_argument("--accumulate", type=positive(int), default=1,
                         help="cut each batch into this many pieces (clip contrasts within one)")
@@ -835,6 +842,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.init and args.stage == "all":
         raise UserError("--init is for one stage")
+    if args.freeze != "none" and args.stage != "base":
+        raise UserError("--freeze spatial is for stage base, which has layers that its image model had not")
     if args.side % 8:
         raise UserError(f"--side is {args.side}, where a multiple of the autoencoder's stride of 8 is wanted")
     if RANKS > 1:  # one process waits for as long as another renders data
