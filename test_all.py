@@ -917,12 +917,66 @@ def test_ctrl_c_saves_the_step_it_fell_in(tmp_path, monkeypatch):
     assert all(equal(whole[key], resumed[key]) for key in ("model", "ema", "optimizer", "step"))
 
 
+def script_of(folder, *flags) -> list:
+    """The command line of tiny_run as a process of its own, in `folder`."""
+    argv = ["vae", "--stills", "24", "--steps", "6", "--batch", "4", "--weights", "weights", "--device", "cpu", *flags]
+    (folder / "script.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport train; from pathlib import Path\n"
+                                      f"train.RUNS = Path('runs')\ntrain.main({argv})")
+    return ["script.py"]
+
+
+def test_kill_9_at_any_moment_loses_no_bit(tmp_path, monkeypatch):
+    whole, rng = tiny_run(tmp_path / "whole", monkeypatch, "--steps", "12"), np.random.default_rng()
+    checkpoint, steps = tmp_path / "runs/vae/checkpoint.pt", []
+    command = [sys.executable, *script_of(tmp_path, "--steps", "12", "--save-minutes", "1e-9")]
+    for _ in range(3):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before, deadline = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0, time.time() + 60
+        while not (checkpoint.is_file() and checkpoint.stat().st_mtime_ns != before) and process.poll() is None and time.time() < deadline:
+            time.sleep(.005)
+        time.sleep(rng.random() * .5)
+        process.kill()
+        process.wait()
+        steps.append(base.read_pt(checkpoint)["step"])
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    resumed = base.read_pt(checkpoint)
+    assert 0 < steps[0] < 12 and all(equal(whole[key], resumed[key]) for key in ("model", "ema", "optimizer", "step"))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    save, calls = torch.save, []
+    def full(content, handle):
+        calls.append(content)
+        if "optimizer" in content and content["step"] == 3:
+            handle.write(b"PK")
+            raise OSError(28, "No space left on device")
+        save(content, handle)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="checkpoint.pt: No space left on device"):
+        patch.setattr(torch, "save", full)
+        tiny_run(tmp_path, patch, "--save-minutes", "1e-9")
+    assert base.read_pt(tmp_path / "runs/vae/checkpoint.pt")["step"] == 2
+    assert [path.name for path in (tmp_path / "runs/vae").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+    loss, seen = vae.loss, []
+    monkeypatch.setattr(vae, "loss", lambda model, batch: loss(model, batch) * (seen.append(0) or (math.nan if len(seen) == 5 else 1)))
+    with pytest.raises(UserError, match="loss of step 4 is not finite"):
+        tiny_run(tmp_path, monkeypatch, "--save-minutes", "1e-9")
+    assert base.read_pt(tmp_path / "runs/vae/checkpoint.pt")["step"] == 4
+
+
+def test_finished_weights_are_trained_further(tmp_path, monkeypatch):
+    tiny_run(tmp_path / "first", monkeypatch)
+    state = tiny_run(tmp_path / "more", monkeypatch, "--init", str(tmp_path / "first/weights/vae.pt"), "--steps", "1", "--lr", "1e-9")
+    first = base.read_pt(tmp_path / "first/weights/vae.pt")
+    assert all(torch.equal(state["model"][name].half(), tensor) for name, tensor in first["model"].items())
+    assert base.read_pt(tmp_path / "more/weights/vae.pt")["made_by"]["init_steps"] == 6
+
+
 def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch):
     one = tiny_run(tmp_path / "one", monkeypatch, "--steps", "1")
-    flags = ["vae", "--stills", "24", "--steps", "1", "--batch", "4", "--weights", "weights", "--device", "cpu"]
-    (tmp_path / "two.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport train; from pathlib import Path\n"
-                                     f"train.RUNS = Path('runs')\ntrain.main({flags})")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "two.py"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script_of(tmp_path, "--steps", "1")]
     done = subprocess.run([sys.executable, *launch], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     two = base.read_pt(tmp_path / "runs/vae/checkpoint.pt")

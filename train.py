@@ -399,7 +399,7 @@ RECIPES = {
     "clip": Recipe(steps=700, batch=128, lr=1e-3),
     "image": Recipe(steps=3000, batch=64, lr=1e-3),
     "prior": Recipe(steps=800, batch=64, lr=5e-3, warmup=50),
-    "base": Recipe(steps=2400, batch=16, lr=4e-4, fresh_lr=1.5e-3),
+    "base": Recipe(steps=1700, batch=16, lr=4e-4, fresh_lr=1.5e-3),
     "interpolate": Recipe(steps=800, batch=16, lr=4e-4),
     "superres-low": Recipe(steps=1000, batch=4, lr=1e-3),
     "superres-high": Recipe(steps=1500, batch=8, lr=1e-3),
