@@ -2,8 +2,8 @@
 
 Make-A-Video (2209.14792) section 3.2 inflates a text-to-image U-Net to video: each spatial layer of Stable Diffusion
 (2112.10752) is followed by a temporal one that starts as the identity, so that step 0 of video training *is* the
-image model applied to every frame. The article's two further ingredients are here too: the frame rate as an input
-(section 3.2.2) and attention gates on the skip connections (1804.03999).
+image model applied to every frame. Also here: the frame rate as an input (section 3.2.2), attention gates on the skip
+connections (1804.03999), and what a prompt's clips look like on average, as a place to start.
 
     in    text.pt   tokens (B, L, D) of B prompts, from text.py
     out   base.pt   latents (B, T, 4, h, w) of unit variance, for vae.py decode
@@ -368,7 +368,7 @@ class UNet(nn.Module):
         if T > 1 and hasattr(self, "fps_embedding"):  # a picture has no frame rate, and no place among others
             emb = emb + self.fps_embedding(fps).repeat_interleave(T, 0)
         recompute = self.gradient_checkpointing and self.training
-        run = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+        through = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
 
         H, W, stride = *x.shape[-2:], self.config.patch_size * 2 ** (len(self.config.channels) - 1)
         if H % stride or W % stride:  # sizes that do not fit are padded here and cropped at the end
@@ -383,16 +383,16 @@ class UNet(nn.Module):
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x = run(block.layer, i, x, None, emb, context, T)
+                x = through(block.layer, i, x, None, emb, context, T)
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = downsample(x)
                 skips.append(x)
         for i in range(len(self.mid_block.resnets)):
-            x = run(self.mid_block.layer, i, x, None, emb, context, T)
+            x = through(self.mid_block.layer, i, x, None, emb, context, T)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = run(block.layer, i, x, skips.pop(), emb, context, T)
+                x = through(block.layer, i, x, skips.pop(), emb, context, T)
             for upsample in block.upsamplers:
                 x = upsample(x)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
@@ -617,8 +617,11 @@ def check_folder(folder):
 def write_pt(path, content: dict):
     """torch.save of plain tensors and values. Through an open handle, since torch.save(path) stores the file's own name
     inside: this way equal content gives equal bytes."""
-    with atomic(path) as temporary, open(temporary, "wb") as handle:
-        torch.save(content, handle)
+    try:
+        with atomic(path) as temporary, open(temporary, "wb") as handle:
+            torch.save(content, handle)
+    except RuntimeError as error:  # torch's own word, when the disk is full
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def read_pt(path) -> dict:
@@ -717,29 +720,41 @@ def stable_diffusion(folder: Path, stages: tuple) -> dict:
     """One part of a downloaded Stable Diffusion 1.x folder (unet/, vae/, text_encoder/, tokenizer/; .safetensors or .bin) as
     load_weights would give it, but for `settings`, the part's own config.json, instead of a config of ours. Raises UserError."""
     def part_file(part: str) -> Path:
-        names = [f"{stem}{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin") for stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
+        names = [stem + kind for kind in (".safetensors", ".fp16.safetensors", ".bin")
+                 for stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
         found = [folder / part / name for name in names if (folder / part / name).is_file()]
         if not found or not (folder / part / "config.json").is_file():
-            raise UserError(f"{folder} is no Stable Diffusion folder: {part}/ lacks config.json, or weights in .safetensors or .bin")
+            raise UserError(f"{folder} is no Stable Diffusion folder: {part}/ lacks config.json, or weights (.safetensors, .bin)")
         return found[0]
 
-    def name_of(path: Path) -> str:  # by its size and first megabyte: a hash of gigabytes would take longer than a picture
+    def name_of(path: Path) -> str:  # by its size and pieces of it: a hash of gigabytes would take longer than a picture
+        size = path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
         with open(path, "rb") as handle:
-            return hashlib.sha256(handle.read(2 ** 20) + str(path.stat().st_size).encode()).hexdigest()[:8]
+            for i in range(64):
+                handle.seek(i * size // 64)
+                digest.update(handle.read(2 ** 16))
+        return digest.hexdigest()[:8]
 
     stage = next((stage for stage in SD_PARTS if stage in stages), None)
     if stage is None:
-        raise UserError(f"{folder} is a folder, where weights of {' or '.join(stages)} are wanted; train them with `python train.py {stages[0]}`")
+        raise UserError(f"{folder} is a folder, where weights of {' or '.join(stages)} are wanted")
     path = part_file(SD_PARTS[stage])
     try:
-        settings = json.loads((path.parent / "config.json").read_text())
+        settings = {"norm_num_groups": 32, "sample_size": 64} | json.loads((path.parent / "config.json").read_text())
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # json's, safetensors' and torch's
         raise UserError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     version = {1024: "2.x", 1280: "XL", 2048: "XL"}.get(settings.get("cross_attention_dim", settings.get("hidden_size")))
     if version:
         raise UserError(f"{folder} is Stable Diffusion {version}, whose text is not 768 wide as that of 1.x is; only 1.x is read")
-    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # names of 2022, as 1 x 1 convolutions
+    needed = {"unet": ("block_out_channels", "layers_per_block", "attention_head_dim", "down_block_types", "cross_attention_dim"),
+              "vae": ("block_out_channels", "layers_per_block", "latent_channels"),
+              "text_encoder": ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    for key in needed[path.parent.name]:
+        if key not in settings:
+            raise UserError(f"{path.parent / 'config.json'} lacks {key}")
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # names of 2022; before that, 1 x 1 convolutions
     model = {}
     for name, tensor in tensors.items():
         *stem, layer, kind = name.split(".")
@@ -751,7 +766,7 @@ def stable_diffusion(folder: Path, stages: tuple) -> dict:
             model[name] = tensor
     ids = {key: name_of(part_file(part)) for key, part in (("vae", "vae"), ("text", "text_encoder"))} if stage == "image" else {}
     made_by = {"stage": stage, "side": settings.get("sample_size"), **ids}
-    note(f"Stable Diffusion's {path.parent.name}: all {len(model)} tensors")
+    note(f"Stable Diffusion's {path.parent.name}: {len(model)} tensors read")
     return {"config": None, "settings": settings, "model": model, "made_by": made_by, "hash": name_of(path)}
 
 
@@ -882,6 +897,7 @@ def main(argv=None):
     latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, args.guidance,
                        args.sampler, args.eta, args.seed, "base", args.shared_noise)
     history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"
+    history += f" eta {args.eta:g}" * bool(args.eta) + " shared noise" * args.shared_noise
     save_stage(args.out, "latents", latents, text=text, prompts=stage["prompts"], fps=args.fps, seed=args.seed,
                history=stage["history"] + [history], vae=made_by["vae"])
 

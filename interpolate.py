@@ -62,13 +62,13 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
 
 def random_known(rng, frames: int = WINDOW) -> torch.Tensor:
     """A mask to train on, (T,) bool: every k-th frame, half the time behind frames that an earlier window made; or a beginning,
-    an end, both ends, or one frame alone."""
-    at = torch.arange(frames)
-    kind, k, n = rng.choice(["every", "beginning", "end", "ends", "one"], p=[.6, .15, .1, .05, .1]), rng.integers(2, 7), rng.integers(1, frames)
+    an end, both ends, the first frame alone, or any one."""
+    at, k, n = torch.arange(frames), rng.integers(2, 7), rng.integers(1, frames)
+    kind = rng.choice(["every", "beginning", "end", "ends", "first", "one"], p=[.6, .1, .1, .05, .1, .05])
     if kind == "every":
-        made = rng.integers(0, frames // 2) if rng.random() < .5 else 0
+        made = rng.integers(0, frames - 4) if rng.random() < .5 else 0
         return (at % k == rng.integers(k)) | (at < made)
-    return {"beginning": at < n, "end": at >= n, "ends": (at == 0) | (at == frames - 1), "one": at == n}[kind]
+    return {"beginning": at < n, "end": at >= n, "ends": (at == 0) | (at == frames - 1), "first": at == 0, "one": at == n}[kind]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -80,16 +80,16 @@ def windows(frames: int, stride: int) -> list:
     return list(range(0, last, stride)) + [last]
 
 
-def fill(unet: UNet, diffusion: Diffusion, x, known, noise, text: dict, fps, steps: int = 16, guidance: float = 1.,
+def fill(unet: UNet, diffusion: Diffusion, x, known, noise, said: dict, fps, steps: int = 16, guidance: float = 1.,
          sampler: str = "dpmpp", label: str = ""):
     """Fill in the unknown frames of windows. x and noise (B, T, 4, h, w), known (B, T) bool, fps (B,); returns x, filled in."""
     at = known[:, :, None, None, None]                                              # (B, T, 1, 1, 1)
-    guide = base.guided(unet, text["tokens"], text["null_tokens"], fps, guidance, given(x, known))
+    guide = base.guided(unet, said["tokens"], said["null_tokens"], fps, guidance, given(x, known))
     predict = lambda z, t: guide(torch.where(at, diffusion.add_noise(x, noise, t), z), t)
     return torch.where(at, x, diffusion.sample(predict, noise, steps, sampler, label=label))
 
 
-def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, text: dict, fps: float, parallel: bool = False, seed: int = 0,
+def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, said: dict, fps: float, parallel: bool = False, seed: int = 0,
                   label: str = "", **sampling):
     """Fill in timelines of any length. x (B, T, 4, h, w) holds the known frames in place, known (T,) bool says where.
 
@@ -99,11 +99,13 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, text: dict, fps: f
     B, T = x.shape[:2]
     noise = base.initial_noise(x.shape, seed).to(device)  # of the timeline: windows that share a frame share its noise
     x, made = x.to(device).float(), known.to(device)
-    tokens, null = text["tokens"].to(device).float(), text["null_tokens"].to(device).float()
+    tokens, null = said["tokens"].to(device).float(), said["null_tokens"].to(device).float()
     starts = windows(T, 15 if parallel else 10)
     if known[-1] and not known[0]:  # only what came before is missing: from the end backwards
         starts = [max(0, T - WINDOW) - start for start in starts]
     starts = [start for start in starts if not known[start:start + WINDOW].all()]
+    if parallel and not all(known[start:start + WINDOW].any() for start in starts):
+        raise UserError(f"a window of {WINDOW} frames would know none of them; go on without --parallel")
     for i, group in enumerate([starts] if parallel else [[start] for start in starts]):
         n = len(group)
         cut = lambda video: torch.cat([video[:, start:start + WINDOW] for start in group])         # (n*B, 16, ...)
@@ -133,14 +135,15 @@ def load(path=WEIGHTS / "interpolate.pt", device="cpu"):
     return base.load(path, device, ("interpolate",))
 
 
-def still_life(picture, text_path, weights: Path, device: str) -> dict:
-    """A picture as the first frame of one clip per prompt of a text file: a stage dict of latents (B, 1, 4, h, w)."""
+def still_life(picture, text_path, side: int, weights: Path, device: str) -> dict:
+    """A picture as the first frame of one clip per prompt of a text file: a stage dict of latents (B, 1, 4, h, w), its shorter
+    side `side` latents long."""
     stage = load_stage(text_path, "text")
     autoencoder, made_by = vae.load(base.weights_in(weights, "vae"), device)
-    pixels = vae.read_video(picture)[0][None, :1]                                   # (1, 1, 3, H, W)
-    side = 64 / min(pixels.shape[-2:])
-    size = [round(side * n / 8) * 8 for n in pixels.shape[-2:]]
-    pixels = F.interpolate(pixels[0].float(), size, mode="bilinear", antialias=True).round().byte()[None]
+    pixels = vae.read_video(picture)[0][:1]                                         # (1, 3, H, W)
+    factor, scale = autoencoder.config.factor, side / min(pixels.shape[-2:])
+    size = [factor * max(1, round(scale * n)) for n in pixels.shape[-2:]]
+    pixels = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True).round().byte()[None]
     latents = vae.encode_video(autoencoder, pixels).expand(len(stage["prompts"]), -1, -1, -1, -1)
     return stage | {"data": latents, "vae": made_by["hash"], "history": stage["history"] + [f"picture {Path(picture).name}"]}
 
@@ -165,25 +168,26 @@ def main(argv=None):
     args = parser.parse_args(argv)
     base.check_out(args.out, (".pt",))
     base.check_steps(args.steps)
+    unet, diffusion, weights = load(args.weights / "interpolate.pt", args.device)
+    made_by = weights["made_by"]
     if args.animate:
-        stage = still_life(args.animate, args.input, args.weights, args.device) | {"fps": args.fps}
+        stage = still_life(args.animate, args.input, made_by["side"], args.weights, args.device) | {"fps": args.fps}
     else:
         stage = load_stage(args.input, "latents")
     x, known = timeline(stage["data"].float(), args.skip or 1, args.extend_before or 0, args.extend or 15 * bool(args.animate))
     if known.all():
         raise UserError(f"there is nothing between {stage['data'].shape[1]} frames at --skip {args.skip}; --extend goes on behind them")
-    unet, diffusion, weights = load(args.weights / "interpolate.pt", args.device)
-    if stage["vae"] != weights["made_by"]["vae"]:
-        raise UserError(f"{args.input} holds latents of autoencoder {stage['vae']}, but the weights were trained on {weights['made_by']['vae']}")
-    words = stage["text"]
-    if words is None:  # a clip that came without a prompt
-        words = text.encode(*text.load(base.weights_in(args.weights, "text"))[:2], [""] * len(x))
-    else:
-        base.check_encoder(args.input, words, args.weights, weights["made_by"])
+    if stage["vae"] != made_by["vae"]:
+        raise UserError(f"{args.input} holds latents of autoencoder {stage['vae']}, but the weights were trained on {made_by['vae']}")
+    said = stage["text"]
+    if said is None:  # a clip that came without a prompt
+        clip, tokenizer, encoder = text.load(base.weights_in(args.weights, "text"))
+        said = text.encode(clip, tokenizer, [""] * len(x), encoder["hash"])
+    base.check_encoder(args.input, said, args.weights, made_by)
     fps = stage["fps"] * (args.skip or 1)
-    frames = fill_timeline(unet, diffusion, x, known, words, fps, args.parallel, args.seed, "interpolate",
+    frames = fill_timeline(unet, diffusion, x, known, said, fps, args.parallel, args.seed, "interpolate",
                            steps=args.steps, guidance=args.guidance, sampler=args.sampler)
-    done = f"interpolate {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} {'parallel ' * args.parallel}fps {fps:g}"
+    done = f"interpolate {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {fps:g}{' parallel' * args.parallel}"
     save_stage(args.out, "latents", frames, text=stage["text"], prompts=stage["prompts"], fps=fps, seed=args.seed,
                history=stage["history"] + [done], vae=stage["vae"])
 

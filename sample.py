@@ -22,13 +22,18 @@ import interpolate
 import superres
 import text
 import vae
-from base import WEIGHTS, Parser, load_stage, positive, run
+from base import WEIGHTS, Parser, UserError, load_stage, positive, run
 
 UNTIL = ("base", "interpolate", "low", "high")
 
 
 def cascade(args, prompts: list, folder: Path) -> list:
-    """The pipeline as data: (stage, its main, its arguments, the file it writes). Each reads the file before it."""
+    """The pipeline as data: (stage, its main, its arguments, the file it writes). Each reads the file before it. Raises UserError
+    at once if weights are missing that only a late stage would have missed."""
+    for name in (["interpolate"] if args.animate or args.until != "base" and args.frames > 1 else []) + [
+            f"superres-{which}" for which in UNTIL[2:UNTIL.index(args.until) + 1]]:
+        if not (args.weights / f"{name}.pt").is_file():
+            raise UserError(f"{args.weights / name}.pt: no such weights; train them with `python train.py {name}`, or stop before with --until")
     file = lambda name: str(folder / f"{name}.pt")
     weights = lambda name: ["--weights", str(base.weights_in(args.weights, name) if name else args.weights)]
     seed = ["--seed", str(args.seed)]
@@ -37,7 +42,7 @@ def cascade(args, prompts: list, folder: Path) -> list:
     if args.animate:
         keyframes = ("base", interpolate.main, [file("text"), *weights(""), "--animate", str(Path(args.animate)), *how])
     stages = [("text", text.main, [*weights("text"), "--", *prompts]), keyframes]
-    if args.until != "base" and args.frames > 1:
+    if args.until != "base" and (args.frames > 1 or args.animate):
         stages += [("interpolate", interpolate.main, [file("base"), *weights(""), "--skip", "5", *seed])]
     stages += [("decode", vae.main, ["decode", file(stages[-1][0]), *weights("vae")])]
     for which in UNTIL[2:UNTIL.index(args.until) + 1]:
@@ -46,15 +51,19 @@ def cascade(args, prompts: list, folder: Path) -> list:
 
 
 def run_cascade(stages: list, folder: Path):
-    """Run the stages, but for those at the beginning that an earlier call with the same arguments left in `folder`."""
+    """Run the stages, but for those at the beginning that an earlier call left in `folder`: with the same arguments, and with
+    weights and pictures that have not changed since."""
     log, done = folder / "stages.txt", []
     before = log.read_text().splitlines() if log.is_file() else []
+    outside = lambda word: Path(word).exists() and folder not in Path(word).parents
     for name, stage_main, argv, file in stages:
-        done.append(f"{name}: {shlex.join(argv)}")
+        dates = [str(Path(word).stat().st_mtime_ns) for word in argv if len(word) < 256 and outside(word)]
+        done.append(" ".join([f"{name}:", shlex.join(argv), *dates]))
         if before[:len(done)] == done and Path(file).is_file():
             print(f"{name:11s}  kept in {file}")
             continue
         before = []  # what follows an anew made file must be made anew too
+        log.write_text("\n".join(done[:-1]))
         forget_peak()
         start = time.time()
         stage_main(argv)
@@ -106,6 +115,8 @@ def main(argv=None):
     parser.add_seed()
     parser.add_device()
     args = parser.parse_args(argv)
+    if args.animate and (args.frames != 16 or args.shared_noise):
+        raise UserError("--animate makes 16 frames, each of its own noise")
     prompts = [prompt for prompt in args.prompts for _ in range(args.samples)]
     out = Path(args.out)
     base.check_out(out, vae.WRITTEN) if out.suffix else base.check_folder(out)

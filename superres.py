@@ -15,6 +15,7 @@ Any size works: both networks are convolutional, and what does not fit their str
 """
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,8 @@ def blur(video, sigma: float):
     x = torch.arange(-reach, reach + 1, device=video.device, dtype=video.dtype)
     kernel = torch.softmax(-x ** 2 / (2 * sigma ** 2), 0).expand(video.shape[2], 1, 1, -1)         # (C, 1, 1, K)
     frames = F.pad(video.flatten(0, 1), (reach,) * 4, mode="replicate")                            # (B*T, C, H+2r, W+2r)
-    frames = F.conv2d(F.conv2d(frames, kernel, groups=len(kernel)), kernel.transpose(2, 3), groups=len(kernel))
+    with torch.autocast(video.device.type, enabled=False):  # the same in training and in sampling
+        frames = F.conv2d(F.conv2d(frames, kernel, groups=len(kernel)), kernel.transpose(2, 3), groups=len(kernel))
     return frames.unflatten(0, video.shape[:2])                                                    # (B, T, C, H, W)
 
 
@@ -97,31 +99,44 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
             seed: int = 0, independent: bool = False, level: float | None = None, label: str = ""):
     """A clip uint8 (T, 3, h, w) at `stage.scale` times the size, uint8 (T, 3, H, W).
 
-    A chunk is denoised with `halo` frames on either side, as many as the temporal convolutions reach, which are then dropped:
-    so chunks make the same frames as the whole clip would."""
+    Frame by frame (no halo): chunks of frames, each a batch of pictures, denoised from start to end before the next. Over space
+    and time: every denoising step goes through the clip in chunks, with `halo` frames on either side, as many as the temporal
+    convolutions reach: so the chunks of a step say what one call on the whole clip would."""
     device, (T, C, h, w) = next(unet.parameters()).device, small.shape
-    H, W = stage.scale * h, stage.scale * w
+    shape = (C, stage.scale * h, stage.scale * w)
     level = torch.tensor([stage.level if level is None else level], device=device)
-    out = torch.empty(T, C, H, W, dtype=torch.uint8)
-    one = base.initial_noise((1, 1, C, H, W), seed)                                 # of every frame, unless independent
-    for start in tqdm(range(0, T, stage.chunk), desc=label, disable=not label, leave=False):
-        first, last = max(0, start - stage.halo), min(T, start + stage.chunk + stage.halo)
-        noise = one.expand(1, last - first, -1, -1, -1)
-        if independent:
-            noise = base.initial_noise((last - first, 1, C, H, W), seed + first).transpose(0, 1)
-        piece = vae.to_float(small[None, first:last]).to(device)                    # (1, T', 3, h, w)
-        if not stage.halo:  # frame by frame: frames are a batch of pictures
-            piece, noise = piece.transpose(0, 1), noise.transpose(0, 1)             # (T', 1, 3, h, w)
-        many = level.expand(len(piece))
-        predict = predict_with(unet, enlarge(piece, stage.scale, many), many, torch.full((len(piece),), fps, device=device))
+    out = torch.empty(T, *shape, dtype=torch.uint8)
+    one = base.initial_noise((1, 1, *shape), seed)                                  # (1, 1, 3, H, W)
 
+    def denoiser(first: int, last: int, batch: int):
+        """A predict(z, t) for the frames from first to last, as `batch` videos."""
+        piece = vae.to_float(small[first:last]).unflatten(0, (batch, -1)).to(device)               # (B, T', 3, h, w)
+        levels = level.expand(batch)
+        predict = predict_with(unet, enlarge(piece, stage.scale, levels), levels, torch.full((batch,), float(fps), device=device))
         def fast(z, t):
             with base.fast_autocast(device):
                 return predict(z, t)
+        return fast
 
-        x = diffusion.sample(fast, noise.to(device), steps, sampler)                # (1, T', 3, H, W) or (T', 1, 3, H, W)
-        x = x.flatten(0, 1)[start - first:][:stage.chunk]
-        out[start:start + stage.chunk] = vae.to_uint8(x).cpu()
+    def over_time(z, t):                                                            # (1, T, 3, H, W)
+        parts = []
+        for start in range(0, T, stage.chunk):
+            first, last = max(0, start - stage.halo), min(T, start + stage.chunk + stage.halo)
+            parts.append(denoiser(first, last, 1)(z[:, first:last], t)[:, start - first:][:, :stage.chunk])
+        return torch.cat(parts, dim=1)
+
+    independent = independent or stage.halo > 0  # over space and time, frames agree without it
+    noise_of = lambda first, last: (base.initial_noise((last - first, 1, *shape), seed + first) if independent
+                                    else one.expand(last - first, -1, -1, -1, -1))  # (T', 1, 3, H, W)
+    chunk = T if stage.halo else stage.chunk
+    for start in tqdm(range(0, T, chunk), desc=label, disable=not label or chunk == T, leave=False):
+        end = min(T, start + chunk)
+        noise = noise_of(start, end).to(device)
+        if stage.halo:
+            x = diffusion.sample(over_time, noise.transpose(0, 1), steps, sampler, label=label)    # (1, T, 3, H, W)
+        else:
+            x = diffusion.sample(denoiser(start, end, end - start), noise, steps, sampler)         # (T', 1, 3, H, W)
+        out[start:end] = vae.to_uint8(x.flatten(0, 1)).cpu()
     return out
 
 
@@ -134,7 +149,7 @@ def main(argv=None):
     parser = Parser("Enlarge the clips of a file of pixels: low four times, high three times.")
     parser.add_argument("which", choices=STAGES, help="low: 64 to 256, in space and time; high: 256 to 768, frame by frame")
     parser.add_argument("pixels", help="pixels from `vae.py decode` or the stage before, or any video")
-    parser.add_argument("-o", "--out", default="large.pt", help="file of pixels to write")
+    parser.add_argument("-o", "--out", default="large.pt", help=".pt of pixels, or .mp4, .gif, .png to look at")
     parser.add_argument("--weights", help="weights, written by train.py; weights/superres-low.pt or -high.pt if not given")
     parser.add_argument("--steps", type=positive(int), default=4, help="sampling steps, 1000 at most")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim"), default="ddim", help="DPM-Solver++(2M) or DDIM")
@@ -143,19 +158,21 @@ def main(argv=None):
     parser.add_seed()
     parser.add_device()
     args = parser.parse_args(argv)
-    base.check_out(args.out, (".pt",))
+    base.check_out(args.out, (*vae.WRITTEN, ".pt"))
     base.check_steps(args.steps)
     if args.level is not None and not 0 <= args.level <= 1:
         raise UserError(f"--level is {args.level:g}, where 0 to 1 is wanted")
-    if args.pixels.endswith(vae.VIDEOS + vae.PICTURES):
+    if Path(args.pixels).suffix.lower() in vae.VIDEOS + vae.PICTURES:
         video, fps = vae.read_video(args.pixels)
-        stage = {"data": video[None], "text": None, "prompts": [args.pixels], "fps": fps, "history": [], "vae": None}
+        stage = {"data": video[None], "text": None, "prompts": [Path(args.pixels).stem], "fps": fps, "history": [], "vae": None}
     else:
         stage = load_stage(args.pixels, "pixels")
     unet, diffusion, weights = load(args.which, args.weights, args.device)
     clips = [upscale(unet, diffusion, STAGES[args.which], clip, stage["fps"], args.steps, args.sampler, args.seed + i,
                      args.independent_noise, args.level, label=f"superres {args.which}") for i, clip in enumerate(stage["data"])]
     done = f"superres-{args.which} {weights['hash']} {args.sampler} steps {args.steps}{' independent noise' * args.independent_noise}"
+    if not args.out.endswith(".pt"):
+        return vae.write_videos(args.out, torch.stack(clips), stage["fps"])
     save_stage(args.out, "pixels", torch.stack(clips), text=stage["text"], prompts=stage["prompts"], fps=stage["fps"],
                seed=args.seed, history=stage["history"] + [done], vae=stage["vae"])
 

@@ -509,6 +509,9 @@ def test_every_window_is_shown_what_the_one_before_made(monkeypatch):
     shown.clear()
     x, known = interpolate.timeline(torch.ones(1, 16, 4, 2, 2), before=15)
     made = interpolate.fill_timeline(small_interpolator(), Diffusion(), x, known, words(), 8.)
+    with pytest.raises(UserError, match="know none of them"):
+        interpolate.fill_timeline(small_interpolator(), Diffusion(), *interpolate.timeline(x, after=40), words(), 8., parallel=True)
+    shown = [(x, mask) for x, mask in shown if len(mask) == 1]
     assert [int(mask[0, 0]) for _, mask in shown] == [0] * len(shown) and (made[0, 5:15] == 101).all() and (made[0, :5] == 102).all()
 
 
@@ -518,6 +521,8 @@ def test_masks_to_train_on_hide_something_and_show_something():
     regular = [tuple((torch.arange(16) % k == phase).tolist()) for k in range(2, 7) for phase in range(k)]
     assert {tuple(mask.tolist()) for mask in masks} >= set(regular)
     assert len({mask.sum().item() for mask in masks}) > 8
+    assert sum(mask[0].item() and mask.sum() == 1 for mask in masks) > 25           # the first frame alone: --animate
+    assert any(mask[:11].all() and not mask[12:].all() for mask in masks)           # a last window, slid back
 
 
 def test_a_fresh_interpolator_is_the_video_model_whatever_it_is_shown():
@@ -526,7 +531,7 @@ def test_a_fresh_interpolator_is_the_video_model_whatever_it_is_shown():
     x, t, context, fps = inputs(frames=4, side=4, dim=128)
     with torch.no_grad():
         beside = interpolate.given(torch.randn_like(x), torch.ones(2, 4).bool())
-        torch.nn.init.zeros_(video.temporal_prior_conv.weight), torch.nn.init.zeros_(video.temporal_prior_conv.bias)
+        base.zeroed(video.temporal_prior_conv)
         torch.testing.assert_close(model(torch.cat([x, beside], dim=2), t, context, fps), video(x, t, context, fps), atol=1e-4, rtol=1e-4)
 
 
@@ -548,13 +553,17 @@ def test_shared_noise_keeps_a_static_clip_static(sampler):
 @pytest.mark.parametrize("which", ["low", "high"])
 def test_upscaling_in_chunks_is_upscaling_whole(which):
     unet, diffusion, stage = small_upscaler(which)
+    shaken(unet, only=lambda name: "temporal" in name, scale=.3)
     clip = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    whole = superres.upscale(unet, diffusion, replace(stage, chunk=40), clip, 8., steps=2)
-    parts = superres.upscale(unet, diffusion, replace(stage, chunk=7), clip, 8., steps=2)
+    whole = superres.upscale(unet, diffusion, replace(stage, chunk=40), clip, 8.)
+    parts = superres.upscale(unet, diffusion, replace(stage, chunk=7), clip, 8.)
     assert (whole.int() - parts.int()).abs().max() <= 1 < (whole.int() - whole[0].int()).abs().max()
-    if which == "low":  # without the halo they are not: the temporal convolutions do reach that far
-        wrong = superres.upscale(unet, diffusion, replace(stage, chunk=7, halo=1), clip, 8., steps=2)
-        assert (whole.int() - wrong.int()).abs().max() > 1
+    if which == "low":  # with half the halo they are not: the temporal convolutions do reach that far
+        noise = torch.randn(1, 40, 6, 8, 8)
+        frame = lambda first, last: unet(noise[:, first:last], torch.tensor([500]), None, torch.ones(1), torch.ones(1))[0, 16 - first]
+        with torch.no_grad():
+            at = [frame(16 - halo, 17 + halo) for halo in (8, 15, 16, 17)]
+        assert not torch.allclose(at[0], at[3], atol=1e-5) and torch.allclose(at[2], at[3], atol=1e-5)
 
 
 def test_conditioning_augmentation():
@@ -668,7 +677,7 @@ def test_latents_have_unit_variance(autoencoder):
 def test_decoding_in_chunks_is_decoding_whole(autoencoder, monkeypatch):
     latents = torch.randn(1, 9, 4, 8, 8)
     whole = vae.decode_video(autoencoder, latents)
-    monkeypatch.setattr(vae, "CHUNK", 2)
+    monkeypatch.setattr(vae, "CHUNK", 2 * 64 * 64)
     assert (vae.decode_video(autoencoder, latents).int() - whole.int()).abs().max() <= 1
 
 
@@ -926,7 +935,7 @@ def script_of(folder, *flags) -> list:
 
 
 def test_kill_9_at_any_moment_loses_no_bit(tmp_path, monkeypatch):
-    whole, rng = tiny_run(tmp_path / "whole", monkeypatch, "--steps", "12"), np.random.default_rng()
+    whole, rng = tiny_run(tmp_path / "whole", monkeypatch, "--steps", "12"), np.random.default_rng(0)
     checkpoint, steps = tmp_path / "runs/vae/checkpoint.pt", []
     command = [sys.executable, *script_of(tmp_path, "--steps", "12", "--save-minutes", "1e-9")]
     for _ in range(3):
@@ -940,30 +949,40 @@ def test_kill_9_at_any_moment_loses_no_bit(tmp_path, monkeypatch):
         steps.append(base.read_pt(checkpoint)["step"])
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
     resumed = base.read_pt(checkpoint)
-    assert 0 < steps[0] < 12 and all(equal(whole[key], resumed[key]) for key in ("model", "ema", "optimizer", "step"))
+    assert 0 < steps[0] and all(equal(whole[key], resumed[key]) for key in ("model", "ema", "optimizer", "step"))
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
-    save, calls = torch.save, []
-    def full(content, handle):
-        calls.append(content)
-        if "optimizer" in content and content["step"] == 3:
-            handle.write(b"PK")
-            raise OSError(28, "No space left on device")
-        save(content, handle)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="checkpoint.pt: No space left on device"):
-        patch.setattr(torch, "save", full)
+    class Disk(io.FileIO):  # with room for two checkpoints and a half
+        room = None
+        def write(self, data):
+            if Disk.room is not None and (Disk.room := Disk.room - len(data)) < 0:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+    learning_rate = train.learning_rate
+    def fill_the_disk(step, recipe):
+        Disk.room = 10 ** 6 if step == 2 else None
+        return learning_rate(step, recipe)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write .*checkpoint.pt"):
+        patch.setattr(base, "open", lambda path, mode: Disk(path, mode), raising=False)
+        patch.setattr(train, "learning_rate", fill_the_disk)
         tiny_run(tmp_path, patch, "--save-minutes", "1e-9")
     assert base.read_pt(tmp_path / "runs/vae/checkpoint.pt")["step"] == 2
     assert [path.name for path in (tmp_path / "runs/vae").iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch, what):
+    class Explode(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+        backward = staticmethod(lambda ctx, grad: grad * math.inf)
     loss, seen = vae.loss, []
-    monkeypatch.setattr(vae, "loss", lambda model, batch: loss(model, batch) * (seen.append(0) or (math.nan if len(seen) == 5 else 1)))
+    monkeypatch.setattr(vae, "loss", lambda model, batch: bad(loss(model, batch)) if (seen.append(0), len(seen))[1] == 5 else loss(model, batch))
+    bad = (lambda x: x * math.nan) if what == "loss" else Explode.apply
     with pytest.raises(UserError, match="loss of step 4 is not finite"):
         tiny_run(tmp_path, monkeypatch, "--save-minutes", "1e-9")
-    assert base.read_pt(tmp_path / "runs/vae/checkpoint.pt")["step"] == 4
+    good = base.read_pt(tmp_path / "runs/vae/checkpoint.pt")
+    assert good["step"] == 4 and all(tensor.isfinite().all() for tensor in good["model"].values())
 
 
 def test_finished_weights_are_trained_further(tmp_path, monkeypatch):
@@ -983,6 +1002,18 @@ def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch):
     gradient = lambda run: torch.cat([moments["exp_avg"].flatten() for moments in run["optimizer"]["state"].values()])
     assert (gradient(one) - gradient(two)).norm() < 1e-3 * gradient(one).norm() > 0
     assert done.stdout.count("wrote weights/vae.pt") == 1  # one log, one file
+
+
+def test_two_processes_wait_for_the_data_that_one_makes(tmp_path):
+    (tmp_path / "weights").mkdir()
+    for name in ("vae", "text"):
+        (tmp_path / f"weights/{name}.pt").symlink_to(WEIGHTS / f"{name}.pt")
+    script = script_of(tmp_path, "--steps", "1")
+    source = (tmp_path / "script.py").read_text()
+    (tmp_path / "script.py").write_text(source.replace("'vae', ", "'image', "))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("wrote weights/image.pt") == 1, done.stderr
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatch):
@@ -1012,6 +1043,18 @@ def test_a_folder_of_clips_names_what_it_skips(tmp_path, capsys):
     assert "2 files used, 4 skipped" in said
     with pytest.raises(UserError, match="no usable clip"):
         list(train.folder_clips(tmp_path, 99, 64))
+
+
+def test_a_learning_rate_that_is_asked_for_is_that_of_every_layer(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **k: seen.append([g["base_lr"] for g in groups]) or sys.exit())
+    monkeypatch.setattr(train, "PREPARE", train.PREPARE | {"base": lambda args: train.Stage(UNet(SMALL), *[None] * 4, {})})
+    for flags in ([], ["--lr", "2e-4"], ["--freeze", "spatial", "--lr", "2e-4"]):
+        with pytest.raises(SystemExit):
+            train.main(["base", *flags])
+    recipe = train.RECIPES["base"]
+    assert np.allclose(seen[0], [recipe.fresh_lr, recipe.lr]) and np.allclose(seen[1], [2e-4 * recipe.fresh_lr / recipe.lr, 2e-4])
+    assert np.allclose(seen[2], seen[1][:1])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1209,6 +1252,11 @@ def test_the_whole_cascade_and_going_on_from_kept_files(tmp_path, all_weights, c
     assert [line.split()[0] for line in history] == ["text", "base", "interpolate", "decode", "superres-low", "superres-high"]
     sample.main([*flags, *out, "--until", "low"])
     assert capsys.readouterr().out.count("kept in") == 5
+    os.utime(all_weights / "superres-low.pt")                                       # weights that may have changed
+    sample.main([*flags, *out, "--until", "low"])
+    assert capsys.readouterr().out.count("kept in") == 4
+    os.unlink(all_weights / "superres-high.pt")
+    assert "train.py superres-high" in complaint(sample.main, [*flags, *out, "--until", "high"])
     sample.main([*flags, *out, "--until", "base", "--seed", "1"])
     assert capsys.readouterr().out.count("kept in") == 1 and (tmp_path / "kept/base.pt").read_bytes() != base_bits
 
@@ -1407,12 +1455,15 @@ def evaluate_superres(which: str, clips: int = 16):
                 energy = lambda video: (fine(video).mean(1) * still).sum() / still.sum()
                 line += f"   fine detail of the ground {100 * energy(ours) / energy(truth):.0f} % of the truth's (bicubic {100 * energy(cubic) / energy(truth):.0f} %)"
             print(line, flush=True)
-    flicker = {}
+    if stage.halo:
+        return
+    scenes = [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], range(1, 5), 4))]
+    still = torch.stack([train.render(s | {"ground": 0}, times, stage.scale * side) for s in scenes]).amax((1, 2)) < 8
+    small, change = torch.stack([train.render(s, times, side) for s in scenes]), {}
     for independent in (False, True):
-        ours = torch.stack([superres.upscale(unet, diffusion, stage, video, 20., independent=independent) for video in clean[:4]])
-        change = (ours[:, 1:].int() - ours[:, :-1].int()).abs().float().mean(2)                     # (N, T-1, H, W)
-        flicker[independent] = ((change.mean(1) * still[:4]).sum() / still[:4].sum()).item()
-    print(f"  flicker of the still ground: {flicker[False]:.2f}/255 with shared noise, {flicker[True]:.2f}/255 with independent noise")
+        ours = torch.stack([superres.upscale(unet, diffusion, stage, video, 20., independent=independent) for video in small]).int()
+        change[independent] = ((ours[:, 1:] - ours[:, :-1]).abs().float().mean((1, 2)) * still).sum() / still.sum()
+    print(f"  flicker of the still ground: {change[False]:.2f}/255 with shared noise, {change[True]:.2f}/255 with independent noise")
 
 
 def evaluate(args):

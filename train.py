@@ -256,8 +256,8 @@ def folder_clips(folder, frames: int, side: int):
         H, W = video.shape[-2:]
         square = video[..., (H - min(H, W)) // 2:, (W - min(H, W)) // 2:][..., :min(H, W), :min(H, W)].float()
         square = F.interpolate(square, (side, side), mode="bilinear", antialias=True).round().byte()   # (T, 3, S, S)
-        note = path.with_suffix(".txt")
-        words = captions.get(str(path.relative_to(folder)), note.read_text(errors="replace").strip() if note.is_file() else "")
+        beside = path.with_suffix(".txt")
+        words = captions.get(str(path.relative_to(folder)), beside.read_text(errors="replace").strip() if beside.is_file() else "")
         used += 1
         for skip in (1, 2, 4) if frames > 1 else (1,):
             if len(square[::skip]) >= frames:
@@ -279,8 +279,8 @@ def cached(args, kind: str, count: int, make, of: str = "pixels") -> dict:
     path = RUNS / "cache" / f"{source}-{kind}-{count}-{args.side}-{args.seed}-{of}.pt"
     if RANK == 0 and not path.is_file():
         write_pt(path, make())
-    if RANKS > 1:
-        dist.barrier()
+    while not path.is_file():  # another process is at it; the file appears whole
+        time.sleep(1)
     return read_pt(path)
 
 
@@ -344,10 +344,11 @@ def pairs(args, which: str) -> dict:
             yield small, large, place, fps
 
     def folder():
+        rng = np.random.default_rng((args.seed, 8))
         for windows, _, rates in folder_clips(args.data, frames, scale * side):
             for large, fps in zip(windows, rates):
                 small = F.interpolate(large.float(), (side, side), mode="area").round().byte()
-                yield small, large, np.random.default_rng((args.seed, len(large))).random(2), float(fps)
+                yield small, large, rng.random(2), float(fps)
 
     def make():
         parts = []
@@ -481,9 +482,10 @@ def caption_tokens(args, captions: list):
     and the hash of the text encoder."""
     clip, tokenizer, weights = text.load(weights_in(args.weights, "text"))
     distinct = sorted(set(captions))
-    encoded = text.encode(clip, tokenizer, distinct)
+    encoded = [text.encode(clip, tokenizer, part) for part in batches(distinct, 256)]
+    tokens = torch.cat([part["tokens"] for part in encoded])                        # (K, L, D)
     rows = {words: i for i, words in enumerate(distinct)}
-    return encoded["tokens"], torch.tensor([rows[words] for words in captions]), encoded["null_tokens"][0], weights["hash"]
+    return tokens, torch.tensor([rows[words] for words in captions]), encoded[0]["null_tokens"][0], weights["hash"]
 
 
 def diffusion_batch(args, data: dict, step: int, samples) -> dict:
@@ -526,7 +528,8 @@ def diffusion_config(diffusion: base.Diffusion):
 
 def prepare_image(args) -> Stage:
     data, facts = with_tokens(args, "stills")
-    model, diffusion = UNet(replace(base.TINY, temporal="none", gates=False)), base.Diffusion()
+    width = data["tokens"].shape[-1]
+    model, diffusion = UNet(replace(base.TINY, temporal="none", gates=False, context_dim=width)), base.Diffusion()
     prompts = data["captions"][:32]
     if args.data == "world":
         factors = zip(list(COLOURS) * 4, SHAPES * 6, GROUNDS * 7)
@@ -555,7 +558,8 @@ def prepare_prior(args) -> Stage:
     prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
 
     def preview(model):
-        (clip, tokenizer, _), (autoencoder, _) = text.load(weights_in(args.weights, "text")), vae.load(weights_in(args.weights, "vae"), args.device)
+        clip, tokenizer, _ = text.load(weights_in(args.weights, "text"))
+        autoencoder, _ = vae.load(weights_in(args.weights, "vae"), args.device)
         context = text.encode(clip, tokenizer, prompts)["tokens"].to(args.device)
         mean = model(context, torch.full((len(prompts),), 4., device=args.device), *data["latents"][0, :, 0].shape)
         return vae.contact_sheet(vae.decode_video(autoencoder, mean.cpu()), columns=16)
@@ -571,12 +575,13 @@ def prepare_base(args) -> Stage:
     data, facts = with_tokens(args, "clips")
     stills, _ = with_tokens(args, "stills")
     image = parent(weights_in(args.weights, "image"), "image", facts)
-    model, diffusion = base.build(image, args.weights, temporal=base.TINY.temporal, gates=True)
     if (args.weights / "prior.pt").is_file():
+        model, diffusion = base.build(image, args.weights, temporal="prior+attention+conv", gates=True)
         prior = parent(args.weights / "prior.pt", "prior", facts)
         base.fill(model.temporal_prior, prior, args.weights / "prior.pt")
         facts["prior"] = prior["hash"]
     else:
+        model, diffusion = base.build(image, args.weights, temporal="attention+conv", gates=True)
         note("base: no prior.pt, so attention alone must find what a prompt means for a frame; `python train.py prior` makes one")
 
     def batch_of(step, samples):
@@ -601,8 +606,8 @@ def prepare_interpolate(args) -> Stage:
 
     def preview(model):  # sixteen frames of which every fifth is given, below the truth
         x, known = data["latents"][:4].float(), torch.arange(16) % 5 == 0
-        words = {"tokens": data["tokens"][data["rows"][:4]], "null_tokens": data["null"][None]}
-        made = interpolate.fill(model, diffusion, x, known.expand(4, 16), base.initial_noise(x.shape, 0), words, data["fps"][:4])
+        said = {"tokens": data["tokens"][data["rows"][:4]], "null_tokens": data["null"][None]}
+        made = interpolate.fill_timeline(model, diffusion, x, known, said, 8.)
         rows = torch.stack([x, made], dim=1).flatten(0, 1)                          # (8, T, 4, h, w)
         return vae.contact_sheet(vae.decode_video(vae.load(weights_in(args.weights, "vae"), args.device)[0], rows), columns=16)
 
@@ -621,15 +626,17 @@ def prepare_superres(args, which: str) -> Stage:
         picks = [int(rng.integers(len(data["pixels"]))) for rng in rngs]
         small = torch.stack([data["decoded" if rng.random() < .5 else "small"][i] for i, rng in zip(picks, rngs)])
         x = vae.to_float(data["pixels"][picks])                                     # (N, T, 3, S, S)
+        if step % 4 == 3:  # pictures
+            x, small = x[:, :1], small[:, :1]
         return {"pixels": x, "small": vae.to_float(small), "level": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
                 "fps": data["fps"][picks].float(), "noise": normal(rngs, x.shape[1:]),
                 "t": torch.tensor([int(rng.integers(1000)) for rng in rngs]), "captions": [f"{which} pair {i}" for i in picks]}
 
     def preview(model):  # bilinear, ours, truth
-        small, truth = data["decoded"][:8, :1], data["pixels"][:8, :1]              # (8, 1, 3, s, s)
+        small, truth = data["decoded"][:8], data["pixels"][:8]                      # (8, T, 3, s, s)
         ours = torch.stack([superres.upscale(model, diffusion, stage, clip, 4.) for clip in small])
         plain = vae.to_uint8(superres.enlarge(vae.to_float(small), stage.scale, torch.zeros(8)))
-        return vae.contact_sheet(torch.cat([plain, ours, truth], dim=1).transpose(0, 1), columns=8)
+        return vae.contact_sheet(torch.stack([v[:, 0] for v in (plain, ours, truth)]), columns=8)
 
     return Stage(model, batch_of, lambda model, batch: superres.loss(model, diffusion, batch, stage.scale), preview,
                  diffusion_config(diffusion), facts)
@@ -687,7 +694,11 @@ def dump_first_batch(folder: Path, batch: dict, args):
 def train(stage: str, args):
     """Train one stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
     recipe = RECIPES[stage]
-    recipe = replace(recipe, **{key: value for key in ("steps", "batch", "lr") if (value := getattr(args, key)) is not None})
+    if args.lr:
+        recipe = replace(recipe, lr=args.lr, fresh_lr=recipe.fresh_lr * args.lr / recipe.lr)
+    if args.init:  # nothing is fresh then
+        recipe = replace(recipe, fresh_lr=0.)
+    recipe = replace(recipe, steps=args.steps or recipe.steps, batch=args.batch or recipe.batch)
     folder = RUNS / args.name / stage
     say = print if RANK == 0 else lambda *words: None
     if recipe.batch % (RANKS * args.accumulate):
@@ -725,7 +736,7 @@ def train(stage: str, args):
         say(f"{stage}: going on from step {start}")
     loss_of = Loss(model, setup.loss_of)
     if RANKS > 1:  # steps on pictures leave the temporal layers unused
-        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=stage == "base")
+        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=stage in ("base", "superres-low"))
     if args.compile:
         loss_of = torch.compile(loss_of)
     say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe}")
@@ -764,9 +775,9 @@ def train(stage: str, args):
                 losses.append(each.detach().float())
                 levels.append(batch["t"] / 1000 if "t" in batch else torch.zeros_like(losses[-1]))
             losses, levels = gathered(torch.cat(losses)), gathered(torch.cat(levels))
-            if not losses.isfinite().all():
-                raise UserError(f"the loss of step {step} is not finite; {folder}/checkpoint.pt holds the last good state")
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+            if not (losses.isfinite().all() and norm.isfinite()):
+                raise UserError(f"the loss of step {step}, or its gradient, is not finite; what {folder}/checkpoint.pt holds is from before")
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * learning_rate(step, recipe)
             optimizer.step()
@@ -775,15 +786,15 @@ def train(stage: str, args):
                 decay = min(recipe.ema, (1 + step) / (10 + step))
                 for average, parameter in zip(ema.parameters(), model.parameters()):
                     average.lerp_(parameter, 1 - decay)
-            window.append((losses, levels))
             minutes += (time.time() - last_step) / 60
             last_step = time.time()
-            if stop:
+            if gathered(torch.tensor([len(stop)], device=args.device)).any():  # all processes stop at the same step
                 if RANK == 0:
                     save(step + 1)
                 raise KeyboardInterrupt
             if RANK > 0:
                 continue
+            window.append((losses, levels))
             if (step + 1) % 25 == 0 or step + 1 == recipe.steps:
                 losses, levels = (torch.cat(column) for column in zip(*window))
                 running = losses.mean().item()
@@ -829,7 +840,7 @@ def main(argv=None):
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures")
     parser.add_argument("--accumulate", type=positive(int), default=1,
                         help="cut each batch into this many pieces (clip contrasts within one)")
-    parser.add_argument("--checkpointing", action="store_true", help="image, base: recompute activations backwards, to save memory")
+    parser.add_argument("--checkpointing", action="store_true", help="U-Nets: recompute activations backwards, to save memory")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--init", help="start from these weights of the same stage, such as weights/base.pt, to train them further")
     parser.add_argument("--fresh", action="store_true", help="start over, whatever checkpoint there is")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from base import (MADE_BY, WEIGHTS, Attention, Downsample, Parser, ResnetBlock, Upsample, UserError, atomic, check_out, configure,
                   fast_autocast, fill, load_stage, load_weights, note, run, save_stage)
 
-CHUNK = 32  # frames coded at a time, so that memory does not grow with the length of a video
+CHUNK = 32 * 64 * 64  # pixels coded at a time, so that memory does not grow with the length of a video
 
 
 # ------------------------------------------------------------------------------------------------
@@ -189,11 +189,12 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def in_chunks(function, frames: torch.Tensor, device, label: str) -> torch.Tensor:
-    """function, without gradients, over chunks of frames (N, ...); a label shows a progress bar."""
-    results = []
+def in_chunks(function, frames: torch.Tensor, factor: int, device, label: str) -> torch.Tensor:
+    """function, without gradients, over chunks of frames (N, C, h, w) of factor x factor pixels each place; a label shows a
+    progress bar."""
+    results, H, W = [], factor * frames.shape[-2], factor * frames.shape[-1]
     with torch.inference_mode(), fast_autocast(device):
-        for chunk in tqdm(frames.split(CHUNK), desc=label, disable=not label, leave=False):
+        for chunk in tqdm(frames.split(max(1, CHUNK // (H * W))), desc=label, disable=not label, leave=False):
             chunk = chunk.to(device, memory_format=torch.channels_last)
             results.append(function(chunk).cpu().contiguous())
     return torch.cat(results)
@@ -203,14 +204,14 @@ def encode_video(vae: AutoencoderKL, video: torch.Tensor, label: str = "") -> to
     """uint8 (B, T, 3, H, W) -> scaled latents (B, T, 4, h, w): the mean of each frame's posterior, at unit variance."""
     scale, device = vae.config.scaling_factor, next(vae.parameters()).device
     encode = lambda pixels: vae.encode(to_float(pixels))[0].float() * scale
-    return in_chunks(encode, video.flatten(0, 1), device, label).unflatten(0, video.shape[:2])
+    return in_chunks(encode, video.flatten(0, 1), 1, device, label).unflatten(0, video.shape[:2])
 
 
 def decode_video(vae: AutoencoderKL, latents: torch.Tensor, label: str = "") -> torch.Tensor:
     """Scaled latents (B, T, 4, h, w) -> uint8 (B, T, 3, H, W)."""
     scale, device = vae.config.scaling_factor, next(vae.parameters()).device
     decode = lambda z: to_uint8(vae.decode(z / scale))
-    return in_chunks(decode, latents.float().flatten(0, 1), device, label).unflatten(0, latents.shape[:2])
+    return in_chunks(decode, latents.float().flatten(0, 1), vae.config.factor, device, label).unflatten(0, latents.shape[:2])
 
 
 # ------------------------------------------------------------------------------------------------
