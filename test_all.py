@@ -2,6 +2,7 @@
 
     python -m pytest test_all.py         properties: what must hold whatever the weights are
     python test_all.py evaluate          measurements of the shipped weights; prints the README's tables
+    python test_all.py curve             prompt fidelity over the training of the video model, from its snapshots in runs/base/
     python test_all.py benchmark         seconds, peak memory and GFLOP/s per stage, beside this machine's convolution peak
 
 Prompt fidelity is read from pixels by `describe`, which has no learned part, so that nothing marks its own homework.
@@ -553,17 +554,16 @@ def test_shared_noise_keeps_a_static_clip_static(sampler):
 @pytest.mark.parametrize("which", ["low", "high"])
 def test_upscaling_in_chunks_is_upscaling_whole(which):
     unet, diffusion, stage = small_upscaler(which)
-    shaken(unet, only=lambda name: "temporal" in name, scale=.3)
+    shaken(unet, only=lambda name: "temporal" in name, scale=1.)
     clip = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     whole = superres.upscale(unet, diffusion, replace(stage, chunk=40), clip, 8.)
     parts = superres.upscale(unet, diffusion, replace(stage, chunk=7), clip, 8.)
     assert (whole.int() - parts.int()).abs().max() <= 1 < (whole.int() - whole[0].int()).abs().max()
-    if which == "low":  # with half the halo they are not: the temporal convolutions do reach that far
-        noise = torch.randn(1, 40, 6, 8, 8)
-        frame = lambda first, last: unet(noise[:, first:last], torch.tensor([500]), None, torch.ones(1), torch.ones(1))[0, 16 - first]
-        with torch.no_grad():
-            at = [frame(16 - halo, 17 + halo) for halo in (8, 15, 16, 17)]
-        assert not torch.allclose(at[0], at[3], atol=1e-5) and torch.allclose(at[2], at[3], atol=1e-5)
+    if which == "low":  # the halo is as far as the temporal convolutions reach, and no further
+        video = torch.randn(1, 40, 6, 8, 8, requires_grad=True)
+        unet(video, torch.tensor([500]), None, torch.ones(1), torch.ones(1))[0, 20].sum().backward()
+        reach = [abs(int(j) - 20) for j in video.grad[0].abs().sum((1, 2, 3)).nonzero()]
+        assert 8 < max(reach) <= stage.halo
 
 
 def test_conditioning_augmentation():
@@ -956,8 +956,10 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     class Disk(io.FileIO):  # with room for two checkpoints and a half
         room = None
         def write(self, data):
-            if Disk.room is not None and (Disk.room := Disk.room - len(data)) < 0:
-                raise OSError(28, "No space left on device")
+            if Disk.room is not None:
+                Disk.room -= len(data)
+                if Disk.room < 0:
+                    raise OSError(28, "No space left on device")
             return super().write(data)
     learning_rate = train.learning_rate
     def fill_the_disk(step, recipe):
@@ -1492,6 +1494,18 @@ def evaluate(args):
           f"   ({len(slides)} clips; the world's own: {.14 * 64 / 4:.2f}, {.14 * 64 / 8:.2f}, {.14 * 64 / 16:.2f})")
 
 
+def curve(args):
+    """Fidelity over training: one row for each of the weights that `train.py base --snapshots` left in runs/base/."""
+    paths = sorted((train.RUNS / "base").glob("weights-*.pt"))
+    if not paths:
+        raise UserError(f"{train.RUNS / 'base'} holds no snapshots; `python train.py base --snapshots 5` leaves some")
+    print("Prompt fidelity at 4 fps, held-out triples on black, in %   prompts  colour  shape   motion  ground  first three")
+    for path in paths:
+        made_by = base.load_weights(path, "base")["made_by"]
+        print_fidelity(f"{made_by['steps']} steps, {made_by['minutes']:.0f} min", factors_of(["held-out"], [0], args.prompts),
+                       guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=path)
+
+
 # ------------------------------------------------------------------------------------------------
 # Speed: python test_all.py benchmark
 
@@ -1533,10 +1547,10 @@ def benchmark(args):
 
 if __name__ == "__main__":
     parser = base.Parser("Measure the shipped weights: what they make (evaluate), or how fast (benchmark).")
-    parser.add_argument("what", choices=("evaluate", "benchmark"), help="which tables to print")
+    parser.add_argument("what", choices=("evaluate", "curve", "benchmark"), help="which tables to print")
     parser.add_argument("--prompts", type=base.positive(int), default=480, help="prompts per row of held-out triples")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="classifier-free guidance scale")
     parser.add_argument("--steps", type=base.positive(int), default=STEPS, help="sampling steps")
     parser.add_argument("--weights", type=Path, default=WEIGHTS / "base.pt", help="base weights to evaluate, such as a snapshot of a run")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled videos")
-    base.run(lambda: {"evaluate": evaluate, "benchmark": benchmark}[(args := parser.parse_args()).what](args))
+    base.run(lambda: {"evaluate": evaluate, "curve": curve, "benchmark": benchmark}[(args := parser.parse_args()).what](args))
