@@ -368,7 +368,7 @@ class UNet(nn.Module):
         if T > 1 and hasattr(self, "fps_embedding"):  # a picture has no frame rate, and no place among others
             emb = emb + self.fps_embedding(fps).repeat_interleave(T, 0)
         recompute = self.gradient_checkpointing and self.training
-        through = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+        through = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False) if recompute else layer(*args)
 
         H, W, stride = *x.shape[-2:], self.config.patch_size * 2 ** (len(self.config.channels) - 1)
         if H % stride or W % stride:  # sizes that do not fit are padded here and cropped at the end
@@ -834,18 +834,22 @@ def load(path=WEIGHTS / "base.pt", device="cpu", stages: tuple = ("base", "image
     return unet.to(device, memory_format=torch.channels_last).eval(), diffusion, weights
 
 
-def build(weights: dict, path, **changes):
-    """The U-Net of these weights, with `changes` to its config, and its Diffusion. What an image model lacks starts as the identity."""
-    if "settings" in weights:
+def read_config(weights: dict, path) -> tuple[UNetConfig, Diffusion]:
+    """The U-Net's config and the diffusion that weights were trained with."""
+    if "settings" in weights:  # Stable Diffusion's own words for it
         s = weights["settings"]
         config = UNetConfig(channels=tuple(s["block_out_channels"]), layers=s["layers_per_block"], heads=s["attention_head_dim"],
                             attention=tuple("CrossAttn" in kind for kind in s["down_block_types"]),
                             context_dim=s["cross_attention_dim"], groups=s["norm_num_groups"])
-        diffusion = Diffusion("scaled_linear", "epsilon")
-    else:
-        config, diffusion = configure(UNetConfig, weights["config"]["unet"], path), Diffusion(**weights["config"]["diffusion"])
-    unet = UNet(replace(config, **changes))
-    return fill(unet, weights, path, may_lack=UNet.is_inflation if changes or "settings" in weights else lambda name: False), diffusion
+        return config, Diffusion("scaled_linear", "epsilon")
+    return configure(UNetConfig, weights["config"]["unet"], path), Diffusion(**weights["config"]["diffusion"])
+
+
+def build(weights: dict, path, **changes):
+    """The U-Net of these weights, with `changes` to its config, and its Diffusion. What an image model lacks starts as the identity."""
+    config, diffusion = read_config(weights, path)
+    may_lack = UNet.is_inflation if changes or "settings" in weights else lambda name: False
+    return fill(UNet(replace(config, **changes)), weights, path, may_lack), diffusion
 
 
 def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int = 16,

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -1045,6 +1046,17 @@ def test_a_folder_of_clips_names_what_it_skips(tmp_path, capsys):
     assert "2 files used, 4 skipped" in said
     with pytest.raises(UserError, match="no usable clip"):
         list(train.folder_clips(tmp_path, 99, 64))
+
+
+def test_a_dry_run_counts_what_a_step_would_take(capsys):
+    said = {}
+    for name, flags in {"all": [], "spatial": ["--freeze", "spatial"], "recompute": ["--checkpointing"], "half": ["--batch", "8"]}.items():
+        train.main(["base", "--dry-run", "--device", "cpu", *flags])
+        said[name] = [float(number) for number in re.findall(r"(\d+\.\d+) (?:M|TFLOP|GiB)", capsys.readouterr().out)]
+    every, trained, flops, _, state, activations, together = said["all"]
+    assert every == trained == round(sum(p.numel() for p in UNet(base.TINY).parameters()) / 1e6, 1) and together > activations
+    assert said["spatial"][1] < .6 * every and said["spatial"][4] < .6 * state + .01
+    assert said["recompute"][5] < .5 * activations and abs(said["half"][5] / activations - .5) < .05 and said["half"][2] < .6 * flops
 
 
 def test_a_learning_rate_that_is_asked_for_is_that_of_every_layer(tmp_path, monkeypatch):

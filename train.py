@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm, trange
 
 import base
@@ -826,6 +827,35 @@ def train(stage: str, args):
     say(f"{stage}: {minutes:.1f} minutes, loss {running:.4f}; wrote {args.weights / OUTPUT[stage]}; look at {folder / 'preview.png'}")
 
 
+def dry_run(args):
+    """What a step of `base` would cost, reckoned on the meta device: nothing is computed, and no GPU is needed."""
+    path = weights_in(args.weights, "image")
+    config, _ = base.read_config(base.load_weights(path, "image"), path)
+    prior = "prior+" * (args.weights / "prior.pt").is_file()
+    batch, side = (args.batch or RECIPES["base"].batch) // (RANKS * args.accumulate), args.side // 8
+    fast = base.has_fast_bf16(args.device)
+    kept = {}
+    with torch.device("meta"):
+        unet = UNet(replace(config, temporal=f"{prior}attention+conv", gates=True)).train()
+        unet.gradient_checkpointing = args.checkpointing
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(args.freeze == "none" or UNet.is_inflation(name))
+        inputs = torch.zeros(batch, 16, 4, side, side), torch.zeros(batch), torch.zeros(batch, 77, config.context_dim), torch.ones(batch)
+        keep = lambda tensor: kept.__setitem__(tensor.untyped_storage()._cdata, tensor.numel()) or tensor
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            unet(*inputs).sum().backward()
+    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+    every = sum(p.numel() for p in unet.parameters())
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    activations = sum(n for key, n in kept.items() if key not in weights) * (2 if fast else 4)
+    print(f"base: {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained")
+    print(f"a step on {batch} clips of 16 x {args.side} x {args.side}, forward and backward: {counter.get_total_flops() / 1e12:.2f} TFLOP")
+    for what, size in (("weights and their average, fp32", 8 * every), ("gradients and Adam's moments, fp32", 12 * trained),
+                       (f"activations, {'bf16' if fast else 'fp32'}", activations)):
+        print(f"  {what:36s} {size / 2 ** 30:6.2f} GiB")
+    print(f"  {'together':36s} {(8 * every + 12 * trained + activations) / 2 ** 30:6.2f} GiB, and what the kernels need for themselves")
+
+
 def main(argv=None):
     parser = Parser("Train one stage, or all of them in order.")
     parser.add_argument("stage", choices=[*PREPARE, "all"], help="what to train; a stage needs the weights of those before it")
@@ -841,6 +871,7 @@ def main(argv=None):
     parser.add_argument("--accumulate", type=positive(int), default=1,
                         help="cut each batch into this many pieces (clip contrasts within one)")
     parser.add_argument("--checkpointing", action="store_true", help="U-Nets: recompute activations backwards, to save memory")
+    parser.add_argument("--dry-run", action="store_true", help="base: print parameters, FLOPs and memory of a step, and stop")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--init", help="start from these weights of the same stage, such as weights/base.pt, to train them further")
     parser.add_argument("--fresh", action="store_true", help="start over, whatever checkpoint there is")
@@ -857,6 +888,10 @@ def main(argv=None):
         raise UserError("--freeze spatial is for stage base, which has layers that its image model had not")
     if args.side % 8:
         raise UserError(f"--side is {args.side}, where a multiple of the autoencoder's stride of 8 is wanted")
+    if args.dry_run:
+        if args.stage != "base":
+            raise UserError("--dry-run is for stage base")
+        return dry_run(args)
     if RANKS > 1:  # one process waits for as long as another renders data
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
