@@ -3,7 +3,7 @@
     python train.py all                     everything in weights/, from nothing, one stage after the other
     python train.py base                    one stage; it goes on from runs/base/checkpoint.pt if that is there
     python train.py base --data clips/      the same on .mp4 .gif .webm files with captions.csv, or a .txt beside each
-    torchrun --nproc_per_node 2 train.py base       each batch shared by two processes; on a CPU faster than two threads
+    torchrun --nproc_per_node 2 train.py base       each batch shared by two processes
 
 Stages, each frozen before the next begins: vae (pixels <-> latents), clip (the text encoder), image (a text-to-image
 U-Net), prior (the mean clip of a prompt), base (that U-Net inflated to video: Make-A-Video's central idea, section 3.4),
