@@ -98,7 +98,7 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, said: dict, fps: f
     device = next(unet.parameters()).device
     B, T = x.shape[:2]
     noise = base.initial_noise(x.shape, seed).to(device)  # of the timeline: windows that share a frame share its noise
-    x, made = x.to(device).float(), known.to(device)
+    x, made = x.to(device).float().clone(), known.to(device).clone()
     tokens, null = said["tokens"].to(device).float(), said["null_tokens"].to(device).float()
     starts = windows(T, 15 if parallel else 10)
     if known[-1] and not known[0]:  # only what came before is missing: from the end backwards
@@ -112,7 +112,6 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, said: dict, fps: f
         filled = fill(unet, diffusion, cut(x), cut(made.expand(B, T)), cut(noise),
                       {"tokens": tokens.repeat(n, 1, 1), "null_tokens": null}, torch.full((n * B,), float(fps), device=device),
                       label=label and f"{label} window {i + 1} of {1 if parallel else len(starts)}", **sampling)
-        x, made = x.clone(), made.clone()
         for start, frames in zip(group, filled.split(B)):                           # (B, 16, 4, h, w)
             here = slice(start, start + WINDOW)
             x[:, here] = torch.where(made[here, None, None, None], x[:, here], frames)

@@ -211,13 +211,18 @@ def world_stills(count: int, seed: int, side: int) -> dict:
     return {"pixels": torch.stack(pixels), "captions": captions, "fps": torch.ones(count)}  # (N, 1, 3, side, side)
 
 
+def rate_at(share: float) -> float:
+    """Frame rates from 4 to 30, log-uniform where `share` is uniform in 0...1."""
+    return 4 * (30 / 4) ** share
+
+
 def draw_clip(rng: np.random.Generator, fps: float | None = None, frames: int = 16, side: int = 64):
     """A training scene, its frames (T, 3, side, side) and their rate. Two clips in three run at 4 fps, where they show a whole
     scene; the others at a rate up to 30, log-uniform, from a random start within the scene.
 
     Differs: Make-A-Video (section 3.4) goes from high to low rates during training; drawing both at once is simpler."""
     scene = draw_scene(rng, "train")
-    drawn = 4 * (30 / 4) ** max(0., rng.uniform(-2, 1))
+    drawn = rate_at(max(0., rng.uniform(-2, 1)))
     fps = fps or drawn
     start = rng.uniform(0, max(0., SCENE_SECONDS - (frames - 1) / fps))
     return scene, render(scene, start + np.arange(frames) / fps, side), fps
@@ -228,7 +233,7 @@ def world_clips(count: int, seed: int, side: int, windows: bool = False):
     interpolation, all at a rate of 4 to 30."""
     def clip(i):
         rng = np.random.default_rng((seed, 4 if windows else 2, i))
-        return draw_clip(rng, 4 * (30 / 4) ** rng.random() if windows else None, side=side)
+        return draw_clip(rng, rate_at(rng.random()) if windows else None, side=side)
     for group in trange(0, count, 64, desc="rendering and encoding clips"):
         clips = [clip(i) for i in range(group, min(group + 64, count))]
         yield torch.stack([c[1] for c in clips]), [caption(c[0]) for c in clips], torch.tensor([c[2] for c in clips])
@@ -337,7 +342,7 @@ def pairs(args, which: str) -> dict:
     def world():
         for i in trange(count, desc=f"rendering pairs for {which}"):
             rng = np.random.default_rng((args.seed, 6 if which == "low" else 7, i))
-            scene, fps = draw_scene(rng, "train"), 4 * (30 / 4) ** rng.random()
+            scene, fps = draw_scene(rng, "train"), rate_at(rng.random())
             times = rng.uniform(0, SCENE_SECONDS - (frames - 1) / fps) + np.arange(frames) / fps
             path = trajectory(scene, torch.as_tensor(times, dtype=torch.float32))
             place = [float(axis[frames // 2]) for axis in path[:2]] if rng.random() < .7 else rng.random(2)
@@ -569,6 +574,17 @@ def prepare_prior(args) -> Stage:
                  lambda model: {"context_dim": data["tokens"].shape[-1]}, facts)
 
 
+def inflation(args) -> dict:
+    """What becomes of an image model's config: with a prior if one has been trained."""
+    return {"temporal": "prior+" * (args.weights / "prior.pt").is_file() + "attention+conv", "gates": True}
+
+
+def freeze(model, args):
+    """Leave to training what `--freeze` says."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(args.freeze == "none" or UNet.is_inflation(name))
+
+
 def prepare_base(args) -> Stage:
     """Make-A-Video, section 3.4: the image model, inflated, goes on to learn from video.
 
@@ -576,13 +592,12 @@ def prepare_base(args) -> Stage:
     data, facts = with_tokens(args, "clips")
     stills, _ = with_tokens(args, "stills")
     image = parent(weights_in(args.weights, "image"), "image", facts)
-    if (args.weights / "prior.pt").is_file():
-        model, diffusion = base.build(image, args.weights, temporal="prior+attention+conv", gates=True)
+    model, diffusion = base.build(image, args.weights, **inflation(args))
+    if hasattr(model, "temporal_prior"):
         prior = parent(args.weights / "prior.pt", "prior", facts)
         base.fill(model.temporal_prior, prior, args.weights / "prior.pt")
         facts["prior"] = prior["hash"]
     else:
-        model, diffusion = base.build(image, args.weights, temporal="attention+conv", gates=True)
         note("base: no prior.pt, so attention alone must find what a prompt means for a frame; `python train.py prior` makes one")
 
     def batch_of(step, samples):
@@ -709,8 +724,7 @@ def train(stage: str, args):
     model = setup.model.to(args.device, memory_format=torch.channels_last).train()
     if hasattr(model, "gradient_checkpointing"):
         model.gradient_checkpointing = args.checkpointing
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(args.freeze == "none" or UNet.is_inflation(name))
+    freeze(model, args)
     fresh = lambda name: recipe.fresh_lr > 0 and UNet.is_inflation(name)
     groups = [{"params": [p for n, p in model.named_parameters() if p.requires_grad and fresh(n)], "base_lr": recipe.fresh_lr},
               {"params": [p for n, p in model.named_parameters() if p.requires_grad and not fresh(n)], "base_lr": recipe.lr}]
@@ -831,15 +845,13 @@ def dry_run(args):
     """What a step of `base` would cost, reckoned on the meta device: nothing is computed, and no GPU is needed."""
     path = weights_in(args.weights, "image")
     config, _ = base.read_config(base.load_weights(path, "image"), path)
-    prior = "prior+" * (args.weights / "prior.pt").is_file()
     batch, side = (args.batch or RECIPES["base"].batch) // (RANKS * args.accumulate), args.side // 8
     fast = base.has_fast_bf16(args.device)
     kept = {}
     with torch.device("meta"):
-        unet = UNet(replace(config, temporal=f"{prior}attention+conv", gates=True)).train()
+        unet = UNet(replace(config, **inflation(args))).train()
         unet.gradient_checkpointing = args.checkpointing
-        for name, parameter in unet.named_parameters():
-            parameter.requires_grad_(args.freeze == "none" or UNet.is_inflation(name))
+        freeze(unet, args)
         inputs = torch.zeros(batch, 16, 4, side, side), torch.zeros(batch), torch.zeros(batch, 77, config.context_dim), torch.ones(batch)
         keep = lambda tensor: kept.__setitem__(tensor.untyped_storage()._cdata, tensor.numel()) or tensor
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
