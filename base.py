@@ -449,12 +449,21 @@ class Diffusion:
         error = predict(self.add_noise(x, noise, t), t) - self.target_of(x, noise, t)
         return (weight * error.float().pow(2)).flatten(1).mean(1)
 
-    def ddim_step(self, z, x, noise, t, s, eta: float = 0., fresh=None):
-        """z_s = alpha_s x + sqrt(sigma_s^2 - eta^2 var) eps + eta sqrt(var) n     DDIM (2010.02502), Eq. 12"""
+    def ddim_step(self, x, noise, s):
+        """z_s = alpha_s x + sigma_s eps                                             DDIM (2010.02502), Eq. 12, eta = 0"""
+        return self.add_noise(x, noise, s)
+
+    def ancestral_step(self, z, x, t, s, gamma: float, fresh):
+        """z_s = r (alpha_s / alpha_t) z + (1 - r) alpha_s x + sqrt(lower^(1 - gamma) upper^gamma) n    Imagen Video, Eqs. 3-4
+
+        r = e^(lambda_t - lambda_s), of the log-SNRs. The variance of z_s lies between two bounds: lower is right where x is a
+        single point, upper where x is itself Gaussian noise; gamma picks one between."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
-        var = (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2) * sigma_s ** 2   # of q(z_s | z_t, x) at eta = 1
-        z = alpha_s * x + (sigma_s ** 2 - eta ** 2 * var).clamp(min=0).sqrt() * noise
-        return z + eta * var.clamp(min=0).sqrt() * fresh if eta else z
+        if (s < 0).all():
+            return x
+        r = (alpha_t * sigma_s / (sigma_t * alpha_s)) ** 2
+        lower, upper = (1 - r) * sigma_s ** 2, (1 - r) * sigma_t ** 2
+        return r * (alpha_s / alpha_t) * z + (1 - r) * alpha_s * x + (lower ** (1 - gamma) * upper ** gamma).sqrt() * fresh
 
     def dpmpp_step(self, z, x, x_before, t, s, t_before):
         """z_s = (sigma_s / sigma_t) z - alpha_s (e^-h - 1) D                        DPM-Solver++ (2211.01095), Alg. 2
@@ -471,8 +480,10 @@ class Diffusion:
         return (sigma_s / sigma_t) * z - alpha_s * torch.expm1(-h) * x
 
     @torch.no_grad()
-    def sample(self, predict, z, steps: int = 16, sampler: str = "dpmpp", eta: float = 0., seed: int = 0, label: str = ""):
-        """Walk z (B, ...) from pure noise to clean data in `steps` calls of predict(z, t). A label shows a progress bar.
+    def sample(self, predict, z, steps: int = 16, sampler: str = "dpmpp", gamma: float = 0., seed: int = 0, label: str = "",
+               threshold: bool = False):
+        """Walk z (B, ...) from pure noise to clean data in `steps` calls of predict(z, t): by "dpmpp", "ddim", or "ancestral",
+        which alone draws on gamma and seed. `threshold` is for pixels under guidance. A label shows a progress bar.
 
         Timesteps are trailing: the first is the noisiest that was trained, the last step ends at no noise."""
         timesteps = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)] + [-1]
@@ -481,28 +492,59 @@ class Diffusion:
         for i in tqdm(range(steps), desc=label, disable=not label, leave=False):
             t, s = at(i), at(i + 1)
             x, noise = self.x_and_noise(predict(z, t), z, t)
+            if threshold:
+                x = dynamic_threshold(x)
+                alpha, sigma = self.alpha_sigma(t, z)
+                noise = (z - alpha * x) / sigma
             if sampler == "dpmpp":
                 z, x_before = self.dpmpp_step(z, x, x_before, t, s, at(i - 1)), x
+            elif sampler == "ancestral":
+                z = self.ancestral_step(z, x, t, s, gamma, initial_noise(z.shape, seed + 1000003 * (i + 1)).to(z))
             else:
-                fresh = initial_noise(z.shape, seed + 1000003 * (i + 1)).to(z) if eta else None
-                z = self.ddim_step(z, x, noise, t, s, eta, fresh)
+                z = self.ddim_step(x, noise, s)
         return z
 
 
-def guided(unet: UNet, context, null_context, fps, guidance_scale: float, given=None):
+def dynamic_threshold(x, share: float = .995):
+    """clip(x, -s, s) / s, where s is the 99.5-th percentile of |x|, or 1 if that is more: what guidance drives out of range comes
+    back without saturating.                                                         Imagen Video section 2.6.1
+
+    x (B, T, C, H, W) in -1...1: one s for all frames of a video, so that none of them flickers."""
+    def percentile(video):  # exact at any size: the bits of floats >= 0 are in the floats' order, and are sorted in two rounds
+        magnitude, rank = video.abs().float().flatten(), math.ceil(share * video.numel())
+        upper = magnitude.view(torch.int32) >> 16                                   # (N,): exponent and seven bits more
+        upto = torch.bincount(upper, minlength=2 ** 15).cumsum(0)
+        bucket = int(torch.searchsorted(upto, rank))
+        return magnitude[upper == bucket].kthvalue(rank - int(upto[bucket - 1] if bucket else 0)).values
+    s = torch.stack([percentile(video) for video in x]).clamp(min=1).view(-1, *[1] * (x.ndim - 1)).to(x)
+    return x.clamp(-s, s) / s
+
+
+def oscillating(high: float, low: float, steps: int):
+    """A guidance scale that changes with t: high for the first half of the steps, then low and high in turn: colours and motion
+    are settled under strong guidance, and what it saturates is undone.              Imagen Video section 2.6.2"""
+    def scale(t: int) -> float:
+        late = round((999 - t) * steps / 1000) - steps // 2                         # steps since the first half ended
+        return low if late >= 0 and late % 2 == 0 else high
+    return scale
+
+
+def guided(unet: UNet, context, null_context, fps, guidance_scale, given=None):
     """Classifier-free guidance as a predict(z, t): null + scale * (prompt - null), on all channels.
 
-    A scale of 1 is the prompt alone, 0 the null prompt alone; Imagen Video's weight w is scale - 1 (Eq. 5). `given` are
-    further input channels (B, T, C', h, w), the same at every t: the known frames of interpolate.py."""
+    A scale of 1 is the prompt alone, 0 the null prompt alone; Imagen Video's weight w is scale - 1 (Eq. 5). It is a number, or
+    a function of t (`oscillating`). `given` are further input channels (B, T, C', h, w), the same at every t: the known frames
+    of interpolate.py."""
     null_context = null_context.expand_as(context)
     twice = lambda x: torch.cat([x, x])
     def predict(z, t):
         z = z if given is None else torch.cat([z, given], dim=2)
+        scale = guidance_scale(int(t[0])) if callable(guidance_scale) else guidance_scale
         with fast_autocast(z.device):
-            if guidance_scale in (0, 1):
-                return unet(z, t, context if guidance_scale else null_context, fps)
+            if scale in (0, 1):
+                return unet(z, t, context if scale else null_context, fps)
             prompt, null = unet(twice(z), twice(t), torch.cat([context, null_context]), twice(fps)).chunk(2)
-        return null + guidance_scale * (prompt - null)
+        return null + scale * (prompt - null)
     return predict
 
 
@@ -792,10 +834,11 @@ def configure(config_class, values: dict, path):
 
 
 def has_fast_bf16(device) -> bool:
-    """Does the hardware multiply bf16 natively? A CPU without AMX is slower in bf16 than in fp32."""
+    """Does the hardware multiply bf16 natively? A CPU that does not is slower in bf16 than in fp32."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("amx_bf16", False)
+    can = torch.cpu.get_capabilities()
+    return can.get("amx_bf16", False) or can.get("avx512_bf16", False)
 
 
 def fast_autocast(device):
@@ -853,14 +896,14 @@ def build(weights: dict, path, **changes):
 
 
 def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int = 16,
-             guidance: float = 3., sampler: str = "dpmpp", eta: float = 0., seed: int = 0, label: str = "", shared_noise: bool = False):
+             guidance=3., sampler: str = "dpmpp", gamma: float = 0., seed: int = 0, label: str = "", shared_noise: bool = False):
     """Latents of one video per prompt, (B, T, 4, side, side)."""
     device = next(unet.parameters()).device
     tokens, null = text["tokens"].to(device).float(), text["null_tokens"].to(device).float()
     z = initial_noise((len(tokens), 1 if shared_noise else frames, unet.config.out_channels, side, side), seed).to(device)
     z = z.expand(-1, frames, -1, -1, -1)                                            # (B, T, 4, side, side)
     predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device), guidance)
-    return diffusion.sample(predict, z, steps, sampler, eta, seed, label).cpu()
+    return diffusion.sample(predict, z, steps, sampler, gamma, seed, label).cpu()
 
 
 def check_steps(steps: int):
@@ -885,23 +928,27 @@ def main(argv=None):
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate told to the model; trained on 4 to 30")
     parser.add_argument("--steps", type=positive(int), default=16, help="sampling steps, 1000 at most")
     parser.add_argument("--guidance", type=finite, default=3., help="classifier-free guidance scale; 1 is none")
-    parser.add_argument("--sampler", choices=("dpmpp", "ddim"), default="dpmpp", help="DPM-Solver++(2M) or DDIM")
-    parser.add_argument("--eta", type=finite, default=0., help="fresh noise per step of ddim: 0 none, 1 ancestral")
+    parser.add_argument("--oscillate", type=finite, metavar="LOW", help="in the second half, guide every other step by this scale")
+    parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral"), default="dpmpp", help="DPM-Solver++(2M), DDIM, or with "
+                        "fresh noise at each step")
+    parser.add_argument("--gamma", type=finite, default=0., help="variance of ancestral: 0 is its lower bound, 1 its upper one")
     parser.add_seed()
     parser.add_device()
     args = parser.parse_args(argv)
     check_out(args.out, (".pt",))
     check_steps(args.steps)
-    if not 0 <= args.eta <= 1 or args.eta and args.sampler != "ddim":
-        raise UserError(f"--eta is {args.eta:g}, where 0 to 1 is wanted, and 0 with any sampler but ddim")
+    if not 0 <= args.gamma <= 1 or args.gamma and args.sampler != "ancestral":
+        raise UserError(f"--gamma is {args.gamma:g}, where 0 to 1 is wanted, and 0 with any sampler but ancestral")
     stage = load_stage(args.text, "text")
     unet, diffusion, weights = load(args.weights, args.device)
     made_by, text = weights["made_by"], stage["text"]
     check_encoder(args.text, text, args.weights, made_by)
-    latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, args.guidance,
-                       args.sampler, args.eta, args.seed, "base", args.shared_noise)
+    guidance = args.guidance if args.oscillate is None else oscillating(args.guidance, args.oscillate, args.steps)
+    latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, guidance,
+                       args.sampler, args.gamma, args.seed, "base", args.shared_noise)
     history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"
-    history += f" eta {args.eta:g}" * bool(args.eta) + " shared noise" * args.shared_noise
+    history += f" oscillating with {args.oscillate:g}" * (args.oscillate is not None) + f" gamma {args.gamma:g}" * bool(args.gamma)
+    history += " shared noise" * args.shared_noise
     save_stage(args.out, "latents", latents, text=text, prompts=stage["prompts"], fps=args.fps, seed=args.seed,
                history=stage["history"] + [history], vae=made_by["vae"])
 

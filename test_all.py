@@ -182,35 +182,37 @@ def world_paths(T: int, fps: float) -> torch.Tensor:
     return torch.stack([torch.stack(path, 1) for path in paths]) * torch.tensor([SIZE, SIZE, SIZE, 1])
 
 
-def read_motion(path: torch.Tensor, seen: torch.Tensor, fps: float) -> int | None:
-    """The motion whose path, begun anywhere and run at about its own pace, is the nearest, if it is near. path: (T, 4)"""
+def read_motion(path: torch.Tensor, seen: torch.Tensor, fps: float) -> tuple[int, bool]:
+    """The motion whose path, begun anywhere and run at about its own pace, is the nearest; and is it near? path: (T, 4)"""
     world, path = world_paths(len(path), fps)[:, seen], path[seen]
     unit = torch.tensor([1, 1, 1, path[:, 2].mean()])                                  # an angle times a radius is pixels too
     world, path = ((p - p.mean(-2, keepdim=True)) * unit for p in (world, path))       # (motions * PHASES, T, 4), (T, 4)
     pace = ((world * path).sum((1, 2)) / world.square().sum((1, 2))).clamp(*PACE)
     misfit = (path - pace[:, None, None] * world).square().sum(2).mean(1).sqrt()       # (motions * PHASES,)
     extent, (slack, share, limit) = path.square().sum(1).mean().sqrt(), MAX_MISFIT
-    return int(misfit.argmin()) // PHASES if misfit.min() < min(slack + share * extent, limit * extent) else None
+    return int(misfit.argmin()) // PHASES, bool(misfit.min() < min(slack + share * extent, limit * extent))
 
 
 def describe(video: torch.Tensor, fps: float = 4.0) -> dict:
-    """The four factors of a clip, uint8 (T, 3, S, S), as indices into the world's tables or None; "centroids" (T, 2) and
-    "areas" (T,) in the clip's own pixels, nan where no object is seen; "angles" (T,), clockwise, nan without a shape."""
+    """The four factors of a clip, uint8 (T, 3, S, S), as indices into the world's tables or None; "nearest", the motion that the
+    path is nearest to, be it far from that too; "centroids" (T, 2) and "areas" (T,) in the clip's own pixels, nan where no object
+    is seen; "angles" (T,), clockwise, nan without a shape."""
     seen, area, centre, score, paint, bare = look(video).values()
     palette = torch.tensor(list(COLOURS.values())).float()                             # shading only scales a colour:
     likeness, colour = F.cosine_similarity(paint[:, None], palette, dim=2).max(1)      # so compare directions
     grounds = torch.stack([render_ground({"ground": g, "seed": 0}, 16).mean((1, 2)) for g in range(len(GROUNDS))])
     error, ground = (bare[:, None] - grounds).norm(dim=2).min(1)
-    shape, motion, angle = elect(score.amax(2).argmax(1), seen), None, torch.full_like(area, math.nan)
+    shape, nearest, near, angle = elect(score.amax(2).argmax(1), seen), None, False, torch.full_like(area, math.nan)
     if shape is not None:
         turn = score[:, shape].argmax(1) % TURNS / TURNS                               # 0…1, of the shape's symmetry
         step = turn.diff(prepend=turn[:1])                                             # frame to frame, the least that will do
         angle = (turn[0] + (step - step.round()).cumsum(0)) * 2 * math.pi / SYMMETRY[SHAPES[shape]]
         path = torch.stack([*centre.T, (area / unit_areas()[shape]).sqrt(), angle], 1)  # (T, 4)
-        motion = read_motion(path, seen, fps) if seen.float().mean() >= PRESENCE else None
+        if seen.float().mean() >= PRESENCE:
+            nearest, near = read_motion(path, seen, fps)
     pixel = video.shape[-1] / SIZE
-    return {"colour": elect(colour, seen & (likeness > MIN_LIKENESS)), "shape": shape, "motion": motion,
-            "ground": elect(ground, error < MAX_GROUND_ERROR), "angles": angle,
+    return {"colour": elect(colour, seen & (likeness > MIN_LIKENESS)), "shape": shape,
+            "motion": nearest if near else None, "nearest": nearest, "ground": elect(ground, error < MAX_GROUND_ERROR), "angles": angle,
             "centroids": (centre * pixel).where(seen[:, None], math.nan), "areas": (area * pixel ** 2).where(seen, math.nan)}
 
 
@@ -383,14 +385,31 @@ def mixture(diffusion: Diffusion):
     return posterior_mean
 
 
-@pytest.mark.parametrize("sampler, eta, steps", [("ddim", 0., 100), ("ddim", 1., 200), ("dpmpp", 0., 40)])
-def test_the_exact_score_of_a_gaussian_mixture_gives_its_mean_and_variance(sampler, eta, steps):
+@pytest.mark.parametrize("sampler, gamma, steps", [("ddim", 0., 100), ("ancestral", 0., 200), ("ancestral", .3, 200), ("dpmpp", 0., 40)])
+def test_the_exact_score_of_a_gaussian_mixture_gives_its_mean_and_variance(sampler, gamma, steps):
     diffusion = Diffusion("cosine", "sample")
     z = base.initial_noise((1, 20000, 1), seed=1).double()
-    x = diffusion.sample(mixture(diffusion), z, steps=steps, sampler=sampler, eta=eta)
+    x = diffusion.sample(mixture(diffusion), z, steps=steps, sampler=sampler, gamma=gamma)
     truth = (WEIGHT * MEAN).sum()
     variance = (WEIGHT * (STD ** 2 + MEAN ** 2)).sum() - truth ** 2
     assert abs(x.mean() - truth) < .05 and abs(x.var() / variance - 1) < .05
+
+
+def test_an_ancestral_step_is_gaussian_conditioning():
+    """z_s given z_t and x, from the joint covariance of z_s = alpha_s x + noise and z_t = (alpha_t / alpha_s) z_s + fresh noise."""
+    diffusion, (t, s) = Diffusion(), (torch.tensor([700]), torch.tensor([450]))
+    x, z, zero = (torch.full((1, 1), v, dtype=torch.float64) for v in (.4, -1.3, 0.))
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = diffusion.alpha_sigma(t, z), diffusion.alpha_sigma(s, z)
+    slope = alpha_t / alpha_s
+    between = sigma_t ** 2 - slope ** 2 * sigma_s ** 2                               # of z_t given z_s
+    gain = slope * sigma_s ** 2 / sigma_t ** 2                                       # cov(z_s, z_t) / var(z_t)
+    mean = alpha_s * x + gain * (z - alpha_t * x)
+    torch.testing.assert_close(diffusion.ancestral_step(z, x, t, s, 0., zero), mean)
+    spread = lambda gamma: (diffusion.ancestral_step(z, x, t, s, gamma, zero + 1) - mean) ** 2
+    torch.testing.assert_close(spread(0.), sigma_s ** 2 - gain * slope * sigma_s ** 2)
+    torch.testing.assert_close(spread(1.), between)
+    torch.testing.assert_close(spread(.5), (spread(0.) * spread(1.)).sqrt())
+    assert torch.equal(diffusion.ancestral_step(z, x, s, torch.tensor([-1]), 1., zero + 1), x)
 
 
 def test_the_second_order_of_dpm_solver_pays():
@@ -411,6 +430,44 @@ def test_guidance_is_linear_in_all_channels():
         torch.testing.assert_close(predict(0), none)
         torch.testing.assert_close(predict(3), none + 3 * (prompt - none), atol=.05, rtol=.05)
         assert ((predict(3) - prompt).abs().mean((0, 1, 3, 4)) > .01).all()
+
+
+def test_dynamic_threshold_is_an_exact_percentile_at_any_size():
+    g = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(3, 4, 3, 8, 8, generator=g)
+    x[1] /= 10                                                                       # within range: left alone
+    s = x.abs().flatten(1).sort().values[:, math.ceil(.995 * x[0].numel()) - 1]
+    made = base.dynamic_threshold(x)
+    assert s[0] != s[2] and torch.equal(made[1], x[1])
+    for i in (0, 2):
+        torch.testing.assert_close(made[i], x[i].clamp(-s[i], s[i]) / s[i])
+    many = torch.arange(2 ** 24 + 2 ** 20, dtype=torch.float32)[torch.randperm(2 ** 24 + 2 ** 20, generator=g)] / 1e7
+    with pytest.raises(RuntimeError):
+        torch.quantile(many, .995)
+    s = np.partition(many.numpy(), rank := math.ceil(.995 * len(many)) - 1)[rank]
+    assert base.dynamic_threshold(-many[None] * 2)[0].abs().max() == 1
+    torch.testing.assert_close(base.dynamic_threshold(-many[None]), (-many[None]).clamp(-float(s), float(s)) / float(s), atol=0, rtol=1e-7)
+
+
+def test_thresholding_keeps_samples_in_range_and_on_the_path():
+    diffusion, x = Diffusion(target="sample"), torch.randn(2, 3, 4)
+    z = diffusion.add_noise(x, noise := torch.randn_like(x), torch.full((2,), 999))
+    wild = lambda z, t: 10 * x
+    for sampler in ("ddim", "dpmpp", "ancestral"):
+        assert diffusion.sample(wild, z, 8, sampler).abs().max() > 5
+        assert diffusion.sample(wild, z, 8, sampler, threshold=True).abs().max() <= 1
+
+
+def test_guidance_oscillates_in_the_second_half():
+    steps, seen = 10, []
+    scale = base.oscillating(15., 1., steps)
+    Diffusion(target="sample").sample(lambda z, t: seen.append(scale(int(t[0]))) or z, torch.zeros(1, 1), steps)
+    assert seen == [15.] * 5 + [1., 15., 1., 15., 1.]
+    model, (x, t, context, fps) = shaken(UNet(SMALL)).eval(), inputs()
+    null, at = torch.zeros(1, *context.shape[1:]), lambda t: torch.full((2,), t)
+    predict = lambda scale, t: base.guided(model, context, null, fps, scale)(x, at(t))
+    with torch.no_grad():
+        assert torch.equal(predict(scale, 999), predict(15., 999)) and torch.equal(predict(scale, 499), predict(1., 499))
 
 
 def test_a_video_does_not_depend_on_what_else_is_made():
@@ -1391,9 +1448,9 @@ def make(factors: list, fps: float = 4., guidance: float = GUIDANCE, steps: int 
 
 
 def fidelity(videos: torch.Tensor, factors: list) -> dict:
-    """Share of videos in which `describe` reads each factor as the prompt has it."""
-    read = [describe(video) for video in videos]
-    right = {name: [r[name] == f[i] for r, f in zip(read, factors)] for i, name in enumerate(("colour", "shape", "motion", "ground"))}
+    """Share of videos in which `describe` reads each factor as the prompt has it; "nearest" forgives a path that strays."""
+    read, index = [describe(video) for video in videos], {"colour": 0, "shape": 1, "motion": 2, "nearest": 2, "ground": 3}
+    right = {name: [r[name] == f[i] for r, f in zip(read, factors)] for name, i in index.items()}
     right["first three"] = [all(right[name][i] for name in ("colour", "shape", "motion")) for i in range(len(factors))]
     return {name: sum(column) / len(column) for name, column in right.items()}
 
@@ -1403,7 +1460,7 @@ def print_fidelity(name: str, factors: list, **settings):
     n = len(factors) + 4  # Agresti and Coull: two more of each, so that 0 of 96 is not certainty
     middle = (share["first three"] * len(factors) + 2) / n
     error = 1.96 * math.sqrt(middle * (1 - middle) / n)
-    print(f"  {name:34s} {len(factors):4d}   " + "   ".join(f"{100 * v:5.1f}" for v in share.values()) + f" ± {100 * error:.1f}", flush=True)
+    print(f"  {name:34s} {len(factors):4d}   " + "   ".join(f"({100 * v:5.1f})" if name == "nearest" else f"{100 * v:5.1f}" for name, v in share.items()) + f" ± {100 * error:.1f}", flush=True)
 
 
 def light_centre(video: torch.Tensor) -> torch.Tensor:
@@ -1495,7 +1552,7 @@ def evaluate(args):
         if (WEIGHTS / f"superres-{which}.pt").is_file():
             evaluate_superres(which)
     settings = dict(guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=args.weights)
-    print("\nPrompt fidelity at 4 fps, in %              prompts  colour  shape   motion  ground  first three")
+    print("\nPrompt fidelity at 4 fps, in %              prompts  colour  shape   motion (nearest)  ground  first three")
     print_fidelity("held-out triples on black", factors_of(["held-out"], [0], args.prompts), **settings)
     print_fidelity("held-out triples, all grounds", factors_of(["held-out"], range(5), args.prompts), **settings)
     print_fidelity("unseen pairs on black", factors_of(["unseen"], [0], args.prompts // 2), **settings)
@@ -1513,7 +1570,7 @@ def curve(args):
     paths = sorted((train.RUNS / "base").glob("weights-*.pt"))
     if not paths:
         raise UserError(f"{train.RUNS / 'base'} holds no snapshots; `python train.py base --snapshots 5` leaves some")
-    print("Prompt fidelity at 4 fps, held-out triples on black, in %   prompts  colour  shape   motion  ground  first three")
+    print("Prompt fidelity at 4 fps, held-out triples on black, in %   prompts  colour  shape   motion (nearest)  ground  first three")
     for path in paths:
         made_by = base.load_weights(path, "base")["made_by"]
         print_fidelity(f"{made_by['steps']} steps, {made_by['minutes']:.0f} min", factors_of(["held-out"], [0], args.prompts),

@@ -217,12 +217,12 @@ def rate_at(share: float) -> float:
 
 
 def draw_clip(rng: np.random.Generator, fps: float | None = None, frames: int = 16, side: int = 64):
-    """A training scene, its frames (T, 3, side, side) and their rate. Two clips in three run at 4 fps, where they show a whole
+    """A training scene, its frames (T, 3, side, side) and their rate. Every other clip runs at 4 fps, where it shows a whole
     scene; the others at a rate up to 30, log-uniform, from a random start within the scene.
 
     Differs: Make-A-Video (section 3.4) goes from high to low rates during training; drawing both at once is simpler."""
     scene = draw_scene(rng, "train")
-    drawn = rate_at(max(0., rng.uniform(-2, 1)))
+    drawn = rate_at(max(0., rng.uniform(-1, 1)))
     fps = fps or drawn
     start = rng.uniform(0, max(0., SCENE_SECONDS - (frames - 1) / fps))
     return scene, render(scene, start + np.arange(frames) / fps, side), fps
