@@ -290,6 +290,7 @@ class UNetConfig:
     gates: bool = True                    # attention gates on the skips
     patch_size: int = 1                   # fold patches into channels around the network: what makes 256 px affordable
     level: bool = False                   # told how much its input was augmented: super-resolution
+    pooled: bool = False                  # told the prompt by its last token alone: networks without attention
 
 
 class Level(nn.Module):
@@ -334,6 +335,8 @@ class UNet(nn.Module):
             zeroed(self.fps_embedding.linear_2)
         if c.level:
             self.level_embedding = Embedding(width, 4 * width)
+        if c.pooled:
+            self.text_embedding = nn.Linear(c.context_dim, 4 * width)
         if c.context_dim and "prior" in c.temporal:
             self.temporal_prior = TemporalPrior(c.context_dim, c.out_channels)
             self.temporal_prior_conv = zeroed(nn.Conv2d(c.out_channels * patch, width, 3, padding=1))
@@ -364,6 +367,8 @@ class UNet(nn.Module):
         emb = self.time_embedding(t)                                                # (B, E)
         if level is not None:
             emb = emb + self.level_embedding(100 * level)
+        if self.config.pooled:
+            emb = emb + self.text_embedding(context[:, -1])
         emb = emb.repeat_interleave(T, 0)                                           # (B*T, E)
         if T > 1 and hasattr(self, "fps_embedding"):  # a picture has no frame rate, and no place among others
             emb = emb + self.fps_embedding(fps).repeat_interleave(T, 0)
@@ -529,21 +534,21 @@ def oscillating(high: float, low: float, steps: int):
     return scale
 
 
-def guided(unet: UNet, context, null_context, fps, guidance_scale, given=None):
+def guided(unet: UNet, context, null_context, fps, guidance_scale, given=None, level=None):
     """Classifier-free guidance as a predict(z, t): null + scale * (prompt - null), on all channels.
 
     A scale of 1 is the prompt alone, 0 the null prompt alone; Imagen Video's weight w is scale - 1 (Eq. 5). It is a number, or
     a function of t (`oscillating`). `given` are further input channels (B, T, C', h, w), the same at every t: the known frames
-    of interpolate.py."""
-    null_context = null_context.expand_as(context)
-    twice = lambda x: torch.cat([x, x])
+    of interpolate.py, the small clip of superres.py, whose augmentation is `level` (B,)."""
+    twice = lambda x: None if x is None else torch.cat([x, x])
     def predict(z, t):
         z = z if given is None else torch.cat([z, given], dim=2)
         scale = guidance_scale(int(t[0])) if callable(guidance_scale) else guidance_scale
         with fast_autocast(z.device):
             if scale in (0, 1):
-                return unet(z, t, context if scale else null_context, fps)
-            prompt, null = unet(twice(z), twice(t), torch.cat([context, null_context]), twice(fps)).chunk(2)
+                return unet(z, t, context if scale else null_context.expand_as(context), fps, level)
+            both = torch.cat([context, null_context.expand_as(context)])
+            prompt, null = unet(twice(z), twice(t), both, twice(fps), twice(level)).chunk(2)
         return null + scale * (prompt - null)
     return predict
 
@@ -947,7 +952,7 @@ def main(argv=None):
     latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, guidance,
                        args.sampler, args.gamma, args.seed, "base", args.shared_noise)
     history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"
-    history += f" oscillating with {args.oscillate:g}" * (args.oscillate is not None) + f" gamma {args.gamma:g}" * bool(args.gamma)
+    history += "".join(f" {key} {value:g}" for key, value in (("oscillate", args.oscillate), ("gamma", args.gamma)) if value)
     history += " shared noise" * args.shared_noise
     save_stage(args.out, "latents", latents, text=text, prompts=stage["prompts"], fps=args.fps, seed=args.seed,
                history=stage["history"] + [history], vae=made_by["vae"])

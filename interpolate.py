@@ -4,23 +4,30 @@ Make-A-Video (2209.14792) section 3.3: the video model, fine-tuned to fill in th
 input gains the known frames and the mask as channels, and which frames are known decides what it does: keyframes are
 interpolated, a clip is continued either way, a picture comes to life.
 
+Imagen Video (2210.02303) section 2.2 has another design for the same job, TSR: the clip at twice the rate, each frame repeated, is
+what a network in pixels is shown, and it says all frames anew, the given ones too, in one block. No mask, no windows, and
+nothing else that it can do. The network is that of superres.py, at a scale of one.
+
     in    base.pt     latents (B, T, 4, h, w), as base.py or `vae.py encode` made them
     out   frames.pt   latents (B, k*(T-1) + 1, 4, h, w) at k times the frame rate; the known ones unchanged to the bit
 
     python interpolate.py base.pt -o frames.pt --skip 5         16 frames at 4 fps become 76 at 20
     python interpolate.py base.pt -o longer.pt --extend 15      go on for 15 frames; --extend-before 15: how it came to this
     python interpolate.py text.pt -o z.pt --animate picture.png      bring a picture to life, as the prompt says
+    python interpolate.py pixels.pt -o more.pt --double tsr-32  TSR, on pixels: 16 frames become 32
 
 The network sees 16 frames at once, so a long timeline is filled window by window: each begins a stride after the one before
 and is shown what that made. The papers do not say how; a stride of 10 leaves six frames in common (seven windows for 76
 frames), and `--parallel` fills five windows at once that share only keyframes: faster, and free to disagree between them.
 """
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import base
+import superres
 import text
 import vae
 from base import WEIGHTS, Diffusion, Parser, UNet, UserError, finite, load_stage, positive, run, save_stage
@@ -129,6 +136,18 @@ def timeline(latents, skip: int = 1, before: int = 0, after: int = 0):
     return x, known
 
 
+# ------------------------------------------------------------------------------------------------
+# Imagen Video's way: TSR. Loss and sampling are those of superres.py.
+
+TSR = {"tsr-32": superres.Stage(1, replace(superres.SSR, attention=(False, False)), level=.1, chunk=32, halo=16),          # 64 x 64
+       "tsr-128": superres.Stage(1, replace(superres.SSR, attention=(False, False), patch_size=8), level=.1, chunk=32, halo=16)}  # 256 x 256
+
+
+def double(video, blank: bool = False):
+    """A clip uint8 (..., T, C, H, W) at twice the rate: frame i at 2i, and again at 2i + 1, or blank there. (..., 2*T, C, H, W)"""
+    return torch.stack([video, torch.full_like(video, 128) if blank else video], dim=-4).flatten(-5, -4)
+
+
 def load(path=WEIGHTS / "interpolate.pt", device="cpu"):
     """The U-Net, ready to fill in frames, its Diffusion, and the weights' dict."""
     return base.load(path, device, ("interpolate",))
@@ -149,13 +168,14 @@ def still_life(picture, text_path, side: int, weights: Path, device: str) -> dic
 
 def main(argv=None):
     parser = Parser("Fill in frames between, before or after those that are given.")
-    parser.add_argument("input", help="latents from base.py or `vae.py encode`; with --animate the text file of its prompt")
-    parser.add_argument("-o", "--out", default="frames.pt", help="file of latents to write")
+    parser.add_argument("input", help="latents from base.py or `vae.py encode`; --animate: the text file of its prompt; --double: pixels")
+    parser.add_argument("-o", "--out", default="frames.pt", help="file to write")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--skip", type=positive(int), help="make of each step between frames this many: 5 makes 76 frames of 16")
     what.add_argument("--extend", type=positive(int), metavar="N", help="add N frames after the last")
     what.add_argument("--extend-before", type=positive(int), metavar="N", help="add N frames before the first")
     what.add_argument("--animate", metavar="PICTURE", help="bring a picture to life: its first 16 frames at --fps")
+    what.add_argument("--double", choices=TSR, help="Imagen Video's: twice the frames of a file of pixels, tsr-32 for small ones")
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate of an animation; 4 to 30 were trained")
     parser.add_argument("--parallel", action="store_true", help="all windows at once, sharing keyframes alone")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, as written by train.py")
@@ -167,6 +187,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     base.check_out(args.out, (".pt",))
     base.check_steps(args.steps)
+    if args.double:
+        clips = superres.read_pixels(args.input)
+        weights = args.weights / f"{args.double}.pt"
+        blank = base.load_weights(weights, args.double)["made_by"]["blank"]
+        clips |= {"data": double(clips["data"], blank), "fps": 2 * clips["fps"]}
+        return superres.process(clips, args.double, TSR[args.double], weights, args)
     unet, diffusion, weights = load(args.weights / "interpolate.pt", args.device)
     made_by = weights["made_by"]
     if args.animate:

@@ -4,8 +4,9 @@
     python sample.py "a blue ring bouncing on sand" "a pink cross spinning" --samples 2 --out videos/ --keep stages/
     python sample.py "a yellow star moving up" --animate picture.png
 
-Runs the stages' own programs one after the other, through the .pt files they exchange (Make-A-Video, Eq. 1). `--keep` leaves
-those files for a look, with the commands that made them in stages.txt; the same call then goes on from what is there.
+Runs the stages' own programs one after the other, through the .pt files they exchange: Make-A-Video's cascade (Eq. 1), or Imagen
+Video's (section 2.2). `--keep` leaves those files for a look, with the commands that made them in stages.txt; the same call then
+goes on from what is there.
 """
 import re
 import resource
@@ -24,29 +25,47 @@ import text
 import vae
 from base import WEIGHTS, Parser, UserError, load_stage, positive, run
 
-UNTIL = ("base", "interpolate", "low", "high")
+# What follows the keyframes of base.py. Each stage: its name, which is its file's too; the script that makes it, its weights, and
+# what it is told; GIVEN is the file of the stage before.
+CASCADES = {
+    "make-a-video": [("interpolate", interpolate.main, "interpolate", "GIVEN --skip 5"),       # 76 x 64 x 64, latents
+                     ("decode", vae.main, "vae", "decode GIVEN"),                              # 76 x 64 x 64
+                     ("low", superres.main, "superres-low", "low GIVEN"),                      # 76 x 256 x 256
+                     ("high", superres.main, "superres-high", "high GIVEN")],                  # 76 x 768 x 768
+    "imagen-video": [("decode", vae.main, "vae", "decode GIVEN"),                              # 16 x 64 x 64
+                     ("tsr-32", interpolate.main, "tsr-32", "GIVEN --double tsr-32 --steps 4 --sampler ddim"),     # 32 x 64 x 64
+                     ("ssr-128", superres.main, "ssr-128", "ssr-128 GIVEN"),                   # 32 x 128 x 128
+                     ("ssr-256", superres.main, "ssr-256", "ssr-256 GIVEN"),                   # 32 x 256 x 256
+                     ("tsr-64", interpolate.main, "tsr-128", "GIVEN --double tsr-128 --steps 4 --sampler ddim"),   # 64 x 256 x 256
+                     ("tsr-128", interpolate.main, "tsr-128", "GIVEN --double tsr-128 --steps 4 --sampler ddim"),  # 128 x 256 x 256
+                     ("ssr-768", superres.main, "ssr-768", "ssr-768 GIVEN")]}                  # 128 x 768 x 768
+UNTIL = ["base", *dict.fromkeys(name for stages in CASCADES.values() for name, *_ in stages if name != "decode")]
 
 
 def cascade(args, prompts: list, folder: Path) -> list:
-    """The pipeline as data: (stage, its main, its arguments, the file it writes). Each reads the file before it. Raises UserError
-    at once if weights are missing that only a late stage would have missed."""
-    for name in (["interpolate"] if args.animate or args.until != "base" and args.frames > 1 else []) + [
-            f"superres-{which}" for which in UNTIL[2:UNTIL.index(args.until) + 1]]:
+    """The pipeline to run: (stage, its main, its arguments, the file it writes). Raises UserError at once if weights are missing
+    that only a late stage would have missed."""
+    names = ["base", *(name for name, *_ in CASCADES[args.cascade])]
+    if args.until not in names:
+        raise UserError(f"--until {args.until} is no stage of {args.cascade}: {', '.join(name for name in names if name != 'decode')}")
+    chosen = [stage for stage in CASCADES[args.cascade] if stage[0] in (*names[:names.index(args.until) + 1], "decode")]
+    if args.frames == 1 and not args.animate:  # nothing lies between the frames of a picture
+        chosen = [stage for stage in chosen if stage[1] is not interpolate.main]
+    for name in ["interpolate"] * bool(args.animate) + [weights for _, _, weights, _ in chosen if weights != "vae"]:
         if not (args.weights / f"{name}.pt").is_file():
             raise UserError(f"{args.weights / name}.pt: no such weights; train them with `python train.py {name}`, or stop before with --until")
     file = lambda name: str(folder / f"{name}.pt")
-    weights = lambda name: ["--weights", str(base.weights_in(args.weights, name) if name else args.weights)]
+    weights = lambda name, main: ["--weights", str(args.weights if main is interpolate.main else base.weights_in(args.weights, name))]
     seed = ["--seed", str(args.seed)]
     how = ["--fps", str(args.fps), "--steps", str(args.steps), "--guidance", str(args.guidance), *seed]
-    keyframes = ("base", base.main, [file("text"), *weights("base"), "--frames", str(args.frames), *how, *["--shared-noise"] * args.shared_noise])
+    keyframes = ("base", base.main, [file("text"), *weights("base", base.main), "--frames", str(args.frames), *how,
+                                     *["--shared-noise"] * args.shared_noise])
     if args.animate:
-        keyframes = ("base", interpolate.main, [file("text"), *weights(""), "--animate", str(Path(args.animate)), *how])
-    stages = [("text", text.main, [*weights("text"), "--", *prompts]), keyframes]
-    if args.until != "base" and (args.frames > 1 or args.animate):
-        stages += [("interpolate", interpolate.main, [file("base"), *weights(""), "--skip", "5", *seed])]
-    stages += [("decode", vae.main, ["decode", file(stages[-1][0]), *weights("vae")])]
-    for which in UNTIL[2:UNTIL.index(args.until) + 1]:
-        stages += [(which, superres.main, [which, file(stages[-1][0]), *weights(f"superres-{which}"), *seed])]
+        keyframes = ("base", interpolate.main, [file("text"), *weights("", interpolate.main), "--animate", str(Path(args.animate)), *how])
+    stages = [("text", text.main, [*weights("text", text.main), "--", *prompts]), keyframes]
+    for name, main, own, told in chosen:
+        told = [file(stages[-1][0]) if word == "GIVEN" else word for word in told.split()]
+        stages += [(name, main, [*told, *weights(own, main), *([] if main is vae.main else seed)])]
     return [(name, main, ["-o", file(name), "--device", args.device, *argv], file(name)) for name, main, argv in stages]
 
 
@@ -106,8 +125,9 @@ def main(argv=None):
     parser.add_argument("--steps", type=positive(int), default=16, help="sampling steps")
     parser.add_argument("--guidance", type=base.finite, default=3., help="classifier-free guidance scale; 1 is none")
     parser.add_argument("-o", "--out", default="out", help="a folder, or a file: .mp4, .gif, or .png for one contact sheet of all")
-    parser.add_argument("--until", choices=UNTIL, default="base", help="where the cascade stops: 16 frames of 64 x 64 after base, "
-                        "76 after interpolate, of 256 x 256 after low, of 768 x 768 after high")
+    parser.add_argument("--cascade", choices=CASCADES, default="make-a-video", help="whose design goes on from the keyframes of base")
+    parser.add_argument("--until", choices=UNTIL, default="base", metavar="STAGE", help="where the cascade stops: base has 16 frames of "
+                        "64 x 64, then make-a-video: interpolate 76, low 256 x 256, high 768 x 768; imagen-video: tsr-N N frames, ssr-N N x N")
     parser.add_argument("--animate", metavar="PICTURE", help="bring this picture to life, instead of starting from noise")
     parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file in this folder")
     parser.add_argument("--shared-noise", action="store_true", help="start every frame from the same noise")

@@ -1,20 +1,23 @@
-"""superres.py - more pixels: 64 -> 256 for a whole clip, 256 -> 768 frame by frame.
+"""superres.py - more pixels, by two designs for one job: Make-A-Video's two networks and Imagen Video's three.
 
-Make-A-Video (2209.14792) sections 3.1-3.2. SR_l is a space-time network, so that detail it invents agrees over time. SR_h is
-too big for that and works on single frames; what keeps it from flickering is that every frame starts from the same noise.
-Both see the small clip, enlarged, beside the noisy large one; in training the enlarged clip is damaged by a random amount that
+Make-A-Video (2209.14792) sections 3.1-3.2. SR_l (`low`) is a space-time network, so that detail it invents agrees over time. SR_h
+(`high`) is too big for that and works on single frames; what keeps it from flickering is that every frame starts from the same
+noise. Imagen Video (2210.02303) section 2.2: SSR, three space-time networks in smaller steps, all of which hear the prompt, the
+first two with attention within a frame. Its frames keep noises of their own: temporal convolution makes them agree.
+
+All see the small clip, enlarged, beside the noisy large one; in training the enlarged clip is damaged by a random amount that
 the network is told (conditioning augmentation), so that it forgives the faults of the stage before.
 
     in    pixels.pt   uint8 (B, T, 3, h, w), from vae.py decode or from the stage before
-    out   low.pt      uint8 (B, T, 3, 4*h, 4*w);   high.pt  uint8 (B, T, 3, 3*h, 3*w)
+    out   large.pt    uint8 (B, T, 3, k*h, k*w), k = 4 for low, 3 for high and ssr-768, 2 for ssr-128 and ssr-256
 
     python superres.py low pixels.pt -o low.pt
     python superres.py high low.pt -o high.pt       --independent-noise shows the flicker that the shared noise removes
 
-Any size works: both networks are convolutional, and what does not fit their strides is padded and cropped back.
+Any size works: what does not fit the networks' strides is padded and cropped back.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import base
+import text
 import vae
 from base import WEIGHTS, Diffusion, Parser, UNet, UNetConfig, UserError, load_stage, positive, run, save_stage
 
@@ -53,7 +57,7 @@ def enlarge(small, scale: int, level):
 
 
 # ------------------------------------------------------------------------------------------------
-# The two models
+# The models
 
 @dataclass
 class Stage:
@@ -68,7 +72,12 @@ LOW = Stage(4, UNetConfig(in_channels=6, out_channels=3, channels=(64, 96), atte
                           temporal="conv", patch_size=4, level=True), level=.3, chunk=76, halo=16)
 HIGH = Stage(3, UNetConfig(in_channels=6, out_channels=3, channels=(48, 96), attention=(False, False), context_dim=None,
                            temporal="none", gates=False, patch_size=8, level=True), level=.3, chunk=4, halo=0)
-STAGES = {"low": LOW, "high": HIGH}
+SSR = UNetConfig(in_channels=6, out_channels=3, channels=(64, 96), attention=(False, True), context_dim=128, temporal="conv",
+                 patch_size=4, level=True, pooled=True)
+STAGES = {"low": LOW, "high": HIGH,
+          "ssr-128": Stage(2, SSR, level=.2, chunk=32, halo=16),
+          "ssr-256": Stage(2, replace(SSR, patch_size=8), level=.2, chunk=32, halo=16),
+          "ssr-768": Stage(3, replace(SSR, channels=(48, 96), attention=(False, False), patch_size=8, gates=False), level=.2, chunk=16, halo=16)}
 
 
 def diffusion_of() -> Diffusion:
@@ -77,18 +86,20 @@ def diffusion_of() -> Diffusion:
     return Diffusion(target="sample")
 
 
-def predict_with(unet: UNet, large, level, fps=None):
-    """A predict(z, t) of the clean clip, from the condition `large` (B, T, 3, H, W)."""
-    return lambda z, t: large + unet(torch.cat([z, large], dim=2), t, None, fps, level)
+def predict_with(unet: UNet, large, level, fps=None, context=None, null_context=None, guidance_scale=1.):
+    """A predict(z, t) of the clean clip, from the condition `large` (B, T, 3, H, W), and for SSR the prompt's tokens (B, L, D)."""
+    residual = base.guided(unet, context, null_context, fps, guidance_scale, large, level)
+    return lambda z, t: large + residual(z, t)
 
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict, scale: int) -> torch.Tensor:
-    """Loss per clip, (B,). batch: pixels (B, T, 3, H, W), small (B, T, 3, h, w), level (B,), fps (B,), noise like pixels, t (B,).
+    """Loss per clip, (B,). batch: pixels (B, T, 3, H, W), small (B, T, 3, h, w), level (B,), fps (B,), noise like pixels, t (B,),
+    and for SSR context (B, L, D).
 
     |v - v'|^2 = |x - x'|^2 / sigma^2, as far as 10, beyond which z is as good as clean."""
     large = enlarge(batch["small"], scale, batch["level"])
     _, sigma = diffusion.alpha_sigma(batch["t"], large)
-    predict = predict_with(unet, large, batch["level"], batch["fps"])
+    predict = predict_with(unet, large, batch["level"], batch["fps"], batch.get("context"))
     return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"], weight=(1 / sigma ** 2).clamp(max=10))
 
 
@@ -96,8 +107,10 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, scale: int) -> torch.Ten
 # Sampling: in chunks of frames, so that memory does not grow with the length of the clip.
 
 def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, steps: int = 4, sampler: str = "ddim",
-            seed: int = 0, independent: bool = False, level: float | None = None, label: str = ""):
-    """A clip uint8 (T, 3, h, w) at `stage.scale` times the size, uint8 (T, 3, H, W).
+            seed: int = 0, independent: bool = False, level: float | None = None, label: str = "",
+            context=None, null_context=None, guidance_scale=1.):
+    """A clip uint8 (T, 3, h, w) at `stage.scale` times the size, uint8 (T, 3, H, W). SSR also wants the tokens of its prompt,
+    and of the null prompt, both (1, L, D).
 
     Frame by frame (no halo): chunks of frames, each a batch of pictures, denoised from start to end before the next. Over space
     and time: every denoising step goes through the clip in chunks, with `halo` frames on either side, as many as the temporal
@@ -112,11 +125,8 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
         """A predict(z, t) for the frames from first to last, as `batch` videos."""
         piece = vae.to_float(small[first:last]).unflatten(0, (batch, -1)).to(device)               # (B, T', 3, h, w)
         levels = level.expand(batch)
-        predict = predict_with(unet, enlarge(piece, stage.scale, levels), levels, torch.full((batch,), float(fps), device=device))
-        def fast(z, t):
-            with base.fast_autocast(device):
-                return predict(z, t)
-        return fast
+        return predict_with(unet, enlarge(piece, stage.scale, levels), levels, torch.full((batch,), float(fps), device=device),
+                            context, null_context, guidance_scale)
 
     def over_time(z, t):                                                            # (1, T, 3, H, W)
         parts = []
@@ -133,25 +143,65 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
         end = min(T, start + chunk)
         noise = noise_of(start, end).to(device)
         if stage.halo:
-            x = diffusion.sample(over_time, noise.transpose(0, 1), steps, sampler, label=label)    # (1, T, 3, H, W)
+            x = diffusion.sample(over_time, noise.transpose(0, 1), steps, sampler, label=label,
+                                 threshold=guidance_scale != 1)                     # (1, T, 3, H, W)
         else:
             x = diffusion.sample(denoiser(start, end, end - start), noise, steps, sampler)         # (T', 1, 3, H, W)
         out[start:end] = vae.to_uint8(x.flatten(0, 1)).cpu()
     return out
 
 
+def name_of(which: str) -> str:
+    """What the weights of a stage are called: superres-low, superres-high, and all others by their own names."""
+    return which if "-" in which else f"superres-{which}"
+
+
 def load(which: str, path=None, device="cpu"):
-    """The U-Net of "low" or "high", ready to sample, its Diffusion, and the weights' dict."""
-    return base.load(path or WEIGHTS / f"superres-{which}.pt", device, (f"superres-{which}",))
+    """The U-Net of a stage, ready to sample, its Diffusion, and the weights' dict."""
+    return base.load(path or WEIGHTS / f"{name_of(which)}.pt", device, (name_of(which),))
+
+
+def read_pixels(path) -> dict:
+    """A file of pixels, or any video or picture, as a stage's dict."""
+    if Path(path).suffix.lower() not in vae.VIDEOS + vae.PICTURES:
+        return load_stage(path, "pixels")
+    video, fps = vae.read_video(path)
+    return {"data": video[None], "text": None, "prompts": [Path(path).stem], "fps": fps, "history": [], "vae": None}
+
+
+def process(clips: dict, which: str, stage: Stage, weights, args, oscillate: float | None = None, **how):
+    """Put clips, as `read_pixels` gave them, through the network of a file of weights, and write args.out. args are a script's own:
+    input, out, steps, sampler, guidance, seed, device."""
+    unet, diffusion, weights = load(which, weights, args.device)
+    guidance = args.guidance if oscillate is None else base.oscillating(args.guidance, oscillate, args.steps)
+    words = [{}] * len(clips["data"])
+    if unet.config.pooled:
+        said = clips["text"] or text.encode(*text.load()[:2], [""] * len(words), text.load()[2]["hash"])
+        base.check_encoder(args.input, said, which, weights["made_by"])
+        tokens, null = said["tokens"].to(args.device).float(), said["null_tokens"].to(args.device).float()
+        words = [{"context": one[None], "null_context": null, "guidance_scale": guidance} for one in tokens]
+    elif guidance != 1:
+        raise UserError(f"{which} does not hear the prompt, so there is nothing to guide")
+    made = torch.stack([upscale(unet, diffusion, stage, clip, clips["fps"], args.steps, args.sampler, args.seed + i, label=which, **words[i], **how)
+                        for i, clip in enumerate(clips["data"])])
+    if not args.out.endswith(".pt"):
+        return vae.write_videos(args.out, made, clips["fps"])
+    done = f"{name_of(which)} {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g}"
+    done += "".join(f" {key} {value:g}" for key, value in ({"oscillate": oscillate} | how).items() if value)
+    save_stage(args.out, "pixels", made, text=clips["text"], prompts=clips["prompts"], fps=clips["fps"],
+               seed=args.seed, history=clips["history"] + [done], vae=clips["vae"])
 
 
 def main(argv=None):
-    parser = Parser("Enlarge the clips of a file of pixels: low four times, high three times.")
-    parser.add_argument("which", choices=STAGES, help="low: 64 to 256, in space and time; high: 256 to 768, frame by frame")
-    parser.add_argument("pixels", help="pixels from `vae.py decode` or the stage before, or any video")
+    parser = Parser("Enlarge the clips of a file of pixels.")
+    parser.add_argument("which", choices=STAGES, help="low: 64 to 256, in space and time; high: 256 to 768, frame by frame; "
+                        "ssr-N: Imagen Video's, to N pixels")
+    parser.add_argument("input", help="pixels from `vae.py decode` or the stage before, or any video")
     parser.add_argument("-o", "--out", default="large.pt", help=".pt of pixels, or .mp4, .gif, .png to look at")
-    parser.add_argument("--weights", help="weights, written by train.py; weights/superres-low.pt or -high.pt if not given")
+    parser.add_argument("--weights", help="weights, written by train.py; those in weights/ if not given")
     parser.add_argument("--steps", type=positive(int), default=4, help="sampling steps, 1000 at most")
+    parser.add_argument("--guidance", type=base.finite, default=1., help="ssr: classifier-free guidance scale; 1 is none")
+    parser.add_argument("--oscillate", type=base.finite, metavar="LOW", help="in the second half, guide every other step by this scale")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim"), default="ddim", help="DPM-Solver++(2M) or DDIM")
     parser.add_argument("--level", type=base.finite, help="how much to mistrust the input's detail, 0 to 1")
     parser.add_argument("--independent-noise", action="store_true", help="a noise of its own for every frame: watch it flicker")
@@ -162,19 +212,8 @@ def main(argv=None):
     base.check_steps(args.steps)
     if args.level is not None and not 0 <= args.level <= 1:
         raise UserError(f"--level is {args.level:g}, where 0 to 1 is wanted")
-    if Path(args.pixels).suffix.lower() in vae.VIDEOS + vae.PICTURES:
-        video, fps = vae.read_video(args.pixels)
-        stage = {"data": video[None], "text": None, "prompts": [Path(args.pixels).stem], "fps": fps, "history": [], "vae": None}
-    else:
-        stage = load_stage(args.pixels, "pixels")
-    unet, diffusion, weights = load(args.which, args.weights, args.device)
-    clips = [upscale(unet, diffusion, STAGES[args.which], clip, stage["fps"], args.steps, args.sampler, args.seed + i,
-                     args.independent_noise, args.level, label=f"superres {args.which}") for i, clip in enumerate(stage["data"])]
-    done = f"superres-{args.which} {weights['hash']} {args.sampler} steps {args.steps}{' independent noise' * args.independent_noise}"
-    if not args.out.endswith(".pt"):
-        return vae.write_videos(args.out, torch.stack(clips), stage["fps"])
-    save_stage(args.out, "pixels", torch.stack(clips), text=stage["text"], prompts=stage["prompts"], fps=stage["fps"],
-               seed=args.seed, history=stage["history"] + [done], vae=stage["vae"])
+    process(read_pixels(args.input), args.which, STAGES[args.which], args.weights, args, args.oscillate,
+            level=args.level, independent=args.independent_noise)
 
 
 if __name__ == "__main__":

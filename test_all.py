@@ -595,10 +595,55 @@ def test_a_fresh_interpolator_is_the_video_model_whatever_it_is_shown():
         torch.testing.assert_close(model(torch.cat([x, beside], dim=2), t, context, fps), video(x, t, context, fps), atol=1e-4, rtol=1e-4)
 
 
-def small_upscaler(which: str):
-    stage = superres.STAGES[which]
-    small = replace(stage.config, channels=(8, 8), groups=4)
+def small_upscaler(which: str, context_dim: int = 8):
+    stage = train.PIXELS[which]
+    small = replace(stage.config, channels=(8, 8), groups=4, context_dim=stage.config.context_dim and context_dim)
     return shaken(UNet(small), scale=.1), superres.diffusion_of(), replace(stage, config=small)
+
+
+def prompt_for(stage, seed: int = 0) -> dict:
+    """What upscale wants to know of a prompt, for stages that hear one."""
+    tokens = torch.randn(2, 1, 6, 8, generator=torch.Generator().manual_seed(seed))
+    return {"context": tokens[0], "null_context": tokens[1]} if stage.config.pooled else {}
+
+
+def test_which_model_of_which_cascade_has_which_layers():
+    """Make-A-Video: time in base and SR_l, not in SR_h. Imagen Video: temporal attention in the base alone, temporal convolution in
+    every later model, attention within frames in the base and the first two SSR, and every model hears the prompt."""
+    def layers(config):
+        parts = [type(module).__name__ for module in UNet(config).modules()]
+        temporal = any(hasattr(module, "temporal") for module in UNet(config).modules() if isinstance(module, base.PseudoConv3d))
+        return ("TemporalAttention" in parts, temporal, "SpatialTransformer" in parts, config.context_dim is not None)
+    with torch.device("meta"):
+        assert layers(base.TINY) == (True, True, True, True)
+        for which in ("low", "high", "tsr-32", "ssr-128", "ssr-256", "tsr-128", "ssr-768"):
+            assert layers(train.PIXELS[which].config) == (
+                False, which != "high", which in ("ssr-128", "ssr-256"), which not in ("low", "high")), which
+    shapes = [(16, 64)]
+    for name, *_ in sample.CASCADES["imagen-video"][1:]:
+        frames, side = shapes[-1]
+        shapes.append((2 * frames, side) if "tsr" in name else (frames, side * superres.STAGES[name].scale))
+        assert name.endswith(str(shapes[-1]["ssr" in name]))
+    assert shapes == [(16, 64), (32, 64), (32, 128), (32, 256), (64, 256), (128, 256), (128, 768)]
+
+
+def test_doubling_the_rate_keeps_frames_where_they_belong():
+    clip = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 8, 8)
+    assert interpolate.double(clip)[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert interpolate.double(clip, blank=True)[:, 0, 0, 0].tolist() == [0, 128, 1, 128, 2, 128, 3, 128, 4, 128]
+    assert interpolate.double(clip[None]).shape == (1, 10, 3, 8, 8)
+    unet, diffusion, stage = small_upscaler("tsr-32")
+    base.zeroed(unet.conv_out)                                                       # the network as it starts
+    made = superres.upscale(unet, diffusion, stage, interpolate.double(50 * clip), 8., level=0., **prompt_for(stage))
+    assert torch.equal(made[::2], 50 * clip)                                         # frame i comes back at 2i
+
+
+def test_a_network_without_attention_hears_the_prompt_and_can_be_guided():
+    unet, diffusion, stage = small_upscaler("tsr-128")
+    clip = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    say = lambda seed, **how: superres.upscale(unet, diffusion, stage, clip, 8., steps=2, **prompt_for(stage, seed), **how)
+    assert torch.equal(say(0), say(0)) and not torch.equal(say(0), say(1))
+    assert not torch.equal(say(0), say(0, guidance_scale=4.)) and not torch.equal(say(0, guidance_scale=4.), say(0, guidance_scale=base.oscillating(4., 1., 2)))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
@@ -610,17 +655,17 @@ def test_shared_noise_keeps_a_static_clip_static(sampler):
     assert flicker(superres.upscale(unet, diffusion, stage, still, 4., sampler=sampler, independent=True)) > 1
 
 
-@pytest.mark.parametrize("which", ["low", "high"])
+@pytest.mark.parametrize("which", ["low", "high", "ssr-128", "tsr-128", "ssr-768"])
 def test_upscaling_in_chunks_is_upscaling_whole(which):
     unet, diffusion, stage = small_upscaler(which)
     shaken(unet, only=lambda name: "temporal" in name, scale=1.)
     clip = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    whole = superres.upscale(unet, diffusion, replace(stage, chunk=40), clip, 8.)
-    parts = superres.upscale(unet, diffusion, replace(stage, chunk=7), clip, 8.)
+    whole = superres.upscale(unet, diffusion, replace(stage, chunk=40), clip, 8., **prompt_for(stage))
+    parts = superres.upscale(unet, diffusion, replace(stage, chunk=7), clip, 8., **prompt_for(stage))
     assert (whole.int() - parts.int()).abs().max() <= 1 < (whole.int() - whole[0].int()).abs().max()
-    if which == "low":  # the halo is as far as the temporal convolutions reach, and no further
+    if which != "high":  # the halo is as far as the temporal convolutions reach, and no further
         video = torch.randn(1, 40, 6, 8, 8, requires_grad=True)
-        unet(video, torch.tensor([500]), None, torch.ones(1), torch.ones(1))[0, 20].sum().backward()
+        unet(video, torch.tensor([500]), prompt_for(stage).get("context"), torch.ones(1), torch.ones(1))[0, 20].sum().backward()
         reach = [abs(int(j) - 20) for j in video.grad[0].abs().sum((1, 2, 3)).nonzero()]
         assert 8 < max(reach) <= stage.halo
 
@@ -649,10 +694,10 @@ def test_training_and_sampling_damage_their_input_by_the_same_function(monkeypat
     assert not torch.allclose(*outputs)
 
 
-@pytest.mark.parametrize("which", ["low", "high"])
+@pytest.mark.parametrize("which", ["low", "high", "ssr-256", "tsr-32"])
 def test_sizes_that_do_not_fit_are_padded_and_cropped_back(which):
     unet, diffusion, stage = small_upscaler(which)
-    assert superres.upscale(unet, diffusion, stage, torch.zeros(2, 3, 9, 11, dtype=torch.uint8), 4., steps=1).shape \
+    assert superres.upscale(unet, diffusion, stage, torch.zeros(2, 3, 9, 11, dtype=torch.uint8), 4., steps=1, **prompt_for(stage)).shape \
         == (2, 3, 9 * stage.scale, 11 * stage.scale)
     model = small_interpolator()
     x, known = interpolate.timeline(torch.randn(1, 3, 4, 3, 5), skip=2)
@@ -1077,6 +1122,24 @@ def test_two_processes_wait_for_the_data_that_one_makes(tmp_path):
     assert done.returncode == 0 and done.stdout.count("wrote weights/image.pt") == 1, done.stderr
 
 
+@pytest.mark.parametrize("which", train.PIXELS)
+def test_networks_between_pixels_train_and_load(which, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(train, "PAIRS", {key: replace(pair, count=8, inner=min(pair.inner, 32)) for key, pair in train.PAIRS.items()})
+    stage = train.PIXELS[which]
+    stage = replace(stage, config=replace(stage.config, channels=(8, 8), groups=4))
+    monkeypatch.setattr(train, "PIXELS", train.PIXELS | {which: stage})
+    (tmp_path / "weights").mkdir()
+    for name in ("vae", "text"):
+        (tmp_path / f"weights/{name}.pt").symlink_to(WEIGHTS / f"{name}.pt")
+    name = superres.name_of(which)
+    train.main([name, "--steps", "4", "--batch", "2", "--weights", str(tmp_path / "weights"), "--device", "cpu"])
+    unet, _, weights = superres.load(which, tmp_path / f"weights/{name}.pt")
+    fresh = UNet(stage.config).state_dict()
+    assert unet.config == stage.config and any((tensor != fresh[key]).any() for key, tensor in unet.state_dict().items() if "conv_out" in key)
+    assert weights["made_by"]["vae"] and ("text" in weights["made_by"]) == stage.config.pooled
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.zeros(()))  # it would hide an error of scale
     gradients = []
@@ -1302,9 +1365,9 @@ def all_weights(tmp_path):
     model = shaken(UNet(replace(base.TINY, **interpolate.CHANGES, channels=(16, 32), groups=4)), scale=.05)
     config = lambda model, diffusion: {"unet": asdict(model.config), "diffusion": diffusion.config}
     base.save_weights(folder / "interpolate.pt", "interpolate", config(model, Diffusion()), model, **made_by)
-    for which in ("low", "high"):
-        model, diffusion, _ = small_upscaler(which)
-        base.save_weights(folder / f"superres-{which}.pt", f"superres-{which}", config(model, diffusion), model, **made_by)
+    for which in train.PIXELS:
+        (model, diffusion, _), name = small_upscaler(which, context_dim=128), superres.name_of(which)
+        base.save_weights(folder / f"{name}.pt", name, config(model, diffusion), model, **made_by, **{"blank": False} if "tsr" in which else {})
     return folder
 
 
@@ -1332,6 +1395,21 @@ def test_the_whole_cascade_and_going_on_from_kept_files(tmp_path, all_weights, c
     assert "train.py superres-high" in complaint(sample.main, [*flags, *out, "--until", "high"])
     sample.main([*flags, *out, "--until", "base", "--seed", "1"])
     assert capsys.readouterr().out.count("kept in") == 1 and (tmp_path / "kept/base.pt").read_bytes() != base_bits
+
+
+def test_the_other_cascade(tmp_path, all_weights, capsys):
+    flags = ["a red star", "--frames", "2", "--steps", "1", "--keep", str(tmp_path / "kept"), "--weights", str(all_weights), "--device", "cpu",
+             "--out", str(tmp_path / "video.mp4"), "--cascade", "imagen-video"]
+    sample.main([*flags, "--until", "ssr-128"])
+    assert "4 frames of 128 x 128 at 8 fps" in capsys.readouterr().out
+    sample.main([*flags, "--until", "ssr-768"])
+    said = capsys.readouterr().out
+    assert said.count("kept in") == 5 and "16 frames of 768 x 768 at 32 fps" in said
+    history = base.load_stage(tmp_path / "kept/ssr-768.pt", "pixels")["history"]
+    assert [line.split()[0] for line in history] == ["text", "base", "decode", "tsr-32", "ssr-128", "ssr-256", "tsr-128", "tsr-128", "ssr-768"]
+    assert "no stage of imagen-video" in complaint(sample.main, [*flags, "--until", "low"])
+    os.unlink(all_weights / "tsr-128.pt")
+    assert "train.py tsr-128" in complaint(sample.main, [*flags, "--until", "tsr-64"])
 
 
 def test_a_picture_is_brought_to_life(tmp_path, all_weights):

@@ -7,7 +7,8 @@
 
 Stages, each frozen before the next begins: vae (pixels <-> latents), clip (the text encoder), image (a text-to-image
 U-Net), prior (the mean clip of a prompt), base (that U-Net inflated to video: Make-A-Video's central idea, section 3.4),
-interpolate (base fine-tuned to fill in masked frames), superres-low and superres-high.
+interpolate (base fine-tuned to fill in masked frames), superres-low and superres-high; and for Imagen Video's cascade tsr-32, tsr-128
+(frame rate), ssr-128, ssr-256 and ssr-768 (pixels).
 
 Sample i of step n is a pure function of (seed, n, i), its noise and timestep included. So a run that was stopped goes on
 to the very bits it would have reached, and no random state needs saving. Every stage leaves in runs/STAGE/: log.csv
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -331,40 +333,58 @@ def crop(videos: list, side: int, x: float, y: float) -> list:
     return [v[..., k * top:k * (top + side), k * left:k * (left + side)] for v in videos for k in [v.shape[-1] // S]]
 
 
+@dataclass
+class Pairs:
+    """What a network between pixels learns from: `count` windows of clips, given at side `side` and made `scale` times as large, or at
+    every other frame."""
+    frames: int
+    side: int
+    inner: int                   # of each picture, a window so wide
+    count: int
+    fps: float | None = None     # None: any rate from 4 to 30
+
+
+PIXELS = superres.STAGES | interpolate.TSR
+PAIRS = {"low": Pairs(8, 64, 32, 1200), "high": Pairs(1, 256, 64, 4800),
+         "tsr-32": Pairs(16, 64, 64, 2000, 8.), "ssr-128": Pairs(8, 64, 64, 1200, 8.), "ssr-256": Pairs(8, 128, 64, 1200, 8.),
+         "tsr-128": Pairs(16, 256, 64, 1200, 32.), "ssr-768": Pairs(8, 256, 32, 2400, 32.)}
+
+
 def pairs(args, which: str) -> dict:
-    """Windows of clips at two sizes, to learn super-resolution from: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (the
-    small ones after a round trip through our autoencoder, which is what `low` will meet; for `high` small again), fps.
+    """Windows of clips at two sizes: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (the small ones after a round trip
+    through our autoencoder, where a stage will meet such; else small again), captions, fps.
 
     Seven in ten are about the object's place; the rest of a picture is ground."""
-    scale, frames, side, inner, count = superres.STAGES[which].scale, *{"low": (8, 64, 32, 1200), "high": (1, 256, 64, 4800)}[which]
+    p, scale = PAIRS[which], PIXELS[which].scale
     autoencoder, weights = vae.load(weights_in(args.weights, "vae"), args.device)
 
     def world():
-        for i in trange(count, desc=f"rendering pairs for {which}"):
-            rng = np.random.default_rng((args.seed, 6 if which == "low" else 7, i))
-            scene, fps = draw_scene(rng, "train"), rate_at(rng.random())
-            times = rng.uniform(0, SCENE_SECONDS - (frames - 1) / fps) + np.arange(frames) / fps
+        for i in trange(p.count, desc=f"rendering pairs for {which}"):
+            rng = np.random.default_rng((args.seed, 6 + list(PAIRS).index(which), i))
+            scene, fps = draw_scene(rng, "train"), p.fps or rate_at(rng.random())
+            if which == "tsr-128" and rng.random() < .5:
+                fps = fps / 2  # it serves twice in the cascade, to 64 frames and to 128
+            times = rng.uniform(0, SCENE_SECONDS - (p.frames - 1) / fps) + np.arange(p.frames) / fps
             path = trajectory(scene, torch.as_tensor(times, dtype=torch.float32))
-            place = [float(axis[frames // 2]) for axis in path[:2]] if rng.random() < .7 else rng.random(2)
-            small, large = render(scene, times, side), render(scene, times, scale * side)
-            yield small, large, place, fps
+            place = [float(axis[p.frames // 2]) for axis in path[:2]] if rng.random() < .7 else rng.random(2)
+            yield render(scene, times, p.side), render(scene, times, scale * p.side), place, caption(scene), fps
 
     def folder():
-        rng = np.random.default_rng((args.seed, 8))
-        for windows, _, rates in folder_clips(args.data, frames, scale * side):
-            for large, fps in zip(windows, rates):
-                small = F.interpolate(large.float(), (side, side), mode="area").round().byte()
-                yield small, large, rng.random(2), float(fps)
+        rng = np.random.default_rng((args.seed, 5))
+        for windows, words, rates in folder_clips(args.data, p.frames, scale * p.side):
+            for large, line, fps in zip(windows, words, rates):
+                yield F.interpolate(large.float(), (p.side, p.side), mode="area").round().byte(), large, rng.random(2), line, float(fps)
 
     def make():
-        parts = []
-        for small, large, place, fps in world() if args.data == "world" else folder():
-            again = vae.decode_video(autoencoder, vae.encode_video(autoencoder, small[None]))[0] if which == "low" else small
-            cut = crop([small, again, large], inner, *place)
+        parts, captions = [], []
+        for small, large, place, line, fps in world() if args.data == "world" else folder():
+            again = vae.decode_video(autoencoder, vae.encode_video(autoencoder, small[None]))[0] if p.side == 64 else small
+            cut = crop([small, again, large], p.inner, *place)
             parts.append({"small": cut[0], "decoded": cut[1], "pixels": cut[2], "fps": torch.tensor(fps)})
-        return {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+            captions.append(line)
+        return {key: torch.stack([part[key] for part in parts]) for key in parts[0]} | {"captions": captions}
 
-    return cached(args, f"pairs-{which}", count, make, weights["hash"])
+    return cached(args, f"pairs-{which}", p.count, make, weights["hash"])
 
 
 def batches(items: list, size: int) -> list:
@@ -410,6 +430,11 @@ RECIPES = {
     "interpolate": Recipe(steps=800, batch=16, lr=4e-4),
     "superres-low": Recipe(steps=1000, batch=4, lr=1e-3),
     "superres-high": Recipe(steps=1500, batch=8, lr=1e-3),
+    "tsr-32": Recipe(steps=1000, batch=8, lr=1e-3),
+    "ssr-128": Recipe(steps=1000, batch=4, lr=1e-3),
+    "ssr-256": Recipe(steps=1000, batch=4, lr=1e-3),
+    "tsr-128": Recipe(steps=1000, batch=4, lr=1e-3),
+    "ssr-768": Recipe(steps=1000, batch=4, lr=1e-3),
 }
 
 
@@ -631,36 +656,48 @@ def prepare_interpolate(args) -> Stage:
                  diffusion_config(diffusion), facts | {"base": weights["hash"]})
 
 
-def prepare_superres(args, which: str) -> Stage:
-    """Super-resolution, on windows of clips, from nothing. `low` learns from clips and single frames alike."""
+def prepare_pixels(args, which: str) -> Stage:
+    """A network between pixels, on windows of clips, from nothing. Where frames see each other, every fourth step is of pictures."""
     data, facts = pairs(args, which), {"vae": base.load_weights(weights_in(args.weights, "vae"), "vae")["hash"]}
-    stage = superres.STAGES[which]
+    stage, doubles = PIXELS[which], which in interpolate.TSR
     model, diffusion = UNet(stage.config), superres.diffusion_of()
+    if stage.config.pooled:
+        tokens, rows, null, facts["text"] = caption_tokens(args, data["captions"])
+    if doubles:
+        facts["blank"] = args.blank
 
     def batch_of(step, samples):
         rngs = [sample_rng(args.seed, step, i) for i in samples]
         picks = [int(rng.integers(len(data["pixels"]))) for rng in rngs]
         small = torch.stack([data["decoded" if rng.random() < .5 else "small"][i] for i, rng in zip(picks, rngs)])
         x = vae.to_float(data["pixels"][picks])                                     # (N, T, 3, S, S)
-        if step % 4 == 3:  # pictures
+        if doubles:
+            small = interpolate.double(small[:, ::2], args.blank)                   # (N, T, 3, s, s)
+        elif step % 4 == 3:
             x, small = x[:, :1], small[:, :1]
-        return {"pixels": x, "small": vae.to_float(small), "level": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
-                "fps": data["fps"][picks].float(), "noise": normal(rngs, x.shape[1:]),
-                "t": torch.tensor([int(rng.integers(1000)) for rng in rngs]), "captions": [f"{which} pair {i}" for i in picks]}
+        batch = {"pixels": x, "small": vae.to_float(small), "level": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
+                 "fps": data["fps"][picks].float(), "noise": normal(rngs, x.shape[1:]),
+                 "t": torch.tensor([int(rng.integers(1000)) for rng in rngs]), "captions": [data["captions"][i] for i in picks]}
+        if stage.config.pooled:
+            dropped = torch.tensor([rng.random() < .1 for rng in rngs])
+            batch["context"] = torch.where(dropped[:, None, None], null, tokens[rows[picks]])
+        return batch
 
-    def preview(model):  # bilinear, ours, truth
-        small, truth = data["decoded"][:8], data["pixels"][:8]                      # (8, T, 3, s, s)
-        ours = torch.stack([superres.upscale(model, diffusion, stage, clip, 4.) for clip in small])
+    def preview(model):  # what is given, ours, truth
+        small, truth, n = data["decoded"][:8], data["pixels"][:8], 1 if doubles else 0
+        small = interpolate.double(small[:, ::2], args.blank) if doubles else small  # (8, T, 3, s, s)
+        said = [dict(context=tokens[rows[i]][None], null_context=null[None]) if stage.config.pooled else {} for i in range(8)]
+        ours = torch.stack([superres.upscale(model, diffusion, stage, clip, float(fps), **words)
+                            for clip, fps, words in zip(small, data["fps"], said)])
         plain = vae.to_uint8(superres.enlarge(vae.to_float(small), stage.scale, torch.zeros(8)))
-        return vae.contact_sheet(torch.stack([v[:, 0] for v in (plain, ours, truth)]), columns=8)
+        return vae.contact_sheet(torch.stack([v[:, n] for v in (plain, ours, truth)]), columns=8)
 
     return Stage(model, batch_of, lambda model, batch: superres.loss(model, diffusion, batch, stage.scale), preview,
                  diffusion_config(diffusion), facts)
 
 
 PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image, "prior": prepare_prior, "base": prepare_base,
-           "interpolate": prepare_interpolate, "superres-low": lambda args: prepare_superres(args, "low"),
-           "superres-high": lambda args: prepare_superres(args, "high")}
+           "interpolate": prepare_interpolate} | {superres.name_of(which): partial(prepare_pixels, which=which) for which in PIXELS}
 OUTPUT = {stage: f"{stage}.pt" for stage in PREPARE} | {"clip": "text.pt"}  # each stage's file in weights/
 
 
@@ -751,7 +788,7 @@ def train(stage: str, args):
         say(f"{stage}: going on from step {start}")
     loss_of = Loss(model, setup.loss_of)
     if RANKS > 1:  # steps on pictures leave the temporal layers unused
-        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=stage in ("base", "superres-low"))
+        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=hasattr(model, "fps_embedding"))
     if args.compile:
         loss_of = torch.compile(loss_of)
     say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe}")
@@ -880,6 +917,7 @@ def main(argv=None):
     parser.add_argument("--lr", type=positive(float), help="learning rate, instead of the recipe's")
     parser.add_argument("--freeze", choices=("none", "spatial"), default="none", help="base: train all, or the temporal layers alone")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures")
+    parser.add_argument("--blank", action="store_true", help="tsr: give every other frame blank, not the one before again")
     parser.add_argument("--accumulate", type=positive(int), default=1,
                         help="cut each batch into this many pieces (clip contrasts within one)")
     parser.add_argument("--checkpointing", action="store_true", help="U-Nets: recompute activations backwards, to save memory")
