@@ -290,7 +290,7 @@ class UNetConfig:
     gates: bool = True                    # attention gates on the skips
     patch_size: int = 1                   # fold patches into channels around the network: what makes 256 px affordable
     level: bool = False                   # told how much its input was augmented: super-resolution
-    pooled: bool = False                  # told the prompt by its last token alone: networks without attention
+    pooled: bool = False                  # told the prompt by its last token too: all that a network without attention hears
 
 
 class Level(nn.Module):
@@ -454,9 +454,10 @@ class Diffusion:
         error = predict(self.add_noise(x, noise, t), t) - self.target_of(x, noise, t)
         return (weight * error.float().pow(2)).flatten(1).mean(1)
 
-    def ddim_step(self, x, noise, s):
-        """z_s = alpha_s x + sigma_s eps                                             DDIM (2010.02502), Eq. 12, eta = 0"""
-        return self.add_noise(x, noise, s)
+    def ddim_step(self, z, x, t, s):
+        """z_s = alpha_s x + (sigma_s / sigma_t) (z_t - alpha_t x)                   DDIM (2010.02502), Eq. 12, eta = 0"""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
+        return alpha_s * x + (sigma_s / sigma_t) * (z - alpha_t * x)
 
     def ancestral_step(self, z, x, t, s, gamma: float, fresh):
         """z_s = r (alpha_s / alpha_t) z + (1 - r) alpha_s x + sqrt(lower^(1 - gamma) upper^gamma) n    Imagen Video, Eqs. 3-4
@@ -464,19 +465,15 @@ class Diffusion:
         r = e^(lambda_t - lambda_s), of the log-SNRs. The variance of z_s lies between two bounds: lower is right where x is a
         single point, upper where x is itself Gaussian noise; gamma picks one between."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
-        if (s < 0).all():
-            return x
         r = (alpha_t * sigma_s / (sigma_t * alpha_s)) ** 2
         lower, upper = (1 - r) * sigma_s ** 2, (1 - r) * sigma_t ** 2
         return r * (alpha_s / alpha_t) * z + (1 - r) * alpha_s * x + (lower ** (1 - gamma) * upper ** gamma).sqrt() * fresh
 
-    def dpmpp_step(self, z, x, x_before, t, s, t_before):
+    def dpmpp_step(self, z, x, t, s, x_before, t_before):
         """z_s = (sigma_s / sigma_t) z - alpha_s (e^-h - 1) D                        DPM-Solver++ (2211.01095), Alg. 2
 
         D extrapolates x from the step before; h is the stride in half log-SNR, log(alpha / sigma)."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
-        if (s < 0).all():  # no noise is left to step to: z is x
-            return x
         h = (alpha_s / sigma_s).log() - (alpha_t / sigma_t).log()
         if x_before is not None:
             alpha_b, sigma_b = self.alpha_sigma(t_before, z)
@@ -491,23 +488,21 @@ class Diffusion:
         which alone draws on gamma and seed. `threshold` is for pixels under guidance. A label shows a progress bar.
 
         Timesteps are trailing: the first is the noisiest that was trained, the last step ends at no noise."""
-        timesteps = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)] + [-1]
+        timesteps = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
         at = lambda i: torch.full((len(z),), timesteps[i], device=z.device)
         x_before = None
         for i in tqdm(range(steps), desc=label, disable=not label, leave=False):
-            t, s = at(i), at(i + 1)
-            x, noise = self.x_and_noise(predict(z, t), z, t)
-            if threshold:
-                x = dynamic_threshold(x)
-                alpha, sigma = self.alpha_sigma(t, z)
-                noise = (z - alpha * x) / sigma
+            t = at(i)
+            x, _ = self.x_and_noise(predict(z, t), z, t)
+            x = dynamic_threshold(x) if threshold else x
+            if i == steps - 1:  # no noise is left to step to
+                return x
             if sampler == "dpmpp":
-                z, x_before = self.dpmpp_step(z, x, x_before, t, s, at(i - 1)), x
+                z, x_before = self.dpmpp_step(z, x, t, at(i + 1), x_before, at(i - 1)), x
             elif sampler == "ancestral":
-                z = self.ancestral_step(z, x, t, s, gamma, initial_noise(z.shape, seed + 1000003 * (i + 1)).to(z))
+                z = self.ancestral_step(z, x, t, at(i + 1), gamma, initial_noise(z.shape, seed + 1000003 * (i + 1)).to(z))
             else:
-                z = self.ddim_step(x, noise, s)
-        return z
+                z = self.ddim_step(z, x, t, at(i + 1))
 
 
 def dynamic_threshold(x, share: float = .995):
@@ -515,7 +510,8 @@ def dynamic_threshold(x, share: float = .995):
     back without saturating.                                                         Imagen Video section 2.6.1
 
     x (B, T, C, H, W) in -1...1: one s for all frames of a video, so that none of them flickers."""
-    def percentile(video):  # exact at any size: the bits of floats >= 0 are in the floats' order, and are sorted in two rounds
+    def percentile(video):  # torch.quantile ends at 2^24 numbers, and sorting 10^8 takes long: the bits of floats >= 0 are in
+        # the floats' own order, so one round counts by the upper half of them, and the next sorts within one bucket
         magnitude, rank = video.abs().float().flatten(), math.ceil(share * video.numel())
         upper = magnitude.view(torch.int32) >> 16                                   # (N,): exponent and seven bits more
         upto = torch.bincount(upper, minlength=2 ** 15).cumsum(0)
@@ -525,11 +521,15 @@ def dynamic_threshold(x, share: float = .995):
     return x.clamp(-s, s) / s
 
 
-def oscillating(high: float, low: float, steps: int):
+def oscillating(high: float, low: float | None, steps: int):
     """A guidance scale that changes with t: high for the first half of the steps, then low and high in turn: colours and motion
-    are settled under strong guidance, and what it saturates is undone.              Imagen Video section 2.6.2"""
+    are settled under strong guidance, and what it saturates is undone.              Imagen Video section 2.6.2
+
+    Without a `low` it is the number `high`. The paper does not say how long the beginning is."""
+    if low is None:
+        return high
     def scale(t: int) -> float:
-        late = round((999 - t) * steps / 1000) - steps // 2                         # steps since the first half ended
+        late = round((999 - t) * steps / 1000) - (steps + 1) // 2                   # steps since the first half ended
         return low if late >= 0 and late % 2 == 0 else high
     return scale
 
@@ -714,6 +714,7 @@ def load_stage(path, kind: str) -> dict:
         right_type = is_tensor and (data.is_floating_point() if kind == "latents" else data.dtype == torch.uint8)
         right_shape = right_type and data.ndim == 5 and data.numel() and data.shape[2] == (4 if kind == "latents" else 3)
         want(right_shape, f"data is {got} where {wanted} is wanted")
+        want(len(data) == len(stage["prompts"]), f"holds {len(data)} clips and {len(stage['prompts'])} prompts")
         fps = stage["fps"]
         want(isinstance(fps, float) and 0 < fps < math.inf, f"fps is {fps} where a positive number is wanted")
         tensors = [data] if kind == "latents" else []
@@ -944,15 +945,18 @@ def main(argv=None):
     check_steps(args.steps)
     if not 0 <= args.gamma <= 1 or args.gamma and args.sampler != "ancestral":
         raise UserError(f"--gamma is {args.gamma:g}, where 0 to 1 is wanted, and 0 with any sampler but ancestral")
+    if args.oscillate is not None and args.sampler == "dpmpp":
+        raise UserError("--oscillate wants --sampler ddim or ancestral: dpmpp extrapolates from step to step, across the change of scale")
     stage = load_stage(args.text, "text")
     unet, diffusion, weights = load(args.weights, args.device)
     made_by, text = weights["made_by"], stage["text"]
     check_encoder(args.text, text, args.weights, made_by)
-    guidance = args.guidance if args.oscillate is None else oscillating(args.guidance, args.oscillate, args.steps)
+    guidance = oscillating(args.guidance, args.oscillate, args.steps)
     latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, guidance,
                        args.sampler, args.gamma, args.seed, "base", args.shared_noise)
     history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"
-    history += "".join(f" {key} {value:g}" for key, value in (("oscillate", args.oscillate), ("gamma", args.gamma)) if value)
+    history += "" if args.oscillate is None else f" oscillate {args.oscillate:g}"
+    history += f" gamma {args.gamma:g}" * (args.sampler == "ancestral")
     history += " shared noise" * args.shared_noise
     save_stage(args.out, "latents", latents, text=text, prompts=stage["prompts"], fps=args.fps, seed=args.seed,
                history=stage["history"] + [history], vae=made_by["vae"])

@@ -4,7 +4,7 @@ Make-A-Video (2209.14792) section 3.3: the video model, fine-tuned to fill in th
 input gains the known frames and the mask as channels, and which frames are known decides what it does: keyframes are
 interpolated, a clip is continued either way, a picture comes to life.
 
-Imagen Video (2210.02303) section 2.2 has another design for the same job, TSR: the clip at twice the rate, each frame repeated, is
+Imagen Video (2210.02303) sections 2.2-2.3 have another design for the same job, TSR: the clip at twice the rate, each frame repeated, is
 what a network in pixels is shown, and it says all frames anew, the given ones too, in one block. No mask, no windows, and
 nothing else that it can do. The network is that of superres.py, at a scale of one.
 
@@ -139,8 +139,9 @@ def timeline(latents, skip: int = 1, before: int = 0, after: int = 0):
 # ------------------------------------------------------------------------------------------------
 # Imagen Video's way: TSR. Loss and sampling are those of superres.py.
 
-TSR = {"tsr-32": superres.Stage(1, replace(superres.SSR, attention=(False, False)), level=.1, chunk=32, halo=16),          # 64 x 64
-       "tsr-128": superres.Stage(1, replace(superres.SSR, attention=(False, False), patch_size=8), level=.1, chunk=32, halo=16)}  # 256 x 256
+CONVOLUTIONS = replace(superres.SSR, attention=(False, False))
+TSR = {"tsr-32": superres.Stage(1, CONVOLUTIONS, level=.1, chunk=32, halo=16),                           # for 64 x 64 pixels
+       "tsr-128": superres.Stage(1, replace(CONVOLUTIONS, patch_size=8), level=.1, chunk=128, halo=16)}  # for 256 x 256
 
 
 def double(video, blank: bool = False):
@@ -169,7 +170,7 @@ def still_life(picture, text_path, side: int, weights: Path, device: str) -> dic
 def main(argv=None):
     parser = Parser("Fill in frames between, before or after those that are given.")
     parser.add_argument("input", help="latents from base.py or `vae.py encode`; --animate: the text file of its prompt; --double: pixels")
-    parser.add_argument("-o", "--out", default="frames.pt", help="file to write")
+    parser.add_argument("-o", "--out", default="frames.pt", help=".pt to write, of latents; --double: of pixels")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--skip", type=positive(int), help="make of each step between frames this many: 5 makes 76 frames of 16")
     what.add_argument("--extend", type=positive(int), metavar="N", help="add N frames after the last")
@@ -179,20 +180,25 @@ def main(argv=None):
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate of an animation; 4 to 30 were trained")
     parser.add_argument("--parallel", action="store_true", help="all windows at once, sharing keyframes alone")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, as written by train.py")
-    parser.add_argument("--steps", type=positive(int), default=16, help="sampling steps per window, 1000 at most")
+    parser.add_argument("--steps", type=positive(int), help="sampling steps per window, 1000 at most; 16, or 4 for --double")
     parser.add_argument("--guidance", type=finite, default=1., help="classifier-free guidance scale; 1 is none")
-    parser.add_argument("--sampler", choices=("dpmpp", "ddim"), default="dpmpp", help="DPM-Solver++(2M) or DDIM")
+    parser.add_argument("--oscillate", type=finite, metavar="LOW", help="tsr-32: in the second half, guide every other step by this scale")
+    parser.add_argument("--sampler", choices=("dpmpp", "ddim"), help="DPM-Solver++(2M) or DDIM; dpmpp, or ddim for --double")
     parser.add_seed()
     parser.add_device()
     args = parser.parse_args(argv)
     base.check_out(args.out, (".pt",))
+    args.steps, args.sampler = args.steps or (4 if args.double else 16), args.sampler or ("ddim" if args.double else "dpmpp")
     base.check_steps(args.steps)
     if args.double:
-        clips = superres.read_pixels(args.input)
-        weights = args.weights / f"{args.double}.pt"
+        if args.parallel:
+            raise UserError("--parallel is about windows, which --double has none of")
+        clips, weights = superres.read_pixels(args.input), args.weights / f"{args.double}.pt"
         blank = base.load_weights(weights, args.double)["made_by"]["blank"]
         clips |= {"data": double(clips["data"], blank), "fps": 2 * clips["fps"]}
         return superres.process(clips, args.double, TSR[args.double], weights, args)
+    if args.oscillate is not None:
+        raise UserError("--oscillate is for --double")
     unet, diffusion, weights = load(args.weights / "interpolate.pt", args.device)
     made_by = weights["made_by"]
     if args.animate:
@@ -206,8 +212,7 @@ def main(argv=None):
         raise UserError(f"{args.input} holds latents of autoencoder {stage['vae']}, but the weights were trained on {made_by['vae']}")
     said = stage["text"]
     if said is None:  # a clip that came without a prompt
-        clip, tokenizer, encoder = text.load(base.weights_in(args.weights, "text"))
-        said = text.encode(clip, tokenizer, [""] * len(x), encoder["hash"])
+        said = text.unprompted(base.weights_in(args.weights, "text"), len(x))
     base.check_encoder(args.input, said, args.weights, made_by)
     fps = stage["fps"] * (args.skip or 1)
     frames = fill_timeline(unet, diffusion, x, known, said, fps, args.parallel, args.seed, "interpolate",

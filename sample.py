@@ -3,6 +3,7 @@
     python sample.py "a red star moving left"
     python sample.py "a blue ring bouncing on sand" "a pink cross spinning" --samples 2 --out videos/ --keep stages/
     python sample.py "a yellow star moving up" --animate picture.png
+    python sample.py "a red star moving left" --cascade imagen-video --until ssr-768
 
 Runs the stages' own programs one after the other, through the .pt files they exchange: Make-A-Video's cascade (Eq. 1), or Imagen
 Video's (section 2.2). `--keep` leaves those files for a look, with the commands that made them in stages.txt; the same call then
@@ -33,11 +34,11 @@ CASCADES = {
                      ("low", superres.main, "superres-low", "low GIVEN"),                      # 76 x 256 x 256
                      ("high", superres.main, "superres-high", "high GIVEN")],                  # 76 x 768 x 768
     "imagen-video": [("decode", vae.main, "vae", "decode GIVEN"),                              # 16 x 64 x 64
-                     ("tsr-32", interpolate.main, "tsr-32", "GIVEN --double tsr-32 --steps 4 --sampler ddim"),     # 32 x 64 x 64
+                     ("tsr-32", interpolate.main, "tsr-32", "GIVEN --double tsr-32"),          # 32 x 64 x 64
                      ("ssr-128", superres.main, "ssr-128", "ssr-128 GIVEN"),                   # 32 x 128 x 128
                      ("ssr-256", superres.main, "ssr-256", "ssr-256 GIVEN"),                   # 32 x 256 x 256
-                     ("tsr-64", interpolate.main, "tsr-128", "GIVEN --double tsr-128 --steps 4 --sampler ddim"),   # 64 x 256 x 256
-                     ("tsr-128", interpolate.main, "tsr-128", "GIVEN --double tsr-128 --steps 4 --sampler ddim"),  # 128 x 256 x 256
+                     ("tsr-64", interpolate.main, "tsr-128", "GIVEN --double tsr-128"),        # 64 x 256 x 256
+                     ("tsr-128", interpolate.main, "tsr-128", "GIVEN --double tsr-128"),       # 128 x 256 x 256
                      ("ssr-768", superres.main, "ssr-768", "ssr-768 GIVEN")]}                  # 128 x 768 x 768
 UNTIL = ["base", *dict.fromkeys(name for stages in CASCADES.values() for name, *_ in stages if name != "decode")]
 
@@ -137,6 +138,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.animate and (args.frames != 16 or args.shared_noise):
         raise UserError("--animate makes 16 frames, each of its own noise")
+    if args.cascade == "imagen-video" and args.until != "base" and args.fps != 4:
+        base.note("what follows the keyframes of imagen-video was trained on 4 fps alone")
     prompts = [prompt for prompt in args.prompts for _ in range(args.samples)]
     out = Path(args.out)
     base.check_out(out, vae.WRITTEN) if out.suffix else base.check_folder(out)

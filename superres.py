@@ -2,7 +2,7 @@
 
 Make-A-Video (2209.14792) sections 3.1-3.2. SR_l (`low`) is a space-time network, so that detail it invents agrees over time. SR_h
 (`high`) is too big for that and works on single frames; what keeps it from flickering is that every frame starts from the same
-noise. Imagen Video (2210.02303) section 2.2: SSR, three space-time networks in smaller steps, all of which hear the prompt, the
+noise. Imagen Video (2210.02303) sections 2.2-2.3: SSR, three space-time networks in smaller steps, all of which hear the prompt, the
 first two with attention within a frame. Its frames keep noises of their own: temporal convolution makes them agree.
 
 All see the small clip, enlarged, beside the noisy large one; in training the enlarged clip is damaged by a random amount that
@@ -77,7 +77,8 @@ SSR = UNetConfig(in_channels=6, out_channels=3, channels=(64, 96), attention=(Fa
 STAGES = {"low": LOW, "high": HIGH,
           "ssr-128": Stage(2, SSR, level=.2, chunk=32, halo=16),
           "ssr-256": Stage(2, replace(SSR, patch_size=8), level=.2, chunk=32, halo=16),
-          "ssr-768": Stage(3, replace(SSR, channels=(48, 96), attention=(False, False), patch_size=8, gates=False), level=.2, chunk=16, halo=16)}
+          "ssr-768": Stage(3, replace(SSR, channels=(48, 96), attention=(False, False), patch_size=8, gates=False),
+                           level=.2, chunk=64, halo=16)}
 
 
 def diffusion_of() -> Diffusion:
@@ -104,7 +105,8 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, scale: int) -> torch.Ten
 
 
 # ------------------------------------------------------------------------------------------------
-# Sampling: in chunks of frames, so that memory does not grow with the length of the clip.
+# Sampling: the network sees chunks of frames. Frame by frame, memory does not grow with the length of the clip; over space and
+# time, the noisy clip itself is held whole.
 
 def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, steps: int = 4, sampler: str = "ddim",
             seed: int = 0, independent: bool = False, level: float | None = None, label: str = "",
@@ -114,12 +116,11 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
 
     Frame by frame (no halo): chunks of frames, each a batch of pictures, denoised from start to end before the next. Over space
     and time: every denoising step goes through the clip in chunks, with `halo` frames on either side, as many as the temporal
-    convolutions reach: so the chunks of a step say what one call on the whole clip would."""
+    convolutions reach, so that the chunks of a step say what one call on the whole clip would."""
     device, (T, C, h, w) = next(unet.parameters()).device, small.shape
     shape = (C, stage.scale * h, stage.scale * w)
     level = torch.tensor([stage.level if level is None else level], device=device)
-    out = torch.empty(T, *shape, dtype=torch.uint8)
-    one = base.initial_noise((1, 1, *shape), seed)                                  # (1, 1, 3, H, W)
+    context, null_context = (None if tokens is None else tokens.to(device).float() for tokens in (context, null_context))
 
     def denoiser(first: int, last: int, batch: int):
         """A predict(z, t) for the frames from first to last, as `batch` videos."""
@@ -135,18 +136,18 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
             parts.append(denoiser(first, last, 1)(z[:, first:last], t)[:, start - first:][:, :stage.chunk])
         return torch.cat(parts, dim=1)
 
-    independent = independent or stage.halo > 0  # over space and time, frames agree without it
-    noise_of = lambda first, last: (base.initial_noise((last - first, 1, *shape), seed + first) if independent
-                                    else one.expand(last - first, -1, -1, -1, -1))  # (T', 1, 3, H, W)
-    chunk = T if stage.halo else stage.chunk
-    for start in tqdm(range(0, T, chunk), desc=label, disable=not label or chunk == T, leave=False):
-        end = min(T, start + chunk)
-        noise = noise_of(start, end).to(device)
-        if stage.halo:
-            x = diffusion.sample(over_time, noise.transpose(0, 1), steps, sampler, label=label,
-                                 threshold=guidance_scale != 1)                     # (1, T, 3, H, W)
-        else:
-            x = diffusion.sample(denoiser(start, end, end - start), noise, steps, sampler)         # (T', 1, 3, H, W)
+    if stage.halo:  # frames have noises of their own: temporal convolution makes them agree
+        noise = base.initial_noise((1, T, *shape), seed).to(device)                 # (1, T, 3, H, W)
+        x = diffusion.sample(over_time, noise, steps, sampler, label=label, threshold=guidance_scale != 1)
+        return vae.to_uint8(x[0]).cpu()                                             # (T, 3, H, W)
+    out = torch.empty(T, *shape, dtype=torch.uint8)
+    one = base.initial_noise((1, 1, *shape), seed)                                  # (1, 1, 3, H, W)
+    for start in tqdm(range(0, T, stage.chunk), desc=label, disable=not label, leave=False):
+        end = min(T, start + stage.chunk)
+        noise = one.expand(end - start, -1, -1, -1, -1)                             # (T', 1, 3, H, W)
+        if independent:
+            noise = base.initial_noise(noise.shape, 1000003 * (seed + 1) + start)
+        x = diffusion.sample(denoiser(start, end, end - start), noise.to(device), steps, sampler)
         out[start:end] = vae.to_uint8(x.flatten(0, 1)).cpu()
     return out
 
@@ -169,25 +170,26 @@ def read_pixels(path) -> dict:
     return {"data": video[None], "text": None, "prompts": [Path(path).stem], "fps": fps, "history": [], "vae": None}
 
 
-def process(clips: dict, which: str, stage: Stage, weights, args, oscillate: float | None = None, **how):
-    """Put clips, as `read_pixels` gave them, through the network of a file of weights, and write args.out. args are a script's own:
-    input, out, steps, sampler, guidance, seed, device."""
-    unet, diffusion, weights = load(which, weights, args.device)
-    guidance = args.guidance if oscillate is None else base.oscillating(args.guidance, oscillate, args.steps)
-    words = [{}] * len(clips["data"])
+def process(clips: dict, which: str, stage: Stage, path: Path, args, **how):
+    """Put clips, as `read_pixels` gave them, through the network whose weights are in `path`, and write args.out. args are a
+    script's own: input, out, steps, sampler, guidance, oscillate, seed, device. Raises UserError."""
+    unet, diffusion, weights = load(which, path, args.device)
+    B, words, heard = len(clips["data"]), [{}] * len(clips["data"]), unet.config.pooled and clips["text"] is not None
+    if (args.guidance != 1 or args.oscillate is not None) and not heard:
+        raise UserError(f"{args.input} came without a prompt, or {which} does not hear it: there is nothing to guide")
     if unet.config.pooled:
-        said = clips["text"] or text.encode(*text.load()[:2], [""] * len(words), text.load()[2]["hash"])
-        base.check_encoder(args.input, said, which, weights["made_by"])
-        tokens, null = said["tokens"].to(args.device).float(), said["null_tokens"].to(args.device).float()
-        words = [{"context": one[None], "null_context": null, "guidance_scale": guidance} for one in tokens]
-    elif guidance != 1:
-        raise UserError(f"{which} does not hear the prompt, so there is nothing to guide")
-    made = torch.stack([upscale(unet, diffusion, stage, clip, clips["fps"], args.steps, args.sampler, args.seed + i, label=which, **words[i], **how)
-                        for i, clip in enumerate(clips["data"])])
-    if not args.out.endswith(".pt"):
+        said = clips["text"] or text.unprompted(base.weights_in(path.parent, "text"), B)
+        base.check_encoder(args.input, said, path, weights["made_by"])
+        guidance = base.oscillating(args.guidance, args.oscillate, args.steps)
+        words = [{"context": one[None], "null_context": said["null_tokens"], "guidance_scale": guidance} for one in said["tokens"]]
+    how |= {"steps": args.steps, "sampler": args.sampler, "label": which}
+    made = torch.stack([upscale(unet, diffusion, stage, clip, clips["fps"], seed=args.seed + i, **words[i], **how)
+                        for i, clip in enumerate(clips["data"])])                   # (B, T, 3, H, W)
+    if Path(args.out).suffix.lower() != ".pt":
         return vae.write_videos(args.out, made, clips["fps"])
-    done = f"{name_of(which)} {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g}"
-    done += "".join(f" {key} {value:g}" for key, value in ({"oscillate": oscillate} | how).items() if value)
+    said = {"level": how.get("level"), "guidance": args.guidance if heard else None, "oscillate": args.oscillate}
+    done = f"{name_of(which)} {weights['hash']} {args.sampler} steps {args.steps}" + " independent noise" * how.get("independent", False)
+    done += "".join(f" {key} {value:g}" for key, value in said.items() if value is not None)
     save_stage(args.out, "pixels", made, text=clips["text"], prompts=clips["prompts"], fps=clips["fps"],
                seed=args.seed, history=clips["history"] + [done], vae=clips["vae"])
 
@@ -198,13 +200,14 @@ def main(argv=None):
                         "ssr-N: Imagen Video's, to N pixels")
     parser.add_argument("input", help="pixels from `vae.py decode` or the stage before, or any video")
     parser.add_argument("-o", "--out", default="large.pt", help=".pt of pixels, or .mp4, .gif, .png to look at")
-    parser.add_argument("--weights", help="weights, written by train.py; those in weights/ if not given")
+    parser.add_argument("--weights", type=Path, help="weights, written by train.py; those in weights/ if not given")
     parser.add_argument("--steps", type=positive(int), default=4, help="sampling steps, 1000 at most")
     parser.add_argument("--guidance", type=base.finite, default=1., help="ssr: classifier-free guidance scale; 1 is none")
-    parser.add_argument("--oscillate", type=base.finite, metavar="LOW", help="in the second half, guide every other step by this scale")
+    parser.add_argument("--oscillate", type=base.finite, metavar="LOW", help="ssr-128: in the second half, guide every other step by this "
+                        "scale; on larger pictures Imagen Video saw artifacts")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim"), default="ddim", help="DPM-Solver++(2M) or DDIM")
     parser.add_argument("--level", type=base.finite, help="how much to mistrust the input's detail, 0 to 1")
-    parser.add_argument("--independent-noise", action="store_true", help="a noise of its own for every frame: watch it flicker")
+    parser.add_argument("--independent-noise", action="store_true", help="high: a noise of its own for every frame; watch it flicker")
     parser.add_seed()
     parser.add_device()
     args = parser.parse_args(argv)
@@ -212,8 +215,12 @@ def main(argv=None):
     base.check_steps(args.steps)
     if args.level is not None and not 0 <= args.level <= 1:
         raise UserError(f"--level is {args.level:g}, where 0 to 1 is wanted")
-    process(read_pixels(args.input), args.which, STAGES[args.which], args.weights, args, args.oscillate,
-            level=args.level, independent=args.independent_noise)
+    if args.independent_noise and args.which != "high":
+        raise UserError(f"--independent-noise is for high; the frames of {args.which} have noises of their own as it is")
+    if args.oscillate is not None and args.sampler == "dpmpp":
+        raise UserError("--oscillate wants --sampler ddim: dpmpp extrapolates from step to step, across the change of scale")
+    path = args.weights or WEIGHTS / f"{name_of(args.which)}.pt"
+    process(read_pixels(args.input), args.which, STAGES[args.which], path, args, level=args.level, independent=args.independent_noise)
 
 
 if __name__ == "__main__":

@@ -410,7 +410,8 @@ def test_an_ancestral_step_is_gaussian_conditioning():
     torch.testing.assert_close(spread(0.), sigma_s ** 2 - gain * slope * sigma_s ** 2)
     torch.testing.assert_close(spread(1.), between)
     torch.testing.assert_close(spread(.5), (spread(0.) * spread(1.)).sqrt())
-    assert torch.equal(diffusion.ancestral_step(z, x, s, torch.tensor([-1]), 1., zero + 1), x)
+    last = lambda z, t: x if t == 0 else z                                           # whatever gamma, no noise is left in the end
+    assert torch.equal(Diffusion(target="sample").sample(last, z, 1000, "ancestral", gamma=1.), x)
 
 
 def test_the_second_order_of_dpm_solver_pays():
@@ -1439,6 +1440,19 @@ def test_a_clip_that_is_not_ours(tmp_path, all_weights, monkeypatch):
     assert torch.equal(frames["data"][:, ::2], base.load_stage("z.pt", "latents")["data"])
     superres.main(["low", "clip.mp4", "-o", "low.pt", "--weights", str(all_weights / "superres-low.pt"), *common])
     assert base.load_stage("low.pt", "pixels")["data"].shape == (1, 21, 3, 240, 360)
+    superres.main(["ssr-128", "clip.mp4", "-o", "ssr.pt", "--weights", str(all_weights / "ssr-128.pt"), *common])
+    interpolate.main(["ssr.pt", "-o", "twice.pt", "--double", "tsr-128", "--weights", str(all_weights), *common])
+    twice = base.load_stage("twice.pt", "pixels")                                   # neither was given a prompt
+    assert twice["data"].shape == (1, 42, 3, 120, 180) and twice["fps"] == 50 and [line.split()[0] for line in twice["history"]] == ["ssr-128", "tsr-128"]
+    for program, argv, wanted in (
+            (interpolate.main, ["ssr.pt", "--double", "tsr-128", "--weights", all_weights, "--guidance", 3], "nothing to guide"),
+            (interpolate.main, ["ssr.pt", "--double", "tsr-128", "--weights", all_weights, "--parallel"], "--parallel"),
+            (interpolate.main, ["z.pt", "--skip", "2", "--weights", all_weights, "--oscillate", 1], "--oscillate"),
+            (superres.main, ["low", "clip.mp4", "--independent-noise"], "is for high"),
+            (superres.main, ["ssr-128", "clip.mp4", "--sampler", "dpmpp", "--oscillate", 1], "wants --sampler ddim"),
+            (base.main, ["text.pt", "--oscillate", 1], "wants --sampler ddim"), (base.main, ["text.pt", "--gamma", .5], "--gamma"),
+            (train.main, ["base", "--blank"], "--blank")):
+        assert wanted in complaint(program, [*argv, *([] if program is train.main else ["-o", "out.pt"])])
     for flags, wanted in ((["--skip", "1"], "nothing between"), (["--skip", "0"], "not a positive"), ([], "required"),
                           (["--skip", "2", "--steps", "1001"], "1000 noise levels"), (["--animate", "no.png"], "holds latents where text")):
         assert wanted in complaint(interpolate.main, ["z.pt", "-o", "out.pt", "--weights", str(all_weights), *flags])
@@ -1575,7 +1589,7 @@ def print_fidelity(name: str, factors: list, **settings):
     n = len(factors) + 4  # Agresti and Coull: two more of each, so that 0 of 96 is not certainty
     middle = (share["first three"] * len(factors) + 2) / n
     error = 1.96 * math.sqrt(middle * (1 - middle) / n)
-    print(f"  {name:34s} {len(factors):4d}   " + "   ".join(f"({100 * v:5.1f})" if name == "nearest" else f"{100 * v:5.1f}" for name, v in share.items()) + f" ± {100 * error:.1f}", flush=True)
+    print(f"  {name:34s} {len(factors):4d}   " + "   ".join(f"({100 * v:5.1f})" if factor == "nearest" else f"{100 * v:5.1f}" for factor, v in share.items()) + f" ± {100 * error:.1f}", flush=True)
 
 
 def light_centre(video: torch.Tensor) -> torch.Tensor:
@@ -1730,8 +1744,8 @@ def benchmark(args):
             "vae encode: 16 frames": lambda: vae.encode_video(autoencoder, blank(16, 64)[None]),
             "vae decode: 16 frames": lambda: vae.decode_video(autoencoder, latents)}
     if (WEIGHTS / "interpolate.pt").is_file():
-        between, x = interpolate.load()[0], interpolate.timeline(latents, skip=5)
-        rows["interpolate: 16 to 76 frames"] = lambda: interpolate.fill_timeline(between, diffusion, *x, words, 20.)
+        between, x = interpolate.load()[:2], interpolate.timeline(latents, skip=5)
+        rows["interpolate: 16 to 76 frames"] = lambda: interpolate.fill_timeline(*between, *x, words, 20.)
     for which, side, frames in (("low", 64, 76), ("high", 256, 76), ("high", 256, 304)):
         if (WEIGHTS / f"superres-{which}.pt").is_file():
             stage, (larger, way, _) = superres.STAGES[which], superres.load(which)

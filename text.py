@@ -255,6 +255,12 @@ def encode(clip: CLIP, tokenizer: Tokenizer, prompts: list, encoder: str = "") -
             "null_pooled": pooled[-1:].clone(), "encoder": encoder}
 
 
+def unprompted(path, count: int) -> dict:
+    """What the `text` of a stage file would hold for clips that came without a prompt."""
+    clip, tokenizer, weights = load(path)
+    return encode(clip, tokenizer, [""] * count, weights["hash"])
+
+
 def remark(prompts: list, words: list):
     """Tell the user what a prompt asks for that the shipped models cannot know."""
     for prompt in prompts:

@@ -335,24 +335,24 @@ def crop(videos: list, side: int, x: float, y: float) -> list:
 
 @dataclass
 class Pairs:
-    """What a network between pixels learns from: `count` windows of clips, given at side `side` and made `scale` times as large, or at
-    every other frame."""
+    """What a network between pixels learns from: windows of clips, given at one size and made `scale` times as large; or given at every
+    other frame."""
     frames: int
-    side: int
-    inner: int                   # of each picture, a window so wide
+    side: int            # of what is given
+    inner: int           # and of the window that is cut from it
     count: int
-    fps: float | None = None     # None: any rate from 4 to 30
+    rates: tuple = ()    # frames per second; none: any from 4 to 30
 
 
 PIXELS = superres.STAGES | interpolate.TSR
 PAIRS = {"low": Pairs(8, 64, 32, 1200), "high": Pairs(1, 256, 64, 4800),
-         "tsr-32": Pairs(16, 64, 64, 2000, 8.), "ssr-128": Pairs(8, 64, 64, 1200, 8.), "ssr-256": Pairs(8, 128, 64, 1200, 8.),
-         "tsr-128": Pairs(16, 256, 64, 1200, 32.), "ssr-768": Pairs(8, 256, 32, 2400, 32.)}
+         "tsr-32": Pairs(16, 64, 64, 2000, (8.,)), "ssr-128": Pairs(8, 64, 64, 1200, (8.,)), "ssr-256": Pairs(8, 128, 64, 1200, (8.,)),
+         "tsr-128": Pairs(16, 256, 64, 1200, (16., 32.)), "ssr-768": Pairs(8, 256, 32, 2400, (32.,))}  # tsr-128 serves twice
 
 
 def pairs(args, which: str) -> dict:
     """Windows of clips at two sizes: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (the small ones after a round trip
-    through our autoencoder, where a stage will meet such; else small again), captions, fps.
+    through our autoencoder, at the size at which it makes pictures; else small again), captions, fps.
 
     Seven in ten are about the object's place; the rest of a picture is ground."""
     p, scale = PAIRS[which], PIXELS[which].scale
@@ -361,13 +361,12 @@ def pairs(args, which: str) -> dict:
     def world():
         for i in trange(p.count, desc=f"rendering pairs for {which}"):
             rng = np.random.default_rng((args.seed, 6 + list(PAIRS).index(which), i))
-            scene, fps = draw_scene(rng, "train"), p.fps or rate_at(rng.random())
-            if which == "tsr-128" and rng.random() < .5:
-                fps = fps / 2  # it serves twice in the cascade, to 64 frames and to 128
+            scene, fps = draw_scene(rng, "train"), float(rng.choice(p.rates)) if p.rates else rate_at(rng.random())
             times = rng.uniform(0, SCENE_SECONDS - (p.frames - 1) / fps) + np.arange(p.frames) / fps
             path = trajectory(scene, torch.as_tensor(times, dtype=torch.float32))
             place = [float(axis[p.frames // 2]) for axis in path[:2]] if rng.random() < .7 else rng.random(2)
-            yield render(scene, times, p.side), render(scene, times, scale * p.side), place, caption(scene), fps
+            small = render(scene, times, p.side)
+            yield small, render(scene, times, scale * p.side) if scale > 1 else small, place, caption(scene), fps
 
     def folder():
         rng = np.random.default_rng((args.seed, 5))
@@ -379,7 +378,7 @@ def pairs(args, which: str) -> dict:
         parts, captions = [], []
         for small, large, place, line, fps in world() if args.data == "world" else folder():
             again = vae.decode_video(autoencoder, vae.encode_video(autoencoder, small[None]))[0] if p.side == 64 else small
-            cut = crop([small, again, large], p.inner, *place)
+            cut = [part.clone() for part in crop([small, again, large], p.inner, *place)]  # a slice would hold on to all of its picture
             parts.append({"small": cut[0], "decoded": cut[1], "pixels": cut[2], "fps": torch.tensor(fps)})
             captions.append(line)
         return {key: torch.stack([part[key] for part in parts]) for key in parts[0]} | {"captions": captions}
@@ -657,14 +656,17 @@ def prepare_interpolate(args) -> Stage:
 
 
 def prepare_pixels(args, which: str) -> Stage:
-    """A network between pixels, on windows of clips, from nothing. Where frames see each other, every fourth step is of pictures."""
+    """A network between pixels, on windows of clips, from nothing. Every fourth step is of pictures; but TSR has nothing to double
+    in one."""
     data, facts = pairs(args, which), {"vae": base.load_weights(weights_in(args.weights, "vae"), "vae")["hash"]}
     stage, doubles = PIXELS[which], which in interpolate.TSR
-    model, diffusion = UNet(stage.config), superres.diffusion_of()
-    if stage.config.pooled:
+    config, diffusion = stage.config, superres.diffusion_of()
+    if config.pooled:
         tokens, rows, null, facts["text"] = caption_tokens(args, data["captions"])
+        config = replace(config, context_dim=tokens.shape[-1])
     if doubles:
         facts["blank"] = args.blank
+    model = UNet(config)
 
     def batch_of(step, samples):
         rngs = [sample_rng(args.seed, step, i) for i in samples]
@@ -678,19 +680,19 @@ def prepare_pixels(args, which: str) -> Stage:
         batch = {"pixels": x, "small": vae.to_float(small), "level": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
                  "fps": data["fps"][picks].float(), "noise": normal(rngs, x.shape[1:]),
                  "t": torch.tensor([int(rng.integers(1000)) for rng in rngs]), "captions": [data["captions"][i] for i in picks]}
-        if stage.config.pooled:
+        if config.pooled:
             dropped = torch.tensor([rng.random() < .1 for rng in rngs])
             batch["context"] = torch.where(dropped[:, None, None], null, tokens[rows[picks]])
+            batch["captions"] = ["" if drop else words for drop, words in zip(dropped, batch["captions"])]
         return batch
 
     def preview(model):  # what is given, ours, truth
-        small, truth, n = data["decoded"][:8], data["pixels"][:8], 1 if doubles else 0
+        small, truth, moment = data["decoded"][:8], data["pixels"][:8], int(doubles)
         small = interpolate.double(small[:, ::2], args.blank) if doubles else small  # (8, T, 3, s, s)
-        said = [dict(context=tokens[rows[i]][None], null_context=null[None]) if stage.config.pooled else {} for i in range(8)]
-        ours = torch.stack([superres.upscale(model, diffusion, stage, clip, float(fps), **words)
-                            for clip, fps, words in zip(small, data["fps"], said)])
-        plain = vae.to_uint8(superres.enlarge(vae.to_float(small), stage.scale, torch.zeros(8)))
-        return vae.contact_sheet(torch.stack([v[:, n] for v in (plain, ours, truth)]), columns=8)
+        said = lambda i: {"context": tokens[rows[i]][None], "null_context": null[None]} if config.pooled else {}
+        ours = torch.stack([superres.upscale(model, diffusion, stage, clip, data["fps"][i].item(), **said(i)) for i, clip in enumerate(small)])
+        plain = vae.to_uint8(superres.enlarge(vae.to_float(small), stage.scale, torch.zeros(len(small))))
+        return vae.contact_sheet(torch.stack([v[:, moment] for v in (plain, ours, truth)]), columns=8)
 
     return Stage(model, batch_of, lambda model, batch: superres.loss(model, diffusion, batch, stage.scale), preview,
                  diffusion_config(diffusion), facts)
@@ -787,7 +789,7 @@ def train(stage: str, args):
             return say(f"{stage}: already trained; --fresh starts over")
         say(f"{stage}: going on from step {start}")
     loss_of = Loss(model, setup.loss_of)
-    if RANKS > 1:  # steps on pictures leave the temporal layers unused
+    if RANKS > 1:  # steps on pictures, where there are such, leave the temporal layers unused
         loss_of = DistributedDataParallel(loss_of, find_unused_parameters=hasattr(model, "fps_embedding"))
     if args.compile:
         loss_of = torch.compile(loss_of)
@@ -936,6 +938,8 @@ def main(argv=None):
         raise UserError("--init is for one stage")
     if args.freeze != "none" and args.stage != "base":
         raise UserError("--freeze spatial is for stage base, which has layers that its image model had not")
+    if args.blank and not args.stage.startswith("tsr"):
+        raise UserError("--blank is for the stages tsr-32 and tsr-128")
     if args.side % 8:
         raise UserError(f"--side is {args.side}, where a multiple of the autoencoder's stride of 8 is wanted")
     if args.dry_run:
