@@ -423,9 +423,9 @@ class Recipe:
 RECIPES = {
     "vae": Recipe(steps=4200, batch=32, lr=1.5e-3),
     "clip": Recipe(steps=700, batch=128, lr=1e-3),
-    "image": Recipe(steps=3000, batch=64, lr=1e-3),
-    "prior": Recipe(steps=800, batch=64, lr=5e-3, warmup=50),
-    "base": Recipe(steps=1700, batch=16, lr=4e-4, fresh_lr=1.5e-3),
+    "image": Recipe(steps=4500, batch=128, lr=1e-3),
+    "prior": Recipe(steps=2000, batch=64, lr=5e-3, warmup=50),
+    "base": Recipe(steps=3000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
     "interpolate": Recipe(steps=800, batch=16, lr=4e-4),
     "superres-low": Recipe(steps=1000, batch=4, lr=1e-3),
     "superres-high": Recipe(steps=1500, batch=8, lr=1e-3),
@@ -911,8 +911,8 @@ def main(argv=None):
     parser = Parser("Train one stage, or all of them in order.")
     parser.add_argument("stage", choices=[*PREPARE, "all"], help="what to train; a stage needs the weights of those before it")
     parser.add_argument("--data", default="world", help="'world', the built-in toy world, or a folder of clips")
-    parser.add_argument("--stills", type=positive(int), default=24000, help="pictures of the world to make")
-    parser.add_argument("--clips", type=positive(int), default=8000, help="clips of the world to make")
+    parser.add_argument("--stills", type=positive(int), default=64000, help="pictures of the world to make")
+    parser.add_argument("--clips", type=positive(int), default=16000, help="clips of the world to make")
     parser.add_argument("--side", type=positive(int), default=64, help="side of the training pictures, in pixels")
     parser.add_argument("--steps", type=positive(int), help="steps, instead of the recipe's")
     parser.add_argument("--batch", type=positive(int), help="samples per step, instead of the recipe's")
