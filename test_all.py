@@ -1108,7 +1108,8 @@ def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     two = base.read_pt(tmp_path / "runs/vae/checkpoint.pt")
     gradient = lambda run: torch.cat([moments["exp_avg"].flatten() for moments in run["optimizer"]["state"].values()])
-    assert (gradient(one) - gradient(two)).norm() < 1e-3 * gradient(one).norm() > 0
+    tolerance = .02 if base.has_fast_bf16("cpu") else 1e-3  # whose rounding depends on how many share a batch
+    assert (gradient(one) - gradient(two)).norm() < tolerance * gradient(one).norm() > 0
     assert done.stdout.count("wrote weights/vae.pt") == 1  # one log, one file
 
 

@@ -375,13 +375,16 @@ def pairs(args, which: str) -> dict:
                 yield F.interpolate(large.float(), (p.side, p.side), mode="area").round().byte(), large, rng.random(2), line, float(fps)
 
     def make():
-        parts, captions = [], []
-        for small, large, place, line, fps in world() if args.data == "world" else folder():
+        blocks, captions = [], []
+        for i, (small, large, place, line, fps) in enumerate(world() if args.data == "world" else folder()):
             again = vae.decode_video(autoencoder, vae.encode_video(autoencoder, small[None]))[0] if p.side == 64 else small
-            cut = [part.clone() for part in crop([small, again, large], p.inner, *place)]  # a slice would hold on to all of its picture
-            parts.append({"small": cut[0], "decoded": cut[1], "pixels": cut[2], "fps": torch.tensor(fps)})
+            item = dict(zip(("small", "decoded", "pixels"), crop([small, again, large], p.inner, *place))) | {"fps": torch.tensor(fps)}
+            if i % 256 == 0:  # small tensors kept one by one between large ones that come and go would fragment all memory
+                blocks.append({key: torch.empty(256, *part.shape, dtype=part.dtype) for key, part in item.items()})
+            for key, part in item.items():
+                blocks[-1][key][i % 256] = part
             captions.append(line)
-        return {key: torch.stack([part[key] for part in parts]) for key in parts[0]} | {"captions": captions}
+        return {key: torch.cat([block[key] for block in blocks])[:len(captions)] for key in blocks[0]} | {"captions": captions}
 
     return cached(args, f"pairs-{which}", p.count, make, weights["hash"])
 
