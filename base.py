@@ -912,9 +912,12 @@ def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: flo
     return diffusion.sample(predict, z, steps, sampler, gamma, seed, label).cpu()
 
 
-def check_steps(steps: int):
-    if steps > 1000:
-        raise UserError(f"--steps is {steps}, where 1000 noise levels are all there is")
+def check_sampling(args):
+    """Refuse flags of a sampler that do not go together."""
+    if args.steps > 1000:
+        raise UserError(f"--steps is {args.steps}, where 1000 noise levels are all there is")
+    if args.oscillate is not None and args.sampler == "dpmpp":
+        raise UserError("--oscillate wants --sampler ddim, not dpmpp, which extrapolates from step to step across the change of scale")
 
 
 def check_encoder(path, text: dict, weights_path, made_by: dict):
@@ -942,11 +945,9 @@ def main(argv=None):
     parser.add_device()
     args = parser.parse_args(argv)
     check_out(args.out, (".pt",))
-    check_steps(args.steps)
+    check_sampling(args)
     if not 0 <= args.gamma <= 1 or args.gamma and args.sampler != "ancestral":
         raise UserError(f"--gamma is {args.gamma:g}, where 0 to 1 is wanted, and 0 with any sampler but ancestral")
-    if args.oscillate is not None and args.sampler == "dpmpp":
-        raise UserError("--oscillate wants --sampler ddim or ancestral: dpmpp extrapolates from step to step, across the change of scale")
     stage = load_stage(args.text, "text")
     unet, diffusion, weights = load(args.weights, args.device)
     made_by, text = weights["made_by"], stage["text"]

@@ -189,16 +189,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     base.check_out(args.out, (".pt",))
     args.steps, args.sampler = args.steps or (4 if args.double else 16), args.sampler or ("ddim" if args.double else "dpmpp")
-    base.check_steps(args.steps)
+    if args.oscillate is not None and not args.double:
+        raise UserError("--oscillate is for --double")
+    base.check_sampling(args)
     if args.double:
         if args.parallel:
             raise UserError("--parallel is about windows, which --double has none of")
-        clips, weights = superres.read_pixels(args.input), args.weights / f"{args.double}.pt"
-        blank = base.load_weights(weights, args.double)["made_by"]["blank"]
-        clips |= {"data": double(clips["data"], blank), "fps": 2 * clips["fps"]}
-        return superres.process(clips, args.double, TSR[args.double], weights, args)
-    if args.oscillate is not None:
-        raise UserError("--oscillate is for --double")
+        path = args.weights / f"{args.double}.pt"
+        clips, loaded = superres.read_pixels(args.input), superres.load(args.double, path, args.device)
+        clips |= {"data": double(clips["data"], loaded[2]["made_by"]["blank"]), "fps": 2 * clips["fps"]}
+        return superres.process(clips, args.double, TSR[args.double], loaded, path, args)
     unet, diffusion, weights = load(args.weights / "interpolate.pt", args.device)
     made_by = weights["made_by"]
     if args.animate:

@@ -170,10 +170,10 @@ def read_pixels(path) -> dict:
     return {"data": video[None], "text": None, "prompts": [Path(path).stem], "fps": fps, "history": [], "vae": None}
 
 
-def process(clips: dict, which: str, stage: Stage, path: Path, args, **how):
-    """Put clips, as `read_pixels` gave them, through the network whose weights are in `path`, and write args.out. args are a
-    script's own: input, out, steps, sampler, guidance, oscillate, seed, device. Raises UserError."""
-    unet, diffusion, weights = load(which, path, args.device)
+def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, args, **how):
+    """Put clips, as `read_pixels` gave them, through a network, as `load` gave it from `path`, and write args.out. args are a
+    script's own: input, out, steps, sampler, guidance, oscillate, seed. Raises UserError."""
+    unet, diffusion, weights = loaded
     B, words, heard = len(clips["data"]), [{}] * len(clips["data"]), unet.config.pooled and clips["text"] is not None
     if (args.guidance != 1 or args.oscillate is not None) and not heard:
         raise UserError(f"{args.input} came without a prompt, or {which} does not hear it: there is nothing to guide")
@@ -187,9 +187,9 @@ def process(clips: dict, which: str, stage: Stage, path: Path, args, **how):
                         for i, clip in enumerate(clips["data"])])                   # (B, T, 3, H, W)
     if Path(args.out).suffix.lower() != ".pt":
         return vae.write_videos(args.out, made, clips["fps"])
-    said = {"level": how.get("level"), "guidance": args.guidance if heard else None, "oscillate": args.oscillate}
+    told = {"level": how.get("level"), "guidance": args.guidance if heard else None, "oscillate": args.oscillate}
     done = f"{name_of(which)} {weights['hash']} {args.sampler} steps {args.steps}" + " independent noise" * how.get("independent", False)
-    done += "".join(f" {key} {value:g}" for key, value in said.items() if value is not None)
+    done += "".join(f" {key} {value:g}" for key, value in told.items() if value is not None)
     save_stage(args.out, "pixels", made, text=clips["text"], prompts=clips["prompts"], fps=clips["fps"],
                seed=args.seed, history=clips["history"] + [done], vae=clips["vae"])
 
@@ -212,15 +212,14 @@ def main(argv=None):
     parser.add_device()
     args = parser.parse_args(argv)
     base.check_out(args.out, (*vae.WRITTEN, ".pt"))
-    base.check_steps(args.steps)
+    base.check_sampling(args)
     if args.level is not None and not 0 <= args.level <= 1:
         raise UserError(f"--level is {args.level:g}, where 0 to 1 is wanted")
     if args.independent_noise and args.which != "high":
         raise UserError(f"--independent-noise is for high; the frames of {args.which} have noises of their own as it is")
-    if args.oscillate is not None and args.sampler == "dpmpp":
-        raise UserError("--oscillate wants --sampler ddim: dpmpp extrapolates from step to step, across the change of scale")
     path = args.weights or WEIGHTS / f"{name_of(args.which)}.pt"
-    process(read_pixels(args.input), args.which, STAGES[args.which], path, args, level=args.level, independent=args.independent_noise)
+    clips, loaded = read_pixels(args.input), load(args.which, path, args.device)
+    process(clips, args.which, STAGES[args.which], loaded, path, args, level=args.level, independent=args.independent_noise)
 
 
 if __name__ == "__main__":

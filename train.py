@@ -521,18 +521,20 @@ def caption_tokens(args, captions: list):
     return tokens, torch.tensor([rows[words] for words in captions]), encoded[0]["null_tokens"][0], weights["hash"]
 
 
+def spoken(rngs, tokens, null, captions: list):
+    """Tokens (N, L, D) and captions, but that one prompt in ten becomes the null one, which is what guidance subtracts."""
+    dropped = torch.tensor([rng.random() < .1 for rng in rngs])
+    return torch.where(dropped[:, None, None], null, tokens), ["" if drop else words for drop, words in zip(dropped, captions)]
+
+
 def diffusion_batch(args, data: dict, step: int, samples) -> dict:
-    """Latents with their prompts' tokens, frame rates, noise and timesteps. One prompt in ten is the null one, which is what
-    guidance subtracts."""
+    """Latents with their prompts' tokens, frame rates, noise and timesteps."""
     rngs = [sample_rng(args.seed, step, i) for i in samples]
     picks = torch.tensor([int(rng.integers(len(data["latents"]))) for rng in rngs])
-    context = data["tokens"][data["rows"][picks]]                                   # (N, L, D)
-    dropped = torch.tensor([rng.random() < .1 for rng in rngs])
-    context = torch.where(dropped[:, None, None], data["null"], context)
+    context, captions = spoken(rngs, data["tokens"][data["rows"][picks]], data["null"], [data["captions"][i] for i in picks])
     x = data["latents"][picks].float()                                              # (N, T, 4, h, w)
     return {"latents": x, "context": context, "fps": data["fps"][picks],
-            "noise": normal(rngs, x.shape[1:]), "t": noisy_timesteps(rngs),
-            "captions": ["" if drop else data["captions"][i] for i, drop in zip(picks, dropped)]}
+            "noise": normal(rngs, x.shape[1:]), "t": noisy_timesteps(rngs), "captions": captions}
 
 
 def with_tokens(args, kind: str) -> tuple[dict, dict]:
@@ -684,9 +686,7 @@ def prepare_pixels(args, which: str) -> Stage:
                  "fps": data["fps"][picks].float(), "noise": normal(rngs, x.shape[1:]),
                  "t": torch.tensor([int(rng.integers(1000)) for rng in rngs]), "captions": [data["captions"][i] for i in picks]}
         if config.pooled:
-            dropped = torch.tensor([rng.random() < .1 for rng in rngs])
-            batch["context"] = torch.where(dropped[:, None, None], null, tokens[rows[picks]])
-            batch["captions"] = ["" if drop else words for drop, words in zip(dropped, batch["captions"])]
+            batch["context"], batch["captions"] = spoken(rngs, tokens[rows[picks]], null, batch["captions"])
         return batch
 
     def preview(model):  # what is given, ours, truth
