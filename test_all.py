@@ -4,6 +4,7 @@
     python test_all.py evaluate          measurements of the shipped weights; prints the README's tables
     python test_all.py curve             prompt fidelity over the training of the video model, from its snapshots in runs/base/
     python test_all.py benchmark         seconds, peak memory and GFLOP/s per stage, beside this machine's convolution peak
+    python test_all.py peers             the U-Net's clips per second beside those of other libraries, where these are installed
     python test_all.py pictures          draws the README's pictures anew, into assets/
 
 Prompt fidelity is read from pixels by `describe`, which has no learned part, so that nothing marks its own homework.
@@ -975,6 +976,14 @@ def test_one_prompt_in_ten_is_dropped_for_guidance():
     assert abs(dropped.double().mean() - .1) < .02  # four standard deviations of 4000 draws
 
 
+def test_timesteps_come_most_often_from_the_middle_as_the_weight_has_it():
+    t = train.middle_timesteps([np.random.default_rng(i) for i in range(4000)])
+    share = torch.histc(t.float(), 10, 0, 1000) / len(t)
+    weight = Diffusion().balance(torch.arange(1000), torch.zeros(1000)).view(10, 100)
+    torch.testing.assert_close(share, (weight.mean(1) / weight.mean() / 10), atol=.02, rtol=0)
+    assert 0 <= t.min() and t.max() <= 999 and abs(weight.max() - 1) < 1e-3
+
+
 def test_a_sample_is_a_function_of_seed_step_and_number_alone():
     args = type("", (), {"seed": 0})
     data = {"latents": torch.randn(50, 2, 4, 2, 2), "tokens": torch.ones(3, 6, 8), "rows": torch.zeros(50, dtype=torch.long),
@@ -1775,6 +1784,72 @@ def benchmark(args):
 
 
 # ------------------------------------------------------------------------------------------------
+# The U-Net beside those of other libraries: python test_all.py peers
+
+def peers(args, size: int = 16, batch: int = 2, wanted: float = 8e6):
+    """Clips per second, forward and with backward, of space-time U-Nets of two levels, two residual blocks each, that attend at both,
+    as near to `wanted` parameters as their width allows; all on the same input. A library that is not installed is left out."""
+    x, t, words = torch.randn(batch, 4, 16, size, size), torch.randint(0, 1000, (batch,)), torch.randn(batch, 16, 128)
+
+    def ours(width):
+        net = UNet(UNetConfig(channels=(width, 2 * width), layers=2, temporal="attention+conv"))
+        clip, fps = x.transpose(1, 2).contiguous(), torch.full((batch,), 4.)                        # (B, T, 4, h, w)
+        return net, lambda: net(clip, t, words, fps)
+
+    def make_a_video_pytorch(width):
+        net = importlib.import_module("make_a_video_pytorch").SpaceTimeUnet(
+            dim=width, channels=4, dim_mult=(1, 2), self_attns=(True, True), temporal_compression=(False, False), resnet_block_depths=(2, 2),
+            attn_dim_head=32, attn_heads=4, attn_pos_bias=False, flash_attn=True)
+        return net, lambda: net(x, timestep=t.float())
+
+    def video_diffusion_pytorch(width):
+        module = importlib.import_module("video_diffusion_pytorch.video_diffusion_pytorch")
+        net = module.Unet3D(dim=width, channels=4, dim_mults=(1, 2), cond_dim=128, attn_heads=4, attn_dim_head=32)
+        return net, lambda: net(x, t.float(), cond=words[:, -1])
+
+    def diffusers(width):
+        net = importlib.import_module("diffusers").UNet3DConditionModel(
+            sample_size=size, in_channels=4, out_channels=4, block_out_channels=(width, 2 * width), layers_per_block=2,
+            down_block_types=("CrossAttnDownBlock3D",) * 2, up_block_types=("CrossAttnUpBlock3D",) * 2, cross_attention_dim=128,
+            attention_head_dim=32, norm_num_groups=8)
+        return net, lambda: net(x, t, words).sample
+
+    def imagen_pytorch(width):
+        t5 = importlib.import_module("transformers").T5Config
+        t5.from_pretrained = classmethod(lambda c, *a, **k: c(d_model=768))                          # its import asks a hub otherwise
+        net = importlib.import_module("imagen_pytorch").Unet3D(
+            dim=width, channels=4, dim_mults=(1, 2), num_resnet_blocks=2, layer_attns=(True, True), layer_cross_attns=(True, True),
+            attn_heads=4, attn_dim_head=32, text_embed_dim=128, memory_efficient=False)
+        return net, lambda: net(x, t.float() / 1000, text_embeds=words, text_mask=torch.ones(words.shape[:2], dtype=torch.bool))
+
+    def rate(call) -> float:
+        call()
+        times, end = [], time.time() + 6
+        while time.time() < end or len(times) < 3:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return batch / np.median(times)
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; input ({batch}, 4, 16, {size}, {size}), fp32")
+    for build in (make_a_video_pytorch, video_diffusion_pytorch, diffusers, imagen_pytorch, ours):
+        if build is not ours and importlib.util.find_spec(build.__name__) is None:
+            print(f"  {build.__name__:26s} is not installed")
+            continue
+        parameters = lambda width: sum(p.numel() for p in build(width)[0].parameters())
+        net, call = build(min(range(32, 129, 16), key=lambda width: abs(parameters(width) - wanted)))
+        net.to(memory_format=torch.channels_last) if build is ours else None
+        def forward(fast: bool = False):
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=fast):
+                call()
+        def both():
+            net.zero_grad()
+            call().float().square().mean().backward()
+        line = f"  {build.__name__:26s} {sum(p.numel() for p in net.parameters()) / 1e6:5.2f} M   forward {rate(forward):6.2f} clips/s   and backward {rate(both):6.2f}"
+        print(line + f"   forward in bf16 {rate(partial(forward, True)):6.2f}" * (build is ours), flush=True)
+
+
+# ------------------------------------------------------------------------------------------------
 # What one would rather look at than read: python test_all.py pictures
 
 SHOWN = ["a red circle moving left", "a yellow triangle growing", "a cyan square shrinking on sand", "a blue ring bouncing at night",
@@ -1864,10 +1939,10 @@ def pictures(args):
 
 if __name__ == "__main__":
     parser = base.Parser("Measure the shipped weights: what they make (evaluate), how fast (benchmark), and how it looks (pictures).")
-    parser.add_argument("what", choices=("evaluate", "curve", "benchmark", "pictures"), help="which tables to print, or pictures to draw")
+    parser.add_argument("what", choices=("evaluate", "curve", "benchmark", "peers", "pictures"), help="which tables to print, or pictures to draw")
     parser.add_argument("--prompts", type=base.positive(int), default=480, help="prompts per row of held-out triples")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="classifier-free guidance scale")
     parser.add_argument("--steps", type=base.positive(int), default=STEPS, help="sampling steps")
     parser.add_argument("--weights", type=Path, default=WEIGHTS / "base.pt", help="base weights to evaluate, such as a snapshot of a run")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled videos")
-    base.run(lambda: {"evaluate": evaluate, "curve": curve, "benchmark": benchmark, "pictures": pictures}[(args := parser.parse_args()).what](args))
+    base.run(lambda: {"evaluate": evaluate, "curve": curve, "benchmark": benchmark, "peers": peers, "pictures": pictures}[(args := parser.parse_args()).what](args))

@@ -436,7 +436,7 @@ RECIPES = {
     "base": Recipe(steps=3000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
     "interpolate": Recipe(steps=1500, batch=16, lr=8e-4),
     "superres-low": Recipe(steps=2000, batch=4, lr=1e-3),
-    "superres-high": Recipe(steps=1500, batch=8, lr=1e-3),
+    "superres-high": Recipe(steps=5000, batch=8, lr=1e-3),
     "tsr-32": Recipe(steps=1000, batch=8, lr=1e-3),
     "ssr-128": Recipe(steps=1000, batch=4, lr=1e-3),
     "ssr-256": Recipe(steps=1000, batch=4, lr=1e-3),
