@@ -284,7 +284,12 @@ def cached(args, kind: str, count: int, make, of: str = "pixels") -> dict:
     if args.data != "world":
         files = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.data).rglob("*"))
         source = hashlib.sha256(repr(files).encode()).hexdigest()[:8]
-    path = RUNS / "cache" / f"{source}-{kind}-{count}-{args.side}-{args.seed}-{of}.pt"
+    return kept(f"{source}-{kind}-{count}-{args.side}-{args.seed}-{of}", make)
+
+
+def kept(name: str, make) -> dict:
+    """What make() returns, made by the first process that ever asks for this name, and read from runs/cache/ by all others."""
+    path = RUNS / "cache" / f"{name}.pt"
     if RANK == 0 and not path.is_file():
         write_pt(path, make())
     while not path.is_file():  # another process is at it; the file appears whole
@@ -520,10 +525,15 @@ def caption_tokens(args, captions: list):
     and the hash of the text encoder."""
     clip, tokenizer, weights = text.load(weights_in(args.weights, "text"))
     distinct = sorted(set(captions))
-    encoded = [text.encode(clip, tokenizer, part) for part in batches(distinct, 256)]
-    tokens = torch.cat([part["tokens"] for part in encoded])                        # (K, L, D)
+
+    def make():
+        groups = tqdm(batches(distinct, 256), desc="encoding captions", disable=len(distinct) < 4096)
+        encoded = [text.encode(clip, tokenizer, group) for group in groups]
+        return {"tokens": torch.cat([part["tokens"] for part in encoded]), "null": encoded[0]["null_tokens"][0].clone()}  # (K, L, D), (L, D)
+
+    made = kept(f"tokens-{hashlib.sha256(repr(distinct).encode()).hexdigest()[:8]}-{weights['hash']}", make)
     rows = {words: i for i, words in enumerate(distinct)}
-    return tokens, torch.tensor([rows[words] for words in captions]), encoded[0]["null_tokens"][0], weights["hash"]
+    return made["tokens"], torch.tensor([rows[words] for words in captions]), made["null"], weights["hash"]
 
 
 def spoken(rngs, tokens, null, captions: list):
