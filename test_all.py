@@ -1872,8 +1872,8 @@ def draw_cascade(assets: Path, prompt: str = "a red star moving left on sand"):
     moments = [video[6 * (5 if len(video) > 16 else 1)] for video in videos.values()]
     at = describe(videos["first"])["centroids"][6] / 64
     vae.write_picture(assets / "cascade.png", torch.cat([close_up(picture, at) for picture in moments], dim=2))
-    small = F.interpolate(videos["high"].float(), (256, 256), mode="area").round().byte()
-    vae.write_video(assets / "cascade.gif", small, 20.)
+    small = F.interpolate(videos["high"][::2].float(), (192, 192), mode="area").round().byte()      # a gif holds texture badly
+    vae.write_video(assets / "cascade.gif", small, 10.)
 
 
 def draw_between(assets: Path):
