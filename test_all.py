@@ -1838,7 +1838,8 @@ def peers(args, size: int = 16, batch: int = 2, wanted: float = 8e6):
             continue
         parameters = lambda width: sum(p.numel() for p in build(width)[0].parameters())
         net, call = build(min(range(32, 129, 16), key=lambda width: abs(parameters(width) - wanted)))
-        net.to(memory_format=torch.channels_last) if build is ours else None
+        if build is ours:
+            net.to(memory_format=torch.channels_last)  # as its own loader has it
         def forward(fast: bool = False):
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=fast):
                 call()
@@ -1892,7 +1893,7 @@ def draw_between(assets: Path):
 def draw_enlarged(assets: Path):
     """Bicubic, ours and the truth, from 64 to 256 and from 256 to 768 pixels, close up; and how much consecutive frames differ
     on a still ground, 24 times as bright, with shared and with independent noise."""
-    rows, scenes = [], [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], range(5), 4))]
+    changes, scenes = [], [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], range(5), 4))]
     for which, side in (("low", 64), ("high", 256)):
         unet, diffusion, _ = superres.load(which)
         stage, columns = superres.STAGES[which], []
@@ -1905,8 +1906,8 @@ def draw_enlarged(assets: Path):
     small = train.render(scenes[1] | {"ground": 2}, [1., 1.05], 256)
     for independent in (False, True):
         a, b = superres.upscale(unet, diffusion, superres.STAGES["high"], small, 20., independent=independent).int()
-        rows.append(((a - b).abs() * 24).clamp(max=255).byte()[:, :384, :384])
-    vae.write_picture(assets / "flicker.png", torch.cat(rows, dim=2))
+        changes.append(((a - b).abs() * 24).clamp(max=255).byte()[:, :384, :384])
+    vae.write_picture(assets / "flicker.png", torch.cat(changes, dim=2))
 
 
 def draw_camera(assets: Path):
@@ -1915,7 +1916,7 @@ def draw_camera(assets: Path):
     autoencoder = vae.load()[0]
     z = vae.encode_video(autoencoder, video[None])
     x, known = interpolate.timeline(z[:, ::2], 2)
-    unet, diffusion, weights = interpolate.load()
+    unet, diffusion, _ = interpolate.load()
     said = text.unprompted(WEIGHTS / "text.pt", 1)
     made = vae.decode_video(autoencoder, interpolate.fill_timeline(unet, diffusion, x, known, said, 15.))[0]
     again = vae.decode_video(autoencoder, z)[0]

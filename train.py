@@ -905,19 +905,19 @@ def dry_run(args):
         note(f"{args.weights} has no weights yet: reckoned with the numbers of Stable Diffusion 1.5")
     batch, side = (args.batch or RECIPES["base"].batch) // (RANKS * args.accumulate), args.side // 8
     fast = base.has_fast_bf16(args.device)
-    kept = {}
+    saved = {}
     with torch.device("meta"):
         unet = UNet(replace(config, **inflation(args))).train()
         unet.gradient_checkpointing = args.checkpointing
         freeze(unet, args)
         inputs = torch.zeros(batch, 16, 4, side, side), torch.zeros(batch), torch.zeros(batch, 77, config.context_dim), torch.ones(batch)
-        keep = lambda tensor: kept.__setitem__(tensor.untyped_storage()._cdata, tensor.numel()) or tensor
+        keep = lambda tensor: saved.__setitem__(tensor.untyped_storage()._cdata, tensor.numel()) or tensor
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             unet(*inputs).sum().backward()
     weights = {p.untyped_storage()._cdata for p in unet.parameters()}
     every = sum(p.numel() for p in unet.parameters())
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    activations = sum(n for key, n in kept.items() if key not in weights) * (2 if fast else 4)
+    activations = sum(n for key, n in saved.items() if key not in weights) * (2 if fast else 4)
     print(f"base: {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained")
     print(f"a step on {batch} clips of 16 x {args.side} x {args.side}, forward and backward: {counter.get_total_flops() / 1e12:.2f} TFLOP")
     for what, size in (("weights and their average, fp32", 8 * every), ("gradients and Adam's moments, fp32", 12 * trained),
