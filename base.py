@@ -15,6 +15,7 @@ stages share, and main.
 Shapes: (B, T, C, H, W) is a video, (B*T, C, H, W) are its frames, (B, L, D) is text.
 """
 import argparse
+import ctypes
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ import os
 import pickle
 import sys
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -552,11 +553,12 @@ def guided(unet: UNet, context, null_context, fps, guidance_scale, given=None, l
     def predict(z, t):
         z = z if given is None else torch.cat([z, given], dim=2)
         scale = guidance_scale(int(t[0])) if callable(guidance_scale) else guidance_scale
-        with fast_autocast(z.device):
-            if scale in (0, 1):
+        if scale in (0, 1):
+            with fast_autocast(z.device):
                 return unet(z, t, context if scale else null_context.expand_as(context), fps, level)
-            both = torch.cat([context, null_context.expand_as(context)])
-            prompt, null = unet(twice(z), twice(t), both, twice(fps), twice(level)).chunk(2)
+        inputs = twice(z), twice(t), torch.cat([context, null_context.expand_as(context)]), twice(fps), twice(level)
+        with fast_autocast(z.device):
+            prompt, null = unet(*inputs).chunk(2)
         return null + scale * (prompt - null)
     return predict
 
@@ -624,8 +626,19 @@ def note(message: str):
     print(message, file=sys.stderr)
 
 
+def keep_freed_memory():
+    """glibc gives every large tensor back to the system as it dies, and has the next one's pages made and cleared anew, which
+    takes a quarter of the time of a stage on large frames. Where there is a glibc: keep them."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library has no mallopt
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)                                                     # M_MMAP_MAX: all blocks from the heap
+            libc.mallopt(-1, 2 ** 31 - 1)                                           # M_TRIM_THRESHOLD: and none back
+
+
 def run(main):
     """The last line of every script: call main(), with a UserError as one clear line."""
+    keep_freed_memory()
     try:
         main()
     except UserError as error:

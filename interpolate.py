@@ -59,12 +59,14 @@ def given(x, known):
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
     """Loss per video over its unknown frames, (B,). batch: as for base.loss, and known (B, T), 1 where a frame is given.
 
+    sigma^2 |v - v'|^2 = |x - x'|^2: as in superres.py, what there is to learn is to be learned from what is given, at the noisiest levels.
     Known frames stay among the noisy ones too, as alpha_t known + sigma_t eps, here and in `fill` alike."""
     x, known = batch["latents"], batch["known"].to(batch["latents"])
     beside = given(x, known)
     predict = lambda z, t: unet(torch.cat([z, beside], dim=2), t, batch["context"], batch["fps"])
     unknown = (1 - known) / (1 - known).mean(1, keepdim=True)                       # (B, T), of mean one
-    return diffusion.loss(predict, x, batch["noise"], batch["t"], weight=unknown[:, :, None, None, None])
+    _, sigma = diffusion.alpha_sigma(batch["t"], x)
+    return diffusion.loss(predict, x, batch["noise"], batch["t"], weight=unknown[:, :, None, None, None] * sigma ** 2)
 
 
 def random_known(rng, frames: int = WINDOW) -> torch.Tensor:
@@ -139,9 +141,8 @@ def timeline(latents, skip: int = 1, before: int = 0, after: int = 0):
 # ------------------------------------------------------------------------------------------------
 # Imagen Video's way: TSR. Loss and sampling are those of superres.py.
 
-CONVOLUTIONS = replace(superres.SSR, attention=(False, False))
-TSR = {"tsr-32": superres.Stage(1, CONVOLUTIONS, level=.1, chunk=32, halo=16),                           # for 64 x 64 pixels
-       "tsr-128": superres.Stage(1, replace(CONVOLUTIONS, patch_size=8), level=.1, chunk=128, halo=16)}  # for 256 x 256
+TSR = {"tsr-32": superres.Stage(1, replace(superres.SSR, patch_size=1), level=.1, chunk=32, halo=22),    # for 64 x 64 pixels
+       "tsr-128": superres.Stage(1, superres.SSR, level=.1, chunk=128, halo=22)}    # for 256 x 256
 
 
 def double(video, blank: bool = False):

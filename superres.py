@@ -68,17 +68,14 @@ class Stage:
     halo: int            # frames on either side of a chunk that reach into it
 
 
-LOW = Stage(4, UNetConfig(in_channels=6, out_channels=3, channels=(64, 96), attention=(False, False), context_dim=None,
-                          temporal="conv", patch_size=4, level=True), level=.3, chunk=76, halo=16)
-HIGH = Stage(3, UNetConfig(in_channels=6, out_channels=3, channels=(48, 96), attention=(False, False), context_dim=None,
-                           temporal="none", gates=False, patch_size=8, level=True), level=.3, chunk=4, halo=0)
-SSR = UNetConfig(in_channels=6, out_channels=3, channels=(64, 96), attention=(False, True), context_dim=128, temporal="conv",
-                 patch_size=4, level=True, pooled=True)
-STAGES = {"low": LOW, "high": HIGH,
-          "ssr-128": Stage(2, SSR, level=.2, chunk=32, halo=16),
-          "ssr-256": Stage(2, replace(SSR, patch_size=8), level=.2, chunk=32, halo=16),
-          "ssr-768": Stage(3, replace(SSR, channels=(48, 96), attention=(False, False), patch_size=8, gates=False),
-                           level=.2, chunk=64, halo=16)}
+PIXELS = UNetConfig(in_channels=6, out_channels=3, channels=(24, 48, 64), attention=(False, False, False), context_dim=None,
+                    temporal="conv", patch_size=4, level=True)
+SSR = replace(PIXELS, channels=(16, 32, 48), context_dim=128, pooled=True)
+STAGES = {"low": Stage(4, replace(PIXELS, patch_size=2), level=.3, chunk=76, halo=22),
+          "high": Stage(3, replace(PIXELS, temporal="none", gates=False), level=.3, chunk=4, halo=0),
+          "ssr-128": Stage(2, replace(SSR, attention=(False, False, True), patch_size=2), level=.2, chunk=32, halo=22),
+          "ssr-256": Stage(2, replace(SSR, attention=(False, False, True), patch_size=2), level=.2, chunk=32, halo=22),
+          "ssr-768": Stage(3, replace(SSR, gates=False), level=.2, chunk=64, halo=22)}
 
 
 def diffusion_of() -> Diffusion:
@@ -97,11 +94,11 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, scale: int) -> torch.Ten
     """Loss per clip, (B,). batch: pixels (B, T, 3, H, W), small (B, T, 3, h, w), level (B,), fps (B,), noise like pixels, t (B,),
     and for SSR context (B, L, D).
 
-    |v - v'|^2 = |x - x'|^2 / sigma^2, balanced as in base.py; as far as 10, beyond which z is as good as clean."""
+    |x - x'|^2, alike at all noise levels. Differs: from v, |x - x'|^2 / sigma^2, which counts most where z shows what is to be said;
+    but what a network between pixels has to learn it learns from the small clip, where z shows nothing yet."""
     large = enlarge(batch["small"], scale, batch["level"])
-    _, sigma = diffusion.alpha_sigma(batch["t"], large)
     predict = predict_with(unet, large, batch["level"], batch["fps"], batch.get("context"))
-    return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"], (diffusion.balance(batch["t"], large) / sigma ** 2).clamp(max=10))
+    return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -122,24 +119,30 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
     level = torch.tensor([stage.level if level is None else level], device=device)
     context, null_context = (None if tokens is None else tokens.to(device).float() for tokens in (context, null_context))
 
-    def denoiser(first: int, last: int, batch: int):
-        """A predict(z, t) for the frames from first to last, as `batch` videos."""
+    def condition(first: int, last: int, batch: int):
+        """The enlarged frames from first to last, as `batch` videos."""
         piece = vae.to_float(small[first:last]).unflatten(0, (batch, -1)).to(device)               # (B, T', 3, h, w)
-        levels = level.expand(batch)
-        return predict_with(unet, enlarge(piece, stage.scale, levels), levels, torch.full((batch,), float(fps), device=device),
-                            context, null_context, guidance_scale)
+        return enlarge(piece, stage.scale, level.expand(batch))                     # (B, T', 3, H, W)
 
-    def over_time(z, t):                                                            # (1, T, 3, H, W)
-        parts = []
-        for start in range(0, T, stage.chunk):
-            first, last = max(0, start - stage.halo), min(T, start + stage.chunk + stage.halo)
-            parts.append(denoiser(first, last, 1)(z[:, first:last], t)[:, start - first:][:, :stage.chunk])
-        return torch.cat(parts, dim=1)
+    def denoiser(large):
+        rates = torch.full((len(large),), float(fps), device=device)
+        return predict_with(unet, large, level.expand(len(large)), rates, context, null_context, guidance_scale)
 
     if stage.halo:  # frames have noises of their own: temporal convolution makes them agree
-        noise = base.initial_noise((1, T, *shape), seed).to(device)                 # (1, T, 3, H, W)
+        whole = torch.float16 if base.has_fast_bf16(device) else torch.float32      # a long clip at 768 x 768 fills memory
+        noise = base.initial_noise((1, T, *shape), seed).to(device, whole)          # (1, T, 3, H, W)
+        large = torch.cat([condition(i, i + 8, 1).to(whole) for i in range(0, T, 8)], dim=1)
+
+        def over_time(z, t):
+            parts = []
+            for start in range(0, T, stage.chunk):
+                here = slice(max(0, start - stage.halo), start + stage.chunk + stage.halo)
+                said = denoiser(large[:, here])(z[:, here], t)[:, start - here.start:][:, :stage.chunk]
+                parts.append(said.to(whole))
+            return torch.cat(parts, dim=1)
+
         x = diffusion.sample(over_time, noise, steps, sampler, label=label, threshold=guidance_scale != 1)
-        return vae.to_uint8(x[0]).cpu()                                             # (T, 3, H, W)
+        return torch.stack([vae.to_uint8(frame).cpu() for frame in x[0]])           # (T, 3, H, W)
     out = torch.empty(T, *shape, dtype=torch.uint8)
     one = base.initial_noise((1, 1, *shape), seed)                                  # (1, 1, 3, H, W)
     for start in tqdm(range(0, T, stage.chunk), desc=label, disable=not label, leave=False):
@@ -147,7 +150,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
         noise = one.expand(end - start, -1, -1, -1, -1)                             # (T', 1, 3, H, W)
         if independent:
             noise = base.initial_noise(noise.shape, 1000003 * (seed + 1) + start)
-        x = diffusion.sample(denoiser(start, end, end - start), noise.to(device), steps, sampler)
+        x = diffusion.sample(denoiser(condition(start, end, end - start)), noise.to(device), steps, sampler)
         out[start:end] = vae.to_uint8(x.flatten(0, 1)).cpu()
     return out
 

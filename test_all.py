@@ -541,7 +541,7 @@ def test_the_interpolation_loss_is_of_unknown_frames_alone():
     truth = diffusion.target_of(x, batch["noise"], batch["t"])
     off_by = lambda error: interpolate.loss(lambda *a: truth + error[:, :, None, None, None], diffusion, batch)
     assert not off_by(known * 5.).any()
-    torch.testing.assert_close(off_by(~known * 3.), torch.tensor([9., 9.]))
+    torch.testing.assert_close(off_by(~known * 3.), 9 * (1 - diffusion.alpha_bar[[500, 900]]).float())  # of x, not of v
 
 
 @pytest.mark.parametrize("how", [dict(skip=2), dict(skip=5), dict(skip=5, parallel=True), dict(skip=3, parallel=True),
@@ -602,7 +602,7 @@ def test_a_fresh_interpolator_is_the_video_model_whatever_it_is_shown():
 
 def small_upscaler(which: str, context_dim: int = 8):
     stage = train.PIXELS[which]
-    small = replace(stage.config, channels=(8, 8), groups=4, context_dim=stage.config.context_dim and context_dim)
+    small = replace(stage.config, channels=(8, 8, 8), groups=4, context_dim=stage.config.context_dim and context_dim)
     return shaken(UNet(small), scale=.1), superres.diffusion_of(), replace(stage, config=small)
 
 
@@ -664,14 +664,14 @@ def test_shared_noise_keeps_a_static_clip_static(sampler):
 def test_upscaling_in_chunks_is_upscaling_whole(which):
     unet, diffusion, stage = small_upscaler(which)
     shaken(unet, only=lambda name: "temporal" in name, scale=1.)
-    clip = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    whole = superres.upscale(unet, diffusion, replace(stage, chunk=40), clip, 8., **prompt_for(stage))
+    clip = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    whole = superres.upscale(unet, diffusion, replace(stage, chunk=50), clip, 8., **prompt_for(stage))
     parts = superres.upscale(unet, diffusion, replace(stage, chunk=7), clip, 8., **prompt_for(stage))
     assert (whole.int() - parts.int()).abs().max() <= 1 < (whole.int() - whole[0].int()).abs().max()
     if which != "high":  # the halo is as far as the temporal convolutions reach, and no further
-        video = torch.randn(1, 40, 6, 8, 8, requires_grad=True)
-        unet(video, torch.tensor([500]), prompt_for(stage).get("context"), torch.ones(1), torch.ones(1))[0, 20].sum().backward()
-        reach = [abs(int(j) - 20) for j in video.grad[0].abs().sum((1, 2, 3)).nonzero()]
+        video = torch.randn(1, 50, 6, 8, 8, requires_grad=True)
+        unet(video, torch.tensor([500]), prompt_for(stage).get("context"), torch.ones(1), torch.ones(1))[0, 25].sum().backward()
+        reach = [abs(int(j) - 25) for j in video.grad[0].abs().sum((1, 2, 3)).nonzero()]
         assert 8 < max(reach) <= stage.halo
 
 
@@ -1142,7 +1142,7 @@ def test_networks_between_pixels_train_and_load(which, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(train, "PAIRS", {key: replace(pair, count=8, inner=min(pair.inner, 32)) for key, pair in train.PAIRS.items()})
     stage = train.PIXELS[which]
-    stage = replace(stage, config=replace(stage.config, channels=(8, 8), groups=4))
+    stage = replace(stage, config=replace(stage.config, channels=(8, 8, 8), groups=4))
     monkeypatch.setattr(train, "PIXELS", train.PIXELS | {which: stage})
     (tmp_path / "weights").mkdir()
     for name in ("vae", "text"):
@@ -1642,9 +1642,8 @@ def evaluate_interpolation(clips: int = 48):
         x, known = interpolate.timeline(z[:, ::skip], skip)
         made = interpolate.fill_timeline(unet, diffusion, x, known, said, 4. * skip)
         truth, made = vae.decode_video(autoencoder, z), vae.decode_video(autoencoder, made)
-        linear = blend(truth, skip)
-        moving = ((truth.amax(1) - truth.amin(1).int()).amax(1) > 24)[:, None, None].expand_as(truth) & ~known.view(-1, 1, 1, 1)
-        print(f"  skip {skip}   ours {psnr(made[moving], truth[moving]):5.2f} dB   linear blend {psnr(linear[moving], truth[moving]):5.2f} dB", end="")
+        linear, where = blend(truth, skip), moving(truth) & ~known.view(-1, 1, 1, 1)
+        print(f"  skip {skip}   ours {psnr(made[where], truth[where]):5.2f} dB   linear blend {psnr(linear[where], truth[where]):5.2f} dB", end="")
         factors, z, said = latents([0], np.arange(frames) / (4 * skip), motions=range(4))
         x, known = interpolate.timeline(z[:, ::skip], skip)
         made = interpolate.fill_timeline(unet, diffusion, x, known, said, 4. * skip)
@@ -1660,34 +1659,80 @@ def evaluate_interpolation(clips: int = 48):
     print(f"  stills animated at 4 fps: the prompt's motion in {100 * sum(right) / clips:.0f} % of {clips}")
 
 
+def moving(truth: torch.Tensor) -> torch.Tensor:
+    """Where anything moves in clips uint8 (N, T, 3, H, W), in any channel. (N, T, 3, H, W) bool"""
+    return ((truth.amax(1) - truth.amin(1).int()).amax(1) > 24)[:, None, None].expand_as(truth)
+
+
+def spoken_to(which: str, factors: list) -> list:
+    """What superres.upscale wants to know of each prompt, for the stages that hear one."""
+    if not train.PIXELS[which].config.pooled:
+        return [{}] * len(factors)
+    clip, tokenizer, _ = text.load()
+    said = text.encode(clip, tokenizer, [in_words(f) for f in factors])
+    return [{"context": tokens[None], "null_context": said["null_tokens"]} for tokens in said["tokens"]]
+
+
+def enlarged(which: str, clips: torch.Tensor, factors: list, fps: float) -> torch.Tensor:
+    """Clips uint8 (N, T, 3, h, w) through a network of superres.py or of TSR, each with its prompt."""
+    unet, diffusion, _ = superres.load(which)
+    return torch.stack([superres.upscale(unet, diffusion, train.PIXELS[which], clip, fps, **said)
+                        for clip, said in zip(clips, spoken_to(which, factors))])
+
+
+BEFORE = {"low": [], "high": ["low"], "tsr-32": [], "ssr-128": [], "ssr-256": ["ssr-128"], "tsr-128": ["ssr-128", "ssr-256"],
+          "ssr-768": ["ssr-128", "ssr-256"]}  # the enlargements that a stage's input has behind it
+
+
+def as_made(which: str, scenes: list, factors: list, times, fps: float) -> torch.Tensor:
+    """Clips as the stages before make them, out of the autoencoder's reading of the truth: uint8 (N, T, 3, h, w)."""
+    autoencoder, _ = vae.load()
+    video = vae.decode_video(autoencoder, vae.encode_video(autoencoder, torch.stack([train.render(s, times) for s in scenes])))
+    for earlier in BEFORE[which]:
+        video = enlarged(earlier, video, factors, fps)
+    return video
+
+
+def evaluate_doubling(which: str, name: str, fps: float, clips: int = 12):
+    """Imagen Video's TSR, to `fps`: held-out clips of which every second frame is given, against the rendered truth."""
+    side, times = train.PAIRS[which].side, np.arange(31) / fps
+    factors = factors_of(["held-out"], range(5), clips)
+    scenes = [scene_of(f, i) for i, f in enumerate(factors)]
+    truth = torch.stack([train.render(s, times, side) for s in scenes])             # (N, 31, 3, S, S)
+    where = moving(truth)
+    for kind, given in (("clean", truth[:, ::2]), ("as made", as_made(which, scenes, factors, times[::2], fps / 2))):
+        ours = enlarged(which, interpolate.double(given), factors, fps)[:, :31]
+        linear = blend(given.repeat_interleave(2, 1)[:, :31], 2)
+        print(f"  {name:8s} {fps / 2:2g} to {fps:2g} fps   {kind:8s} ours {psnr(ours[where], truth[where]):5.2f} dB   "
+              f"linear blend {psnr(linear[where], truth[where]):5.2f} dB", flush=True)
+
+
 def evaluate_superres(which: str, clips: int = 16):
     """Held-out clips against the rendered truth; the texture of the ground; flicker of shared and independent noise."""
-    unet, diffusion, _ = superres.load(which)
-    stage, autoencoder = superres.STAGES[which], vae.load()[0]
-    side, frames = {"low": (64, 8), "high": (256, 4)}[which]
-    times = np.arange(frames) / 20
-    print(f"\nSuper-resolution, {which}: {side} to {stage.scale * side}, held-out clips, augmentation level {stage.level:g}")
+    stage, side = superres.STAGES[which], train.PAIRS[which].side
+    fps = {"ssr-128": 8., "ssr-256": 8., "ssr-768": 32.}.get(which, 20.)
+    frames, size = 8 if side * stage.scale < 768 else 4, stage.scale * side
+    times = np.arange(frames) / fps
+    print(f"\nSuper-resolution, {which}: {side} to {size}, held-out clips, augmentation level {stage.level:g}")
     for name, grounds in (("black", [0]), ("all grounds", range(5))):
-        scenes = [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], grounds, clips))]
-        truth = torch.stack([train.render(s, times, stage.scale * side) for s in scenes])           # (N, T, 3, H, W)
-        clean = torch.stack([train.render(s, times, side) for s in scenes])
-        inputs_of = {"clean": clean}
-        if which == "low":
-            inputs_of["decoded"] = vae.decode_video(autoencoder, vae.encode_video(autoencoder, clean))
-        for kind, small in inputs_of.items():
-            ours = torch.stack([superres.upscale(unet, diffusion, stage, video, 20.) for video in small])
-            cubic = bicubic(small, stage.scale)
+        factors = factors_of(["held-out"], grounds, clips)
+        scenes = [scene_of(f, i) for i, f in enumerate(factors)]
+        truth = torch.stack([train.render(s, times, size) for s in scenes])         # (N, T, 3, H, W)
+        for kind in ("clean", "as made"):
+            small = torch.stack([train.render(s, times, side) for s in scenes]) if kind == "clean" else as_made(which, scenes, factors, times, fps)
+            ours, cubic = enlarged(which, small, factors, fps), bicubic(small, stage.scale)
             line = f"  {name:12s} {kind:8s} ours {psnr(ours, truth):5.2f} dB   bicubic {psnr(cubic, truth):5.2f} dB"
             if grounds != [0]:
                 fine = lambda video: (vae.to_float(video) - superres.blur(vae.to_float(video), 2.)).pow(2).mean(2)   # (N, T, H, W)
-                still = torch.stack([train.render(s | {"ground": 0}, times, stage.scale * side) for s in scenes]).amax((1, 2)) < 8
+                still = torch.stack([train.render(s | {"ground": 0}, times, size) for s in scenes]).amax((1, 2)) < 8
                 energy = lambda video: (fine(video).mean(1) * still).sum() / still.sum()
                 line += f"   fine detail of the ground {100 * energy(ours) / energy(truth):.0f} % of the truth's (bicubic {100 * energy(cubic) / energy(truth):.0f} %)"
             print(line, flush=True)
-    if stage.halo:
+    if which != "high":
         return
+    unet, diffusion, _ = superres.load(which)
     scenes = [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], range(1, 5), 4))]
-    still = torch.stack([train.render(s | {"ground": 0}, times, stage.scale * side) for s in scenes]).amax((1, 2)) < 8
+    still = torch.stack([train.render(s | {"ground": 0}, times, size) for s in scenes]).amax((1, 2)) < 8
     small, change = torch.stack([train.render(s, times, side) for s in scenes]), {}
     for independent in (False, True):
         ours = torch.stack([superres.upscale(unet, diffusion, stage, video, 20., independent=independent) for video in small]).int()
@@ -1704,9 +1749,13 @@ def evaluate(args):
     evaluate_hearing(args.weights)
     if (WEIGHTS / "interpolate.pt").is_file():
         evaluate_interpolation()
-    for which in ("low", "high"):
-        if (WEIGHTS / f"superres-{which}.pt").is_file():
+    for which in superres.STAGES:
+        if (WEIGHTS / f"{superres.name_of(which)}.pt").is_file():
             evaluate_superres(which)
+    if (WEIGHTS / "tsr-32.pt").is_file() and (WEIGHTS / "tsr-128.pt").is_file():
+        print("\nTemporal super-resolution: all frames of held-out clips against the truth, moving pixels only, augmentation level .1")
+        for which, name, fps in (("tsr-32", "tsr-32", 8.), ("tsr-128", "tsr-64", 16.), ("tsr-128", "tsr-128", 32.)):
+            evaluate_doubling(which, name, fps)
     settings = dict(guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=args.weights)
     print("\nPrompt fidelity at 4 fps, in %              prompts  colour  shape   motion (nearest)  ground  first three")
     print_fidelity("held-out triples on black", factors_of(["held-out"], [0], args.prompts), **settings)
@@ -1731,6 +1780,55 @@ def curve(args):
         made_by = base.load_weights(path, "base")["made_by"]
         print_fidelity(f"{made_by['steps']} steps, {made_by['minutes']:.0f} min", factors_of(["held-out"], [0], args.prompts),
                        guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Two designs for one job, with one ruler: python test_all.py compare
+
+def still_ground(video: torch.Tensor) -> torch.Tensor:
+    """Where no frame of a video uint8 (T, 3, S, S) has its object, nor anything near it. (S, S) bool"""
+    cover, _ = segment(F.interpolate(video.float() / 255, (SIZE, SIZE), mode="area"))
+    free = F.max_pool2d(cover.amax(0), 5, 1, 2)[0] < .1                             # (SIZE, SIZE)
+    return free.repeat_interleave(video.shape[-1] // SIZE, 0).repeat_interleave(video.shape[-1] // SIZE, 1)
+
+
+def compare(args):
+    """Both cascades on the same held-out prompts, each video by the reader's own command, one after the other."""
+    factors = factors_of(["held-out"], range(5), args.prompts)
+    rows = {}
+    for cascade, skip in (("make-a-video", 5), ("imagen-video", 8)):                # 20 and 32 frames per second, read at 4
+        stages = sample.CASCADES[cascade]
+        weights = [base.load_weights(WEIGHTS / f"{name}.pt") for name in dict.fromkeys(["base", *(own for _, _, own, _ in stages)])]
+        begun, ended, flicker, seconds, memory = [], [], [], [], []
+        for i, f in enumerate(train.tqdm(factors, desc=cascade)):
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.perf_counter()
+                process = subprocess.Popen([sys.executable, HERE / "sample.py", in_words(f), "--cascade", cascade, "--keep", folder, "--seed", str(i),
+                                            "-o", f"{folder}/video.mp4", "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                _, status, usage = os.wait4(process.pid, 0)
+                assert status == 0, f"sample.py failed on {in_words(f)!r}"
+                seconds.append(time.perf_counter() - start)
+                memory.append(usage.ru_maxrss / 2 ** 20)
+                vae.main(["decode", f"{folder}/base.pt", "-o", f"{folder}/first.pt", "--device", "cpu"])
+                begun.append(base.load_stage(f"{folder}/first.pt", "pixels")["data"][0])
+                video = base.load_stage(f"{folder}/{stages[-1][0]}.pt", "pixels")["data"][0]        # (T, 3, 768, 768)
+            ended.append(F.interpolate(video[::skip].float(), (SIZE, SIZE), mode="area").round().byte())
+            if f[3]:  # black does not flicker
+                still = still_ground(video[::skip])
+                flicker.append(float(np.mean([(b.int() - a.int()).abs()[:, still].float().mean() for a, b in zip(video, video[1:])])))
+        both = [fidelity(torch.stack(videos), factors) for videos in (begun, ended)]
+        rows[cascade] = {
+            "parameters": f"{sum(t.numel() for w in weights for t in w['model'].values()) / 1e6:.1f} M",
+            "minutes of training": f"{sum(w['made_by'].get('minutes', 0) + w['made_by'].get('init_minutes', 0) for w in weights):.0f}",
+            "network evaluations of a frame": str(2 * STEPS + sum({"interpolate": 16, "vae": 0}.get(own, 4) for _, _, own, _ in stages)),
+            "seconds per video": f"{np.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})",
+            "peak memory": f"{max(memory):.1f} GiB"}
+        for part, share in zip(("base", "last stage"), both):
+            rows[cascade] |= {f"{what}, after the {part}": f"{100 * share[what]:.0f} %" for what in ("colour", "shape", "motion", "nearest", "ground")}
+        rows[cascade]["flicker of still ground"] = f"{np.mean(flicker):.2f}/255"
+    print(f"Both cascades on {args.prompts} prompts of held-out triples, all grounds; seed 0, guidance {GUIDANCE:g}, {torch.get_num_threads()} threads")
+    for name in rows["make-a-video"]:
+        print(f"  {name:36s} {rows['make-a-video'][name]:>20s} {rows['imagen-video'][name]:>20s}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1939,11 +2037,11 @@ def pictures(args):
 
 
 if __name__ == "__main__":
-    parser = base.Parser("Measure the shipped weights: what they make (evaluate), how fast (benchmark), and how it looks (pictures).")
-    parser.add_argument("what", choices=("evaluate", "curve", "benchmark", "peers", "pictures"), help="which tables to print, or pictures to draw")
+    parser = base.Parser("Measure the shipped weights: what they make (evaluate, compare), how fast (benchmark), and how it looks (pictures).")
+    parser.add_argument("what", choices=("evaluate", "curve", "compare", "benchmark", "peers", "pictures"), help="which tables to print, or pictures to draw")
     parser.add_argument("--prompts", type=base.positive(int), default=480, help="prompts per row of held-out triples")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="classifier-free guidance scale")
     parser.add_argument("--steps", type=base.positive(int), default=STEPS, help="sampling steps")
     parser.add_argument("--weights", type=Path, default=WEIGHTS / "base.pt", help="base weights to evaluate, such as a snapshot of a run")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled videos")
-    base.run(lambda: {"evaluate": evaluate, "curve": curve, "benchmark": benchmark, "peers": peers, "pictures": pictures}[(args := parser.parse_args()).what](args))
+    base.run(lambda: {"evaluate": evaluate, "curve": curve, "compare": compare, "benchmark": benchmark, "peers": peers, "pictures": pictures}[(args := parser.parse_args()).what](args))
