@@ -59,7 +59,8 @@ def given(x, known):
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
     """Loss per video over its unknown frames, (B,). batch: as for base.loss, and known (B, T), 1 where a frame is given.
 
-    sigma^2 |v - v'|^2 = |x - x'|^2: as in superres.py, what there is to learn is to be learned from what is given, at the noisiest levels.
+    Differs: sigma^2 |v - v'|^2 = |x - x'|^2. As in superres.py, what there is to learn is to be learned from what is given, and most
+    where the noise hides the rest.
     Known frames stay among the noisy ones too, as alpha_t known + sigma_t eps, here and in `fill` alike."""
     x, known = batch["latents"], batch["known"].to(batch["latents"])
     beside = given(x, known)

@@ -68,6 +68,8 @@ class Stage:
     halo: int            # frames on either side of a chunk that reach into it
 
 
+# Differs: Imagen Video goes from 24 x 40 to 768 x 1280, in pixels from the start; here it starts from 64 x 64, out of latents.
+# Small patches and narrow levels: behind patches of 8 x 8, a network twice as wide could not place an edge.
 PIXELS = UNetConfig(in_channels=6, out_channels=3, channels=(24, 48, 64), attention=(False, False, False), context_dim=None,
                     temporal="conv", patch_size=4, level=True)
 SSR = replace(PIXELS, channels=(16, 32, 48), context_dim=128, pooled=True)

@@ -440,7 +440,7 @@ RECIPES = {
     "prior": Recipe(steps=2000, batch=64, lr=5e-3, warmup=50),
     "base": Recipe(steps=3000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
     "interpolate": Recipe(steps=1500, batch=16, lr=8e-4),
-    "superres-low": Recipe(steps=700, batch=4, lr=2e-3),
+    "superres-low": Recipe(steps=520, batch=4, lr=2e-3),
     "superres-high": Recipe(steps=2500, batch=8, lr=2e-3),
     "tsr-32": Recipe(steps=600, batch=4, lr=2e-3),
     "ssr-128": Recipe(steps=700, batch=4, lr=2e-3),
