@@ -1693,7 +1693,7 @@ def as_made(which: str, scenes: list, factors: list, times, fps: float) -> torch
     return video
 
 
-def evaluate_doubling(which: str, name: str, fps: float, clips: int = 12):
+def evaluate_doubling(which: str, name: str, fps: float, clips: int):
     """Imagen Video's TSR, to `fps`: held-out clips of which every second frame is given, against the rendered truth."""
     side, times = train.PAIRS[which].side, np.arange(31) / fps
     factors = factors_of(["held-out"], range(5), clips)
@@ -1754,8 +1754,8 @@ def evaluate(args):
             evaluate_superres(which)
     if (WEIGHTS / "tsr-32.pt").is_file() and (WEIGHTS / "tsr-128.pt").is_file():
         print("\nTemporal super-resolution: all frames of held-out clips against the truth, moving pixels only, augmentation level .1")
-        for which, name, fps in (("tsr-32", "tsr-32", 8.), ("tsr-128", "tsr-64", 16.), ("tsr-128", "tsr-128", 32.)):
-            evaluate_doubling(which, name, fps)
+        for which, name, fps, clips in (("tsr-32", "tsr-32", 8., 12), ("tsr-128", "tsr-64", 16., 4), ("tsr-128", "tsr-128", 32., 4)):
+            evaluate_doubling(which, name, fps, clips)
     settings = dict(guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=args.weights)
     print("\nPrompt fidelity at 4 fps, in %              prompts  colour  shape   motion (nearest)  ground  first three")
     print_fidelity("held-out triples on black", factors_of(["held-out"], [0], args.prompts), **settings)
@@ -1798,7 +1798,7 @@ def compare(args):
     rows = {}
     for cascade, skip in (("make-a-video", 5), ("imagen-video", 8)):                # 20 and 32 frames per second, read at 4
         stages = sample.CASCADES[cascade]
-        weights = [base.load_weights(WEIGHTS / f"{name}.pt") for name in dict.fromkeys(["base", *(own for _, _, own, _ in stages)])]
+        weights = [base.read_pt(WEIGHTS / f"{name}.pt") for name in dict.fromkeys(["base", *(own for _, _, own, _ in stages)])]
         begun, ended, flicker, seconds, memory = [], [], [], [], []
         for i, f in enumerate(train.tqdm(factors, desc=cascade)):
             with tempfile.TemporaryDirectory() as folder:
