@@ -556,6 +556,7 @@ def guided(unet: UNet, context, null_context, fps, guidance_scale, given=None, l
         if scale in (0, 1):
             with fast_autocast(z.device):
                 return unet(z, t, context if scale else null_context.expand_as(context), fps, level)
+        # Concatenated out here: on a CPU, autocast refuses to do it for clips kept in fp16.
         inputs = twice(z), twice(t), torch.cat([context, null_context.expand_as(context)]), twice(fps), twice(level)
         with fast_autocast(z.device):
             prompt, null = unet(*inputs).chunk(2)
@@ -626,14 +627,17 @@ def note(message: str):
     print(message, file=sys.stderr)
 
 
+def allocator(function: str, *values: int):
+    """Tell glibc's allocator something, where there is a glibc."""
+    with suppress(OSError, AttributeError, TypeError):
+        getattr(ctypes.CDLL(None), function)(*values)
+
+
 def keep_freed_memory():
     """glibc gives every large tensor back to the system as it dies, and has the next one's pages made and cleared anew, which
-    takes a quarter of the time of a stage on large frames. Where there is a glibc: keep them."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library has no mallopt
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)                                                     # M_MMAP_MAX: all blocks from the heap
-            libc.mallopt(-1, 2 ** 31 - 1)                                           # M_TRIM_THRESHOLD: and none back
+    takes a quarter of the time of a stage on large frames. Keep them."""
+    allocator("mallopt", -4, 0)                                                     # M_MMAP_MAX: all blocks from the heap
+    allocator("mallopt", -1, 2 ** 31 - 1)                                           # M_TRIM_THRESHOLD: and none back
 
 
 def run(main):

@@ -142,8 +142,8 @@ def timeline(latents, skip: int = 1, before: int = 0, after: int = 0):
 # ------------------------------------------------------------------------------------------------
 # Imagen Video's way: TSR. Loss and sampling are those of superres.py.
 
-TSR = {"tsr-32": superres.Stage(1, replace(superres.SSR, patch_size=1), level=.1, chunk=32, halo=22),    # for 64 x 64 pixels
-       "tsr-128": superres.Stage(1, superres.SSR, level=.1, chunk=128, halo=22)}    # for 256 x 256
+TSR = {"tsr-32": superres.Stage(1, replace(superres.SSR, patch_size=1), level=.1, chunk=32),    # for 64 x 64 pixels
+       "tsr-128": superres.Stage(1, superres.SSR, level=.1, chunk=128)}    # for 256 x 256
 
 
 def double(video, blank: bool = False):

@@ -9,14 +9,12 @@ Runs the stages' own programs one after the other, through the .pt files they ex
 Video's (section 2.2). `--keep` leaves those files for a look, with the commands that made them in stages.txt; the same call then
 goes on from what is there.
 """
-import ctypes
 import re
 import resource
 import shlex
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -101,8 +99,7 @@ def run_cascade(stages: list, folder: Path):
 
 def forget_peak():
     """Start a new measurement of peak memory, where the system can (Linux; elsewhere the peak is since the start)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what base.keep_freed_memory kept for the stage before
+    base.allocator("malloc_trim", 0)  # what base.keep_freed_memory kept for the stage before
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -65,7 +65,12 @@ class Stage:
     config: UNetConfig
     level: float         # of augmentation, when sampling
     chunk: int           # frames at once, when sampling
-    halo: int            # frames on either side of a chunk that reach into it
+
+    @property
+    def halo(self) -> int:
+        """Frames on either side of a chunk that reach into it: one for each temporal convolution, of which a residual block has two."""
+        c = self.config
+        return 2 * ((2 * c.layers + 1) * len(c.channels) + 2) if "conv" in c.temporal else 0
 
 
 # Differs: Imagen Video goes from 24 x 40 to 768 x 1280, in pixels from the start; here it starts from 64 x 64, out of latents.
@@ -73,11 +78,11 @@ class Stage:
 PIXELS = UNetConfig(in_channels=6, out_channels=3, channels=(24, 48, 64), attention=(False, False, False), context_dim=None,
                     temporal="conv", patch_size=4, level=True)
 SSR = replace(PIXELS, channels=(16, 32, 48), context_dim=128, pooled=True)
-STAGES = {"low": Stage(4, replace(PIXELS, patch_size=2), level=.3, chunk=76, halo=22),
-          "high": Stage(3, replace(PIXELS, temporal="none", gates=False), level=.3, chunk=4, halo=0),
-          "ssr-128": Stage(2, replace(SSR, attention=(False, False, True), patch_size=2), level=.2, chunk=32, halo=22),
-          "ssr-256": Stage(2, replace(SSR, attention=(False, False, True), patch_size=2), level=.2, chunk=32, halo=22),
-          "ssr-768": Stage(3, replace(SSR, gates=False), level=.2, chunk=64, halo=22)}
+STAGES = {"low": Stage(4, replace(PIXELS, patch_size=2), level=.3, chunk=76),
+          "high": Stage(3, replace(PIXELS, temporal="none", gates=False), level=.3, chunk=4),
+          "ssr-128": Stage(2, replace(SSR, attention=(False, False, True), patch_size=2), level=.2, chunk=32),
+          "ssr-256": Stage(2, replace(SSR, attention=(False, False, True), patch_size=2), level=.2, chunk=32),
+          "ssr-768": Stage(3, replace(SSR, gates=False), level=.2, chunk=64)}
 
 
 def diffusion_of() -> Diffusion:
@@ -127,6 +132,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
         return enlarge(piece, stage.scale, level.expand(batch))                     # (B, T', 3, H, W)
 
     def denoiser(large):
+        """A predict(z, t) of clips whose enlarged frames are `large` (B, T', 3, H, W)."""
         rates = torch.full((len(large),), float(fps), device=device)
         return predict_with(unet, large, level.expand(len(large)), rates, context, null_context, guidance_scale)
 

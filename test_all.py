@@ -1806,7 +1806,8 @@ def compare(args):
                 process = subprocess.Popen([sys.executable, HERE / "sample.py", in_words(f), "--cascade", cascade, "--keep", folder, "--seed", str(i),
                                             "-o", f"{folder}/video.mp4", "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 _, status, usage = os.wait4(process.pid, 0)
-                assert status == 0, f"sample.py failed on {in_words(f)!r}"
+                if status:
+                    raise UserError(f"sample.py failed on {in_words(f)!r}")
                 seconds.append(time.perf_counter() - start)
                 memory.append(usage.ru_maxrss / 2 ** 20)
                 vae.main(["decode", f"{folder}/base.pt", "-o", f"{folder}/first.pt", "--device", "cpu"])
