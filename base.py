@@ -379,12 +379,13 @@ class UNet(nn.Module):
         H, W, stride = *x.shape[-2:], self.config.patch_size * 2 ** (len(self.config.channels) - 1)
         if H % stride or W % stride:  # sizes that do not fit are padded here and cropped at the end
             x = F.pad(x.flatten(0, 1), (0, -W % stride, 0, -H % stride), mode="replicate").unflatten(0, (B, T))
-        fold = lambda video: F.pixel_unshuffle(video.flatten(0, 1), self.config.patch_size).contiguous(memory_format=torch.channels_last)
-        h = self.conv_in(fold(x))                                                   # (B*T, C, H/p, W/p)
+        fold = lambda frames: F.pixel_unshuffle(frames, self.config.patch_size).contiguous(memory_format=torch.channels_last)
+        few = lambda frames: frames.split(max(1, 2 ** 24 // frames[0].numel()))     # where copies of all would be what fills memory
+        h = torch.cat([self.conv_in(fold(part)) for part in few(x.flatten(0, 1))])  # (B*T, C, H/p, W/p)
         if T > 1 and hasattr(self, "temporal_prior"):
             with torch.no_grad():  # frozen, as every stage is before the next begins
                 mean = self.temporal_prior(context, fps, T, *x.shape[-2:])          # (B, T, C', H, W)
-            h = h + self.temporal_prior_conv(fold(mean))
+            h = h + self.temporal_prior_conv(fold(mean.flatten(0, 1)))
         x = h
         skips = [x]
         for block in self.down_blocks:
@@ -401,8 +402,9 @@ class UNet(nn.Module):
                 x = through(block.layer, i, x, skips.pop(), emb, context, T)
             for upsample in block.upsamplers:
                 x = upsample(x)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return F.pixel_shuffle(x, self.config.patch_size)[..., :H, :W].unflatten(0, (B, T)).float()  # (B, T, C', H, W)
+        unfold = lambda frames: F.pixel_shuffle(frames, self.config.patch_size)[..., :H, :W].float()
+        x = torch.cat([unfold(self.conv_out(F.silu(self.conv_norm_out(part)))) for part in few(x)])
+        return x.unflatten(0, (B, T))                                               # (B, T, C', H, W)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -441,14 +443,12 @@ class Diffusion:
         alpha, sigma = self.alpha_sigma(t, x)
         return {"v": alpha * noise - sigma * x, "epsilon": noise, "sample": x}[self.target]
 
-    def x_and_noise(self, prediction, z, t):
-        """Both the clean x and the noise that a prediction at z implies."""
+    def x_of(self, prediction, z, t):
+        """The clean x that a prediction at z implies."""
         alpha, sigma = self.alpha_sigma(t, z)
         if self.target == "v":
-            return alpha * z - sigma * prediction, sigma * z + alpha * prediction
-        if self.target == "epsilon":
-            return (z - sigma * prediction) / alpha, prediction
-        return prediction, (z - alpha * prediction) / sigma
+            return alpha * z - sigma * prediction
+        return (z - sigma * prediction) / alpha if self.target == "epsilon" else prediction
 
     def loss(self, predict, x, noise, t, weight=1.):
         """Weighted mean squared error of the target, one number per video. (B, ...) -> (B,)"""
@@ -502,7 +502,7 @@ class Diffusion:
         x_before = None
         for i in tqdm(range(steps), desc=label, disable=not label, leave=False):
             t = at(i)
-            x, _ = self.x_and_noise(predict(z, t), z, t)
+            x = self.x_of(predict(z, t), z, t)
             x = dynamic_threshold(x) if threshold else x
             if i == steps - 1:  # no noise is left to step to
                 return x

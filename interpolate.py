@@ -5,8 +5,8 @@ input gains the known frames and the mask as channels, and which frames are know
 interpolated, a clip is continued either way, a picture comes to life.
 
 Imagen Video (2210.02303) sections 2.2-2.3 have another design for the same job, TSR: the clip at twice the rate, each frame repeated, is
-what a network in pixels is shown, and it says all frames anew, the given ones too, in one block. No mask, no windows, and
-nothing else that it can do. The network is that of superres.py, at a scale of one.
+what a network in pixels is shown, and it says all frames in one block. No mask, no windows, and nothing else that it can do. The
+network is that of superres.py, at a scale of one.
 
     in    base.pt     latents (B, T, 4, h, w), as base.py or `vae.py encode` made them
     out   frames.pt   latents (B, k*(T-1) + 1, 4, h, w) at k times the frame rate; the known ones unchanged to the bit
@@ -50,10 +50,20 @@ def inflate(weights: dict) -> dict:
 
 
 def given(x, known):
-    """What the network is shown beside the noisy frames: the known ones, zero elsewhere, and the mask, 1 = known.
-    x (B, T, 4, h, w), known (B, T) -> (B, T, 4 + 1, h, w)"""
-    mask = known[:, :, None, None, None].to(x)                                      # (B, T, 1, 1, 1)
-    return torch.cat([x * mask, mask.expand_as(x[:, :, :1])], dim=2)
+    """What the network is shown beside the noisy frames: the known ones, blends of them elsewhere, and the mask, 1 = known.
+    x (B, T, 4, h, w), known (B, T), one in each video at least -> (B, T, 4 + 1, h, w)
+
+    Differs: Make-A-Video shows zeros where nothing is known. The ground, and all else that stands still, is in the blend already,
+    and need not be carried from frame to frame by attention. Before the first known frame, and after the last, stands that one."""
+    T, known = x.shape[1], known.bool()
+    at = torch.arange(T, device=x.device).expand_as(known)                          # (B, T)
+    before = torch.where(known, at, -1).cummax(1).values                            # (B, T): the last known frame so far, -1 for none
+    after = torch.where(known, at, T).flip(1).cummin(1).values.flip(1)              # (B, T): the next, T for none
+    before, after = torch.where(before < 0, after, before), torch.where(after == T, before, after)
+    share = (at - before) / (after - before).clamp(min=1)                           # (B, T)
+    frames = lambda i: x.gather(1, i[:, :, None, None, None].expand_as(x))          # (B, T, 4, h, w)
+    mask = known[:, :, None, None, None].to(x).expand_as(x[:, :, :1])               # (B, T, 1, h, w)
+    return torch.cat([torch.lerp(frames(before), frames(after), share[:, :, None, None, None].to(x)), mask], dim=2)
 
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
@@ -142,13 +152,19 @@ def timeline(latents, skip: int = 1, before: int = 0, after: int = 0):
 # ------------------------------------------------------------------------------------------------
 # Imagen Video's way: TSR. Loss and sampling are those of superres.py.
 
-TSR = {"tsr-32": superres.Stage(1, replace(superres.SSR, patch_size=1), level=.1, chunk=32),    # for 64 x 64 pixels
-       "tsr-128": superres.Stage(1, superres.SSR, level=.1, chunk=128)}    # for 256 x 256
+DOUBLE = replace(superres.SSR, in_channels=3 + 6)
+TSR = {"tsr-32": superres.Stage(1, replace(DOUBLE, patch_size=1), level=0., chunk=32),    # for 64 x 64 pixels
+       "tsr-128": superres.Stage(1, DOUBLE, level=0., chunk=128, steps=2)}    # for 256 x 256
 
 
-def double(video, blank: bool = False):
-    """A clip uint8 (..., T, C, H, W) at twice the rate: frame i at 2i, and again at 2i + 1, or blank there. (..., 2*T, C, H, W)"""
-    return torch.stack([video, torch.full_like(video, 128) if blank else video], dim=-4).flatten(-5, -4)
+def double(video):
+    """A clip uint8 (..., T, 3, H, W) at twice the rate, twice: (..., 2*T, 6, H, W). Frame i is at 2i; at 2i + 1 are, in the first three
+    channels, frame i again, and in the last three frame i + 1. (Behind the last frame it stands still.)
+
+    Differs: Imagen Video repeats the frame before alone."""
+    after = torch.cat([video[..., 1:, :, :, :], video[..., -1:, :, :, :]], dim=-4)  # (..., T, 3, H, W)
+    given, between = torch.cat([video, video], dim=-3), torch.cat([video, after], dim=-3)          # (..., T, 6, H, W)
+    return torch.stack([given, between], dim=-4).flatten(-5, -4)
 
 
 def load(path=WEIGHTS / "interpolate.pt", device="cpu"):
@@ -182,7 +198,7 @@ def main(argv=None):
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate of an animation; 4 to 30 were trained")
     parser.add_argument("--parallel", action="store_true", help="all windows at once, sharing keyframes alone")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, as written by train.py")
-    parser.add_argument("--steps", type=positive(int), help="sampling steps per window, 1000 at most; 16, or 4 for --double")
+    parser.add_argument("--steps", type=positive(int), help="sampling steps per window, 1000 at most; 16; for --double 4, or 2 for large pixels")
     parser.add_argument("--guidance", type=finite, default=1., help="classifier-free guidance scale; 1 is none")
     parser.add_argument("--oscillate", type=finite, metavar="LOW", help="tsr-32: in the second half, guide every other step by this scale")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim"), help="DPM-Solver++(2M) or DDIM; dpmpp, or ddim for --double")
@@ -190,7 +206,7 @@ def main(argv=None):
     parser.add_device()
     args = parser.parse_args(argv)
     base.check_out(args.out, (".pt",))
-    args.steps, args.sampler = args.steps or (4 if args.double else 16), args.sampler or ("ddim" if args.double else "dpmpp")
+    args.steps, args.sampler = args.steps or (TSR[args.double].steps if args.double else 16), args.sampler or ("ddim" if args.double else "dpmpp")
     if args.oscillate is not None and not args.double:
         raise UserError("--oscillate is for --double")
     base.check_sampling(args)
@@ -199,8 +215,9 @@ def main(argv=None):
             raise UserError("--parallel is about windows, which --double has none of")
         path = args.weights / f"{args.double}.pt"
         clips, loaded = superres.read_pixels(args.input), superres.load(args.double, path, args.device)
-        clips |= {"data": double(clips["data"], loaded[2]["made_by"]["blank"]), "fps": 2 * clips["fps"]}
-        return superres.process(clips, args.double, TSR[args.double], loaded, path, args)
+        clips |= {"data": double(clips["data"]), "fps": 2 * clips["fps"]}
+        stage = replace(TSR[args.double], blank=loaded[2]["made_by"]["blank"])
+        return superres.process(clips, args.double, stage, loaded, path, args)
     unet, diffusion, weights = load(args.weights / "interpolate.pt", args.device)
     made_by = weights["made_by"]
     if args.animate:

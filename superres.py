@@ -65,6 +65,8 @@ class Stage:
     config: UNetConfig
     level: float         # of augmentation, when sampling
     chunk: int           # frames at once, when sampling
+    steps: int = 4       # of sampling
+    blank: bool = False  # TSR: show nothing between the frames that are given
 
     @property
     def halo(self) -> int:
@@ -91,20 +93,35 @@ def diffusion_of() -> Diffusion:
     return Diffusion(target="sample")
 
 
-def predict_with(unet: UNet, large, level, fps=None, context=None, null_context=None, guidance_scale=1.):
-    """A predict(z, t) of the clean clip, from the condition `large` (B, T, 3, H, W), and for SSR the prompt's tokens (B, L, D)."""
-    residual = base.guided(unet, context, null_context, fps, guidance_scale, large, level)
-    return lambda z, t: large + residual(z, t)
+def predict_with(unet: UNet, stage: Stage, large, level, fps=None, context=None, null_context=None, guidance_scale=1.):
+    """A predict(z, t) of the clean clip, from the condition `large` (B, T, 3, H, W), and for SSR the prompt's tokens (B, L, D).
+
+    To TSR, `large` is two clips (B, T, 6, H, W), of the frames before and after each; what its network says is where between the two
+    a pixel lies. Differs: Imagen Video's says the pixel. That is a harder thing to learn: where an object passes in front of a still
+    ground, what one sees is always one of the two, in whatever colours."""
+    shown = large
+    if stage.blank:
+        shown = large.clone()
+        shown[:, 1::2] = 0
+    said = base.guided(unet, context, null_context, fps, guidance_scale, shown, level)
+    if large.shape[2] == 3:
+        return lambda z, t: large + said(z, t)
+    before, after = large.chunk(2, dim=2)                                           # (B, T, 3, H, W)
+    def between(z, t):
+        share = .5 + said(z, t)
+        share = share if torch.is_grad_enabled() else share.clamp(0, 1)  # in training, what overshoots has to hear that it does
+        return before + share * (after - before)
+    return between
 
 
-def loss(unet: UNet, diffusion: Diffusion, batch: dict, scale: int) -> torch.Tensor:
+def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.Tensor:
     """Loss per clip, (B,). batch: pixels (B, T, 3, H, W), small (B, T, 3, h, w), level (B,), fps (B,), noise like pixels, t (B,),
     and for SSR context (B, L, D).
 
     |x - x'|^2, alike at all noise levels. Differs: from v, |x - x'|^2 / sigma^2, which counts most where z shows what is to be said;
     but what a network between pixels has to learn it learns from the small clip, where z shows nothing yet."""
-    large = enlarge(batch["small"], scale, batch["level"])
-    predict = predict_with(unet, large, batch["level"], batch["fps"], batch.get("context"))
+    large = enlarge(batch["small"], stage.scale, batch["level"])
+    predict = predict_with(unet, stage, large, batch["level"], batch["fps"], batch.get("context"))
     return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"])
 
 
@@ -112,7 +129,7 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, scale: int) -> torch.Ten
 # Sampling: the network sees chunks of frames. Frame by frame, memory does not grow with the length of the clip; over space and
 # time, the noisy clip itself is held whole.
 
-def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, steps: int = 4, sampler: str = "ddim",
+def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, steps: int | None = None, sampler: str = "ddim",
             seed: int = 0, independent: bool = False, level: float | None = None, label: str = "",
             context=None, null_context=None, guidance_scale=1.):
     """A clip uint8 (T, 3, h, w) at `stage.scale` times the size, uint8 (T, 3, H, W). SSR also wants the tokens of its prompt,
@@ -121,8 +138,8 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
     Frame by frame (no halo): chunks of frames, each a batch of pictures, denoised from start to end before the next. Over space
     and time: every denoising step goes through the clip in chunks, with `halo` frames on either side, as many as the temporal
     convolutions reach, so that the chunks of a step say what one call on the whole clip would."""
-    device, (T, C, h, w) = next(unet.parameters()).device, small.shape
-    shape = (C, stage.scale * h, stage.scale * w)
+    device, (T, _, h, w), steps = next(unet.parameters()).device, small.shape, steps or stage.steps
+    shape = (3, stage.scale * h, stage.scale * w)
     level = torch.tensor([stage.level if level is None else level], device=device)
     context, null_context = (None if tokens is None else tokens.to(device).float() for tokens in (context, null_context))
 
@@ -134,11 +151,10 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
     def denoiser(large):
         """A predict(z, t) of clips whose enlarged frames are `large` (B, T', 3, H, W)."""
         rates = torch.full((len(large),), float(fps), device=device)
-        return predict_with(unet, large, level.expand(len(large)), rates, context, null_context, guidance_scale)
+        return predict_with(unet, stage, large, level.expand(len(large)), rates, context, null_context, guidance_scale)
 
     if stage.halo:  # frames have noises of their own: temporal convolution makes them agree
         whole = torch.float16 if base.has_fast_bf16(device) else torch.float32      # a long clip at 768 x 768 fills memory
-        noise = base.initial_noise((1, T, *shape), seed).to(device, whole)          # (1, T, 3, H, W)
         large = torch.cat([condition(i, i + 8, 1).to(whole) for i in range(0, T, 8)], dim=1)
 
         def over_time(z, t):
@@ -149,7 +165,8 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
                 parts.append(said.to(whole))
             return torch.cat(parts, dim=1)
 
-        x = diffusion.sample(over_time, noise, steps, sampler, label=label, threshold=guidance_scale != 1)
+        x = diffusion.sample(over_time, base.initial_noise((1, T, *shape), seed).to(device, whole), steps, sampler, label=label,
+                             threshold=guidance_scale != 1)
         return torch.stack([vae.to_uint8(frame).cpu() for frame in x[0]])           # (T, 3, H, W)
     out = torch.empty(T, *shape, dtype=torch.uint8)
     one = base.initial_noise((1, 1, *shape), seed)                                  # (1, 1, 3, H, W)
@@ -212,7 +229,7 @@ def main(argv=None):
     parser.add_argument("input", help="pixels from `vae.py decode` or the stage before, or any video")
     parser.add_argument("-o", "--out", default="large.pt", help=".pt of pixels, or .mp4, .gif, .png to look at")
     parser.add_argument("--weights", type=Path, help="weights, written by train.py; those in weights/ if not given")
-    parser.add_argument("--steps", type=positive(int), default=4, help="sampling steps, 1000 at most")
+    parser.add_argument("--steps", type=positive(int), help="sampling steps, 1000 at most; 4 if not given")
     parser.add_argument("--guidance", type=base.finite, default=1., help="ssr: classifier-free guidance scale; 1 is none")
     parser.add_argument("--oscillate", type=base.finite, metavar="LOW", help="ssr-128: in the second half, guide every other step by this "
                         "scale; on larger pictures Imagen Video saw artifacts")
@@ -223,6 +240,7 @@ def main(argv=None):
     parser.add_device()
     args = parser.parse_args(argv)
     base.check_out(args.out, (*vae.WRITTEN, ".pt"))
+    args.steps = args.steps or STAGES[args.which].steps
     base.check_sampling(args)
     if args.level is not None and not 0 <= args.level <= 1:
         raise UserError(f"--level is {args.level:g}, where 0 to 1 is wanted")

@@ -339,13 +339,12 @@ def test_stable_diffusion_parameter_counts():
 
 @pytest.mark.parametrize("schedule", ["cosine", "scaled_linear"])
 @pytest.mark.parametrize("target", ["v", "epsilon", "sample"])
-def test_targets_and_noise_turn_into_each_other(schedule, target):
+def test_what_the_network_says_tells_the_clean_x(schedule, target):
     diffusion = Diffusion(schedule, target)
     x, noise = torch.randn(2, 50, 3, dtype=torch.float64)
     t = torch.randint(0, 1000, (50,))
     z = diffusion.add_noise(x, noise, t)
-    for recovered, truth in zip(diffusion.x_and_noise(diffusion.target_of(x, noise, t), z, t), (x, noise)):
-        torch.testing.assert_close(recovered, truth, atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(diffusion.x_of(diffusion.target_of(x, noise, t), z, t), x, atol=1e-8, rtol=1e-6)
 
 
 def test_schedules():
@@ -522,7 +521,13 @@ def test_window_plans():
 def test_the_network_is_shown_known_frames_and_a_mask_that_is_one_there():
     x, known = torch.randn(1, 3, 4, 2, 2), torch.tensor([[True, False, True]])
     beside = interpolate.given(x, known)
-    assert torch.equal(beside[:, [0, 2], :4], x[:, [0, 2]]) and not beside[:, 1].any() and (beside[:, [0, 2], 4] == 1).all()
+    assert torch.equal(beside[:, [0, 2], :4], x[:, [0, 2]]) and not beside[:, 1, 4].any() and (beside[:, [0, 2], 4] == 1).all()
+    torch.testing.assert_close(beside[:, 1, :4], (x[:, 0] + x[:, 2]) / 2)            # between known frames, their blend
+    hidden = x.clone()
+    hidden[:, 1] = math.inf
+    assert torch.equal(interpolate.given(hidden, known), beside)                    # and nothing of the frame that is hidden
+    ends = interpolate.given(x, torch.tensor([[False, True, False]]))
+    assert torch.equal(ends[:, :, :4], x[:, 1:2].expand_as(x))                      # beyond known frames, the nearest one
     model = small_interpolator()
     batch = {"latents": x, "known": known, "noise": torch.randn_like(x), "t": torch.tensor([500]), "fps": torch.tensor([8.]),
              "context": torch.randn(1, 6, 8)}
@@ -612,6 +617,11 @@ def prompt_for(stage, seed: int = 0) -> dict:
     return {"context": tokens[0], "null_context": tokens[1]} if stage.config.pooled else {}
 
 
+def fit_for(which: str, clip):
+    """A clip as a stage wants it: at twice the rate for TSR."""
+    return interpolate.double(clip) if which in interpolate.TSR else clip
+
+
 def test_which_model_of_which_cascade_has_which_layers():
     """Make-A-Video: time in base and SR_l, not in SR_h. Imagen Video: temporal attention in the base alone, temporal convolution in
     every later model, attention within frames in the base and the first two SSR, and every model hears the prompt."""
@@ -633,19 +643,48 @@ def test_which_model_of_which_cascade_has_which_layers():
 
 
 def test_doubling_the_rate_keeps_frames_where_they_belong():
-    clip = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 8, 8)
-    assert interpolate.double(clip)[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert interpolate.double(clip, blank=True)[:, 0, 0, 0].tolist() == [0, 128, 1, 128, 2, 128, 3, 128, 4, 128]
-    assert interpolate.double(clip[None]).shape == (1, 10, 3, 8, 8)
+    clip = 50 * torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 8, 8)
+    twice = interpolate.double(clip)
+    assert twice[:, 0, 0, 0].tolist() == [0, 0, 50, 50, 100, 100, 150, 150, 200, 200]
+    assert twice[:, 3, 0, 0].tolist() == [0, 50, 50, 100, 100, 150, 150, 200, 200, 200]
+    assert torch.equal(interpolate.double(clip[None])[0], twice)
     unet, diffusion, stage = small_upscaler("tsr-32")
-    base.zeroed(unet.conv_out)                                                       # the network as it starts
-    made = superres.upscale(unet, diffusion, stage, interpolate.double(50 * clip), 8., level=0., **prompt_for(stage))
-    assert torch.equal(made[::2], 50 * clip)                                         # frame i comes back at 2i
+    say = lambda stage: superres.upscale(unet, diffusion, stage, twice, 8., level=0., **prompt_for(stage))
+    made, blind = say(stage), say(replace(stage, blank=True))
+    assert torch.equal(made[::2], clip) and torch.equal(blind[::2], clip)            # frame i comes back at 2i, whatever the network says
+    assert not torch.equal(made[1::2], blind[1::2])                                  # shown nothing between, it says something else there
+    base.zeroed(unet.conv_out)                                                       # the network as it starts: a blend
+    assert say(stage)[1::2, 0, 0, 0].tolist() == [25, 75, 125, 175, 200]
+
+
+def test_doubling_learns_a_step_between_two_frames():
+    """Where frames differ, every pixel of the middle one is a pixel of one of them; a few steps of training find which."""
+    torch.manual_seed(0)
+    stage = interpolate.TSR["tsr-32"]
+    unet = UNet(replace(stage.config, channels=(8, 16), attention=(False, False), groups=4, context_dim=8))
+    optimizer = torch.optim.Adam(unet.parameters(), 5e-3)
+
+    def scene(rng):  # bars that slide right by four pixels from frame to frame, two at twice the rate
+        at, colours = rng.integers(2, 6), torch.from_numpy(rng.uniform(-1, 1, (2, 3, 1, 1)).astype(np.float32))
+        return torch.stack([torch.where(torch.arange(16) < at + 2 * i, *colours).expand(3, 8, 16) for i in range(5)])
+    def batch(seeds):
+        x = torch.stack([scene(np.random.default_rng(seed)) for seed in seeds])      # (N, 5, 3, 8, 16)
+        N = len(x)
+        return {"pixels": x, "small": interpolate.double(x[:, ::2])[:, :5], "level": torch.zeros(N), "fps": torch.full((N,), 8.), "context": torch.zeros(N, 6, 8),
+                "noise": torch.randn(x.shape, generator=torch.Generator().manual_seed(seeds[0])), "t": torch.full((N,), 999)}
+    held = batch(range(1000, 1032))
+    error = lambda: superres.loss(unet, superres.diffusion_of(), held, stage).mean().item()
+    before = error()
+    for step in range(60):
+        superres.loss(unet, superres.diffusion_of(), batch(range(16 * step, 16 * step + 16)), stage).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert error() < before / 2  # 3 dB above the blend that it began with, on bars it has not seen
 
 
 def test_a_network_without_attention_hears_the_prompt_and_can_be_guided():
     unet, diffusion, stage = small_upscaler("tsr-128")
-    clip = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    clip = fit_for("tsr-128", torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
     say = lambda seed, **how: superres.upscale(unet, diffusion, stage, clip, 8., steps=2, **prompt_for(stage, seed), **how)
     assert torch.equal(say(0), say(0)) and not torch.equal(say(0), say(1))
     assert not torch.equal(say(0), say(0, guidance_scale=4.)) and not torch.equal(say(0, guidance_scale=4.), say(0, guidance_scale=base.oscillating(4., 1., 2)))
@@ -664,12 +703,12 @@ def test_shared_noise_keeps_a_static_clip_static(sampler):
 def test_upscaling_in_chunks_is_upscaling_whole(which):
     unet, diffusion, stage = small_upscaler(which)
     shaken(unet, only=lambda name: "temporal" in name, scale=1.)
-    clip = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    clip = fit_for(which, torch.randint(0, 256, (25 if which in interpolate.TSR else 50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
     whole = superres.upscale(unet, diffusion, replace(stage, chunk=50), clip, 8., **prompt_for(stage))
-    parts = superres.upscale(unet, diffusion, replace(stage, chunk=7), clip, 8., **prompt_for(stage))
+    parts = superres.upscale(unet, diffusion, replace(stage, chunk=8), clip, 8., **prompt_for(stage))
     assert (whole.int() - parts.int()).abs().max() <= 1 < (whole.int() - whole[0].int()).abs().max()
     if which != "high":  # the halo is as far as the temporal convolutions reach, and no further
-        video = torch.randn(1, 50, 6, 8, 8, requires_grad=True)
+        video = torch.randn(1, 50, unet.config.in_channels, 8, 8, requires_grad=True)
         unet(video, torch.tensor([500]), prompt_for(stage).get("context"), torch.ones(1), torch.ones(1))[0, 25].sum().backward()
         reach = [abs(int(j) - 25) for j in video.grad[0].abs().sum((1, 2, 3)).nonzero()]
         assert 8 < max(reach) <= stage.halo
@@ -692,18 +731,19 @@ def test_training_and_sampling_damage_their_input_by_the_same_function(monkeypat
     superres.upscale(unet, diffusion, stage, torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 4., steps=1, level=.25)
     batch = {"pixels": torch.zeros(2, 1, 3, 24, 24), "small": torch.zeros(2, 1, 3, 8, 8), "level": torch.tensor([.5, .75]),
              "fps": torch.ones(2), "noise": torch.randn(2, 1, 3, 24, 24), "t": torch.tensor([10, 900])}
-    superres.loss(unet, diffusion, batch, 3)
+    superres.loss(unet, diffusion, batch, stage)
     assert calls == [[.25], [.5, .75]]
     with torch.no_grad():  # and the network hears the level
-        outputs = [superres.predict_with(unet, batch["pixels"], torch.full((2,), level))(batch["noise"], batch["t"]) for level in (0., 1.)]
+        outputs = [superres.predict_with(unet, stage, batch["pixels"], torch.full((2,), level))(batch["noise"], batch["t"]) for level in (0., 1.)]
     assert not torch.allclose(*outputs)
 
 
 @pytest.mark.parametrize("which", ["low", "high", "ssr-256", "tsr-32"])
 def test_sizes_that_do_not_fit_are_padded_and_cropped_back(which):
     unet, diffusion, stage = small_upscaler(which)
-    assert superres.upscale(unet, diffusion, stage, torch.zeros(2, 3, 9, 11, dtype=torch.uint8), 4., steps=1, **prompt_for(stage)).shape \
-        == (2, 3, 9 * stage.scale, 11 * stage.scale)
+    clip = fit_for(which, torch.zeros(2, 3, 9, 11, dtype=torch.uint8))
+    assert superres.upscale(unet, diffusion, stage, clip, 4., steps=1, **prompt_for(stage)).shape \
+        == (len(clip), 3, 9 * stage.scale, 11 * stage.scale)
     model = small_interpolator()
     x, known = interpolate.timeline(torch.randn(1, 3, 4, 3, 5), skip=2)
     assert interpolate.fill_timeline(model, Diffusion(), x, known, words(), 8., steps=1).shape == (1, 5, 4, 3, 5)
@@ -1728,16 +1768,20 @@ def evaluate_superres(which: str, clips: int = 16):
                 energy = lambda video: (fine(video).mean(1) * still).sum() / still.sum()
                 line += f"   fine detail of the ground {100 * energy(ours) / energy(truth):.0f} % of the truth's (bicubic {100 * energy(cubic) / energy(truth):.0f} %)"
             print(line, flush=True)
-    if which != "high":
+    if which not in ("low", "high"):
         return
     unet, diffusion, _ = superres.load(which)
     scenes = [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], range(1, 5), 4))]
     still = torch.stack([train.render(s | {"ground": 0}, times, size) for s in scenes]).amax((1, 2)) < 8
-    small, change = torch.stack([train.render(s, times, side) for s in scenes]), {}
-    for independent in (False, True):
-        ours = torch.stack([superres.upscale(unet, diffusion, stage, video, 20., independent=independent) for video in small]).int()
-        change[independent] = ((ours[:, 1:] - ours[:, :-1]).abs().float().mean((1, 2)) * still).sum() / still.sum()
-    print(f"  flicker of the still ground: {change[False]:.2f}/255 with shared noise, {change[True]:.2f}/255 with independent noise")
+    small = torch.stack([train.render(s, times, side) for s in scenes])
+    whole = lambda video, **how: superres.upscale(unet, diffusion, stage, video, 20., **how)
+    one_by_one = lambda video: torch.cat([whole(video[i:i + 1], seed=i) for i in range(len(video))])  # temporal layers are then left out
+    ways = {"high": {"with shared noise": whole, "with independent noise": partial(whole, independent=True)},
+            "low": {"over space and time": whole, "frame by frame": one_by_one}}[which]
+    def flicker(way):
+        ours = torch.stack([way(video) for video in small]).int()
+        return ((ours[:, 1:] - ours[:, :-1]).abs().float().mean((1, 2)) * still).sum() / still.sum()
+    print("  flicker of the still ground: " + ", ".join(f"{flicker(way):.2f}/255 {name}" for name, way in ways.items()), flush=True)
 
 
 def evaluate(args):
@@ -1753,7 +1797,7 @@ def evaluate(args):
         if (WEIGHTS / f"{superres.name_of(which)}.pt").is_file():
             evaluate_superres(which)
     if (WEIGHTS / "tsr-32.pt").is_file() and (WEIGHTS / "tsr-128.pt").is_file():
-        print("\nTemporal super-resolution: all frames of held-out clips against the truth, moving pixels only, augmentation level .1")
+        print("\nTemporal super-resolution: all frames of held-out clips against the truth, moving pixels only, augmentation level 0")
         for which, name, fps, clips in (("tsr-32", "tsr-32", 8., 12), ("tsr-128", "tsr-64", 16., 4), ("tsr-128", "tsr-128", 32., 4)):
             evaluate_doubling(which, name, fps, clips)
     settings = dict(guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=args.weights)

@@ -440,9 +440,9 @@ RECIPES = {
     "prior": Recipe(steps=2000, batch=64, lr=5e-3, warmup=50),
     "base": Recipe(steps=3000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
     "interpolate": Recipe(steps=1500, batch=16, lr=8e-4),
-    "superres-low": Recipe(steps=520, batch=4, lr=2e-3),
+    "superres-low": Recipe(steps=2000, batch=4, lr=2e-3),
     "superres-high": Recipe(steps=2500, batch=8, lr=2e-3),
-    "tsr-32": Recipe(steps=600, batch=4, lr=2e-3),
+    "tsr-32": Recipe(steps=700, batch=4, lr=2e-3),
     "ssr-128": Recipe(steps=700, batch=4, lr=2e-3),
     "ssr-256": Recipe(steps=1000, batch=4, lr=2e-3),
     "tsr-128": Recipe(steps=1500, batch=8, lr=2e-3),
@@ -679,7 +679,7 @@ def prepare_pixels(args, which: str) -> Stage:
     """A network between pixels, on windows of clips, from nothing. Every fourth step is of pictures; but TSR has nothing to double
     in one."""
     data, facts = pairs(args, which), {"vae": base.load_weights(weights_in(args.weights, "vae"), "vae")["hash"]}
-    stage, doubles = PIXELS[which], which in interpolate.TSR
+    stage, doubles = replace(PIXELS[which], blank=args.blank), which in interpolate.TSR
     config, diffusion = stage.config, superres.diffusion_of()
     if config.pooled:
         tokens, rows, null, facts["text"] = caption_tokens(args, data["captions"])
@@ -694,7 +694,7 @@ def prepare_pixels(args, which: str) -> Stage:
         small = torch.stack([data["decoded" if rng.random() < .5 else "small"][i] for i, rng in zip(picks, rngs)])
         x = vae.to_float(data["pixels"][picks])                                     # (N, T, 3, S, S)
         if doubles:
-            small = interpolate.double(small[:, ::2], args.blank)                   # (N, T, 3, s, s)
+            small = interpolate.double(small[:, ::2])                               # (N, T, 6, s, s)
         elif step % 4 == 3:
             x, small = x[:, :1], small[:, :1]
         batch = {"pixels": x, "small": vae.to_float(small), "level": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
@@ -706,13 +706,13 @@ def prepare_pixels(args, which: str) -> Stage:
 
     def preview(model):  # what is given, ours, truth
         small, truth, moment = data["decoded"][:8], data["pixels"][:8], int(doubles)
-        small = interpolate.double(small[:, ::2], args.blank) if doubles else small  # (8, T, 3, s, s)
+        small = interpolate.double(small[:, ::2]) if doubles else small  # (8, T, C, s, s)
         said = lambda i: {"context": tokens[rows[i]][None], "null_context": null[None]} if config.pooled else {}
         ours = torch.stack([superres.upscale(model, diffusion, stage, clip, data["fps"][i].item(), **said(i)) for i, clip in enumerate(small)])
-        plain = vae.to_uint8(superres.enlarge(vae.to_float(small), stage.scale, torch.zeros(len(small))))
+        plain = vae.to_uint8(superres.enlarge(vae.to_float(small[:, :, :3]), stage.scale, torch.zeros(len(small))))
         return vae.contact_sheet(torch.stack([v[:, moment] for v in (plain, ours, truth)]), columns=8)
 
-    return Stage(model, batch_of, lambda model, batch: superres.loss(model, diffusion, batch, stage.scale), preview,
+    return Stage(model, batch_of, lambda model, batch: superres.loss(model, diffusion, batch, stage), preview,
                  diffusion_config(diffusion), facts)
 
 
@@ -938,7 +938,7 @@ def main(argv=None):
     parser.add_argument("--lr", type=positive(float), help="learning rate, instead of the recipe's")
     parser.add_argument("--freeze", choices=("none", "spatial"), default="none", help="base: train all, or the temporal layers alone")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures")
-    parser.add_argument("--blank", action="store_true", help="tsr: give every other frame blank, not the one before again")
+    parser.add_argument("--blank", action="store_true", help="tsr: show nothing between the frames that are given, not these again")
     parser.add_argument("--accumulate", type=positive(int), default=1,
                         help="cut each batch into this many pieces (clip contrasts within one)")
     parser.add_argument("--checkpointing", action="store_true", help="U-Nets: recompute activations backwards, to save memory")
