@@ -2,8 +2,9 @@
 
 Make-A-Video (2209.14792) sections 3.1-3.2. SR_l (`low`) is a space-time network, so that detail it invents agrees over time. SR_h
 (`high`) is too big for that and works on single frames; what keeps it from flickering is that every frame starts from the same
-noise. Imagen Video (2210.02303) sections 2.2-2.3: SSR, three space-time networks in smaller steps, all of which hear the prompt, the
-first two with attention within a frame. Its frames keep noises of their own: temporal convolution makes them agree.
+noise, as here those of `low` do too. Imagen Video (2210.02303) sections 2.2-2.3: SSR, three space-time networks in smaller steps,
+all of which hear the prompt, the first two with attention within a frame. Its frames keep noises of their own: temporal
+convolution makes them agree.
 
 All see the small clip, enlarged, beside the noisy large one; in training the enlarged clip is damaged by a random amount that
 the network is told (conditioning augmentation), so that it forgives the faults of the stage before.
@@ -153,7 +154,8 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
         rates = torch.full((len(large),), float(fps), device=device)
         return predict_with(unet, stage, large, level.expand(len(large)), rates, context, null_context, guidance_scale)
 
-    if stage.halo:  # frames have noises of their own: temporal convolution makes them agree
+    shared = unet.config.context_dim is None and not independent  # by all frames: Make-A-Video; Imagen Video's have noises of their own
+    if stage.halo:
         whole = torch.float16 if base.has_fast_bf16(device) else torch.float32      # a long clip at 768 x 768 fills memory
         large = torch.cat([condition(i, i + 8, 1).to(whole) for i in range(0, T, 8)], dim=1)
 
@@ -165,15 +167,15 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
                 parts.append(said.to(whole))
             return torch.cat(parts, dim=1)
 
-        x = diffusion.sample(over_time, base.initial_noise((1, T, *shape), seed).to(device, whole), steps, sampler, label=label,
-                             threshold=guidance_scale != 1)
+        noise = base.initial_noise((1, 1 if shared else T, *shape), seed).to(device, whole).expand(1, T, -1, -1, -1)
+        x = diffusion.sample(over_time, noise, steps, sampler, label=label, threshold=guidance_scale != 1)
         return torch.stack([vae.to_uint8(frame).cpu() for frame in x[0]])           # (T, 3, H, W)
     out = torch.empty(T, *shape, dtype=torch.uint8)
     one = base.initial_noise((1, 1, *shape), seed)                                  # (1, 1, 3, H, W)
     for start in tqdm(range(0, T, stage.chunk), desc=label, disable=not label, leave=False):
         end = min(T, start + stage.chunk)
         noise = one.expand(end - start, -1, -1, -1, -1)                             # (T', 1, 3, H, W)
-        if independent:
+        if not shared:
             noise = base.initial_noise(noise.shape, 1000003 * (seed + 1) + start)
         x = diffusion.sample(denoiser(condition(start, end, end - start)), noise.to(device), steps, sampler)
         out[start:end] = vae.to_uint8(x.flatten(0, 1)).cpu()
@@ -235,7 +237,7 @@ def main(argv=None):
                         "scale; on larger pictures Imagen Video saw artifacts")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim"), default="ddim", help="DPM-Solver++(2M) or DDIM")
     parser.add_argument("--level", type=base.finite, help="how much to mistrust the input's detail, 0 to 1")
-    parser.add_argument("--independent-noise", action="store_true", help="high: a noise of its own for every frame; watch it flicker")
+    parser.add_argument("--independent-noise", action="store_true", help="low, high: a noise of its own for every frame; watch it flicker")
     parser.add_seed()
     parser.add_device()
     args = parser.parse_args(argv)
@@ -244,8 +246,8 @@ def main(argv=None):
     base.check_sampling(args)
     if args.level is not None and not 0 <= args.level <= 1:
         raise UserError(f"--level is {args.level:g}, where 0 to 1 is wanted")
-    if args.independent_noise and args.which != "high":
-        raise UserError(f"--independent-noise is for high; the frames of {args.which} have noises of their own as it is")
+    if args.independent_noise and args.which not in ("low", "high"):
+        raise UserError(f"--independent-noise is for low and high; the frames of {args.which} have noises of their own as it is")
     path = args.weights or WEIGHTS / f"{name_of(args.which)}.pt"
     clips, loaded = read_pixels(args.input), load(args.which, path, args.device)
     process(clips, args.which, STAGES[args.which], loaded, path, args, level=args.level, independent=args.independent_noise)
