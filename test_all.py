@@ -1866,7 +1866,8 @@ def compare(args):
         rows[cascade] = {
             "parameters": f"{sum(t.numel() for w in weights for t in w['model'].values()) / 1e6:.1f} M",
             "minutes of its last two trainings": f"{sum(w['made_by'].get('minutes', 0) + w['made_by'].get('init_minutes', 0) for w in weights):.0f}",
-            "network evaluations of a frame": str(2 * STEPS + sum({"interpolate": 16, "vae": 0}.get(own, 4) for _, _, own, _ in stages)),
+            "network evaluations of a frame": str(2 * STEPS + sum({"interpolate": 16, "vae": 0}[own] if own in ("interpolate", "vae") else
+                                                                 train.PIXELS[own.removeprefix("superres-")].steps for _, _, own, _ in stages)),
             "seconds per video": f"{np.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})",
             "peak memory": f"{max(memory):.1f} GiB"}
         for part, share in zip(("base", "last stage"), both):
