@@ -1864,6 +1864,7 @@ def compare(args):
                 flicker.append(float(np.mean([(b.int() - a.int()).abs()[:, still].float().mean() for a, b in zip(video, video[1:])])))
         both = [fidelity(torch.stack(videos), factors) for videos in (begun, ended)]
         rows[cascade] = {
+            "": cascade,
             "parameters": f"{sum(t.numel() for w in weights for t in w['model'].values()) / 1e6:.1f} M",
             "minutes of its last two trainings": f"{sum(w['made_by'].get('minutes', 0) + w['made_by'].get('init_minutes', 0) for w in weights):.0f}",
             "network evaluations of a frame": str(2 * STEPS + sum({"interpolate": 16, "vae": 0}[own] if own in ("interpolate", "vae") else
