@@ -49,21 +49,27 @@ def inflate(weights: dict) -> dict:
     return weights | {"model": tensors | {"conv_in.weight": F.pad(tensors["conv_in.weight"], (0, 0, 0, 0, 0, new))}}
 
 
-def given(x, known):
-    """What the network is shown beside the noisy frames: the known ones, blends of them elsewhere, and the mask, 1 = known.
-    x (B, T, 4, h, w), known (B, T), one in each video at least -> (B, T, 4 + 1, h, w)
-
-    Differs: Make-A-Video shows zeros where nothing is known. The ground, and all else that stands still, is in the blend already,
-    and need not be carried from frame to frame by attention. Before the first known frame, and after the last, stands that one."""
+def blends(x, known):
+    """The known frames of x (B, T, C, h, w), and linear blends of the nearest two elsewhere; before the first and after the last known
+    frame stands that one. known (B, T), one in each video at least."""
     T, known = x.shape[1], known.bool()
     at = torch.arange(T, device=x.device).expand_as(known)                          # (B, T)
     before = torch.where(known, at, -1).cummax(1).values                            # (B, T): the last known frame so far, -1 for none
     after = torch.where(known, at, T).flip(1).cummin(1).values.flip(1)              # (B, T): the next, T for none
     before, after = torch.where(before < 0, after, before), torch.where(after == T, before, after)
     share = (at - before) / (after - before).clamp(min=1)                           # (B, T)
-    frames = lambda i: x.gather(1, i[:, :, None, None, None].expand_as(x))          # (B, T, 4, h, w)
+    frames = lambda i: x.gather(1, i[:, :, None, None, None].expand_as(x))          # (B, T, C, h, w)
+    return torch.lerp(frames(before), frames(after), share[:, :, None, None, None].to(x))          # (B, T, C, h, w)
+
+
+def given(x, known):
+    """What the network is shown beside the noisy frames: the known ones, blends of them elsewhere, and the mask, 1 = known.
+    x (B, T, 4, h, w), known (B, T), one in each video at least -> (B, T, 4 + 1, h, w)
+
+    Differs: Make-A-Video shows zeros where nothing is known. The ground, and all else that stands still, is in the blend already,
+    and need not be carried from frame to frame by attention."""
     mask = known[:, :, None, None, None].to(x).expand_as(x[:, :, :1])               # (B, T, 1, h, w)
-    return torch.cat([torch.lerp(frames(before), frames(after), share[:, :, None, None, None].to(x)), mask], dim=2)
+    return torch.cat([blends(x, known), mask], dim=2)
 
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:

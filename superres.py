@@ -75,6 +75,11 @@ class Stage:
         c = self.config
         return 2 * ((2 * c.layers + 1) * len(c.channels) + 2) if "conv" in c.temporal else 0
 
+    @property
+    def shared_noise(self) -> bool:
+        """Do all frames of a clip have one noise? Make-A-Video's do; those of Imagen Video, whose networks hear the prompt, do not."""
+        return not self.config.pooled
+
 
 # Differs: Imagen Video goes from 24 x 40 to 768 x 1280, in pixels from the start; here it starts from 64 x 64, out of latents.
 # Small patches and narrow levels: behind patches of 8 x 8, a network twice as wide could not place an edge.
@@ -110,7 +115,7 @@ def predict_with(unet: UNet, stage: Stage, large, level, fps=None, context=None,
     before, after = large.chunk(2, dim=2)                                           # (B, T, 3, H, W)
     def between(z, t):
         share = .5 + said(z, t)
-        share = share if torch.is_grad_enabled() else share.clamp(0, 1)  # in training, what overshoots has to hear that it does
+        share = share if unet.training else share.clamp(0, 1)  # in training, what overshoots has to hear that it does
         return before + share * (after - before)
     return between
 
@@ -154,7 +159,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
         rates = torch.full((len(large),), float(fps), device=device)
         return predict_with(unet, stage, large, level.expand(len(large)), rates, context, null_context, guidance_scale)
 
-    shared = unet.config.context_dim is None and not independent  # by all frames: Make-A-Video; Imagen Video's have noises of their own
+    shared = stage.shared_noise and not independent
     if stage.halo:
         whole = torch.float16 if base.has_fast_bf16(device) else torch.float32      # a long clip at 768 x 768 fills memory
         large = torch.cat([condition(i, i + 8, 1).to(whole) for i in range(0, T, 8)], dim=1)
@@ -246,7 +251,7 @@ def main(argv=None):
     base.check_sampling(args)
     if args.level is not None and not 0 <= args.level <= 1:
         raise UserError(f"--level is {args.level:g}, where 0 to 1 is wanted")
-    if args.independent_noise and args.which not in ("low", "high"):
+    if args.independent_noise and not STAGES[args.which].shared_noise:
         raise UserError(f"--independent-noise is for low and high; the frames of {args.which} have noises of their own as it is")
     path = args.weights or WEIGHTS / f"{name_of(args.which)}.pt"
     clips, loaded = read_pixels(args.input), load(args.which, path, args.device)

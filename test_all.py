@@ -339,12 +339,15 @@ def test_stable_diffusion_parameter_counts():
 
 @pytest.mark.parametrize("schedule", ["cosine", "scaled_linear"])
 @pytest.mark.parametrize("target", ["v", "epsilon", "sample"])
-def test_what_the_network_says_tells_the_clean_x(schedule, target):
+def test_what_the_network_says_tells_the_clean_x_and_the_noise(schedule, target):
     diffusion = Diffusion(schedule, target)
     x, noise = torch.randn(2, 50, 3, dtype=torch.float64)
     t = torch.randint(0, 1000, (50,))
     z = diffusion.add_noise(x, noise, t)
-    torch.testing.assert_close(diffusion.x_of(diffusion.target_of(x, noise, t), z, t), x, atol=1e-8, rtol=1e-6)
+    alpha, sigma = diffusion.alpha_sigma(t, z)
+    recovered = diffusion.x_of(diffusion.target_of(x, noise, t), z, t)
+    for found, truth in ((recovered, x), ((z - alpha * recovered) / sigma, noise)):
+        torch.testing.assert_close(found, truth, atol=1e-8, rtol=1e-6)
 
 
 def test_schedules():
@@ -650,7 +653,11 @@ def test_doubling_the_rate_keeps_frames_where_they_belong():
     assert torch.equal(interpolate.double(clip[None])[0], twice)
     unet, diffusion, stage = small_upscaler("tsr-32")
     say = lambda stage: superres.upscale(unet, diffusion, stage, twice, 8., level=0., **prompt_for(stage))
+    shown = []
+    hook = unet.register_forward_pre_hook(lambda module, args: shown.append(args[0][0, :, 3:]))     # (10, 6, 8, 8), beside the noisy clip
     made, blind = say(stage), say(replace(stage, blank=True))
+    hook.remove()
+    assert shown[0][1::2].any() and not shown[-1][1::2].any() and torch.equal(shown[0][::2], shown[-1][::2])
     assert torch.equal(made[::2], clip) and torch.equal(blind[::2], clip)            # frame i comes back at 2i, whatever the network says
     assert not torch.equal(made[1::2], blind[1::2])                                  # shown nothing between, it says something else there
     base.zeroed(unet.conv_out)                                                       # the network as it starts: a blend
@@ -705,7 +712,7 @@ def test_upscaling_in_chunks_is_upscaling_whole(which):
     shaken(unet, only=lambda name: "temporal" in name, scale=1.)
     clip = fit_for(which, torch.randint(0, 256, (25 if which in interpolate.TSR else 50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
     whole = superres.upscale(unet, diffusion, replace(stage, chunk=50), clip, 8., **prompt_for(stage))
-    parts = superres.upscale(unet, diffusion, replace(stage, chunk=8), clip, 8., **prompt_for(stage))
+    parts = superres.upscale(unet, diffusion, replace(stage, chunk=7), clip, 8., **prompt_for(stage))
     assert (whole.int() - parts.int()).abs().max() <= 1 < (whole.int() - whole[0].int()).abs().max()
     if which != "high":  # the halo is as far as the temporal convolutions reach, and no further
         video = torch.randn(1, 50, unet.config.in_channels, 8, 8, requires_grad=True)
@@ -1662,10 +1669,8 @@ def bicubic(small: torch.Tensor, scale: int) -> torch.Tensor:
 
 def blend(truth: torch.Tensor, skip: int) -> torch.Tensor:
     """Linear blends between every skip-th frame of uint8 (N, T, 3, H, W), what any interpolation has to beat."""
-    at = torch.arange(truth.shape[1])
-    before, after = at // skip * skip, ((at + skip - 1) // skip * skip).clamp(max=len(at) - 1)
-    share = (at % skip / skip).view(-1, 1, 1, 1)
-    return (truth[:, before] + share * (truth[:, after].float() - truth[:, before])).round().byte()
+    known = (torch.arange(truth.shape[1]) % skip == 0).expand(truth.shape[:2])
+    return interpolate.blends(truth.float(), known).round().byte()
 
 
 def evaluate_interpolation(clips: int = 48):
@@ -1840,6 +1845,7 @@ def still_ground(video: torch.Tensor) -> torch.Tensor:
 def compare(args):
     """Both cascades on the same held-out prompts, each video by the reader's own command, one after the other."""
     factors = factors_of(["held-out"], range(5), args.prompts)
+    evaluations = {"vae": 0, "interpolate": 16} | {superres.name_of(which): stage.steps for which, stage in train.PIXELS.items()}
     rows = {}
     for cascade, skip in (("make-a-video", 5), ("imagen-video", 8)):                # 20 and 32 frames per second, read at 4
         stages = sample.CASCADES[cascade]
@@ -1867,8 +1873,7 @@ def compare(args):
             "": cascade,
             "parameters": f"{sum(t.numel() for w in weights for t in w['model'].values()) / 1e6:.1f} M",
             "minutes of its last two trainings": f"{sum(w['made_by'].get('minutes', 0) + w['made_by'].get('init_minutes', 0) for w in weights):.0f}",
-            "network evaluations of a frame": str(2 * STEPS + sum({"interpolate": 16, "vae": 0}[own] if own in ("interpolate", "vae") else
-                                                                 train.PIXELS[own.removeprefix("superres-")].steps for _, _, own, _ in stages)),
+            "network evaluations of a frame": str(2 * STEPS + sum(evaluations[own] for _, _, own, _ in stages)),
             "seconds per video": f"{np.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})",
             "peak memory": f"{max(memory):.1f} GiB"}
         for part, share in zip(("base", "last stage"), both):

@@ -697,7 +697,7 @@ def prepare_pixels(args, which: str) -> Stage:
             small = interpolate.double(small[:, ::2])                               # (N, T, 6, s, s)
         elif step % 4 == 3:
             x, small = x[:, :1], small[:, :1]
-        noise = normal(rngs, x.shape[1:] if config.pooled else (1, *x.shape[2:])).expand_as(x)      # as in superres.upscale
+        noise = normal(rngs, (1 if stage.shared_noise else x.shape[1], *x.shape[2:])).expand_as(x)  # (N, T, 3, S, S)
         batch = {"pixels": x, "small": vae.to_float(small), "level": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
                  "fps": data["fps"][picks].float(), "noise": noise,
                  "t": any_timesteps(rngs), "captions": [data["captions"][i] for i in picks]}
