@@ -402,8 +402,8 @@ class UNet(nn.Module):
                 x = through(block.layer, i, x, skips.pop(), emb, context, T)
             for upsample in block.upsamplers:
                 x = upsample(x)
-        unfold = lambda frames: F.pixel_shuffle(frames, self.config.patch_size)[..., :H, :W].float()
-        x = torch.cat([unfold(self.conv_out(F.silu(self.conv_norm_out(part)))) for part in few(x)])
+        unfold = lambda frames: F.pixel_shuffle(frames, self.config.patch_size)[..., :H, :W]
+        x = torch.cat([unfold(self.conv_out(F.silu(self.conv_norm_out(part)))) for part in few(x)]).float()
         return x.unflatten(0, (B, T))                                               # (B, T, C', H, W)
 
 
@@ -464,9 +464,11 @@ class Diffusion:
         return 2 * alpha * sigma
 
     def ddim_step(self, z, x, t, s):
-        """z_s = alpha_s x + (sigma_s / sigma_t) (z_t - alpha_t x)                   DDIM (2010.02502), Eq. 12, eta = 0"""
+        """z_s = alpha_s x + (sigma_s / sigma_t) (z_t - alpha_t x)                   DDIM (2010.02502), Eq. 12, eta = 0
+
+        Written out as (sigma_s / sigma_t) z_t + (...) x, since a long clip at 768 x 768 fills memory: nothing is made but z_s."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
-        return alpha_s * x + (sigma_s / sigma_t) * (z - alpha_t * x)
+        return (sigma_s / sigma_t * z).addcmul_(alpha_s - sigma_s / sigma_t * alpha_t, x)
 
     def ancestral_step(self, z, x, t, s, gamma: float, fresh):
         """z_s = r (alpha_s / alpha_t) z + (1 - r) alpha_s x + sqrt(lower^(1 - gamma) upper^gamma) n    Imagen Video, Eqs. 3-4
@@ -490,28 +492,28 @@ class Diffusion:
             x = x + (x - x_before) / (2 * ratio)
         return (sigma_s / sigma_t) * z - alpha_s * torch.expm1(-h) * x
 
-    @torch.no_grad()
     def sample(self, predict, z, steps: int = 16, sampler: str = "dpmpp", gamma: float = 0., seed: int = 0, label: str = "",
                threshold: bool = False):
         """Walk z (B, ...) from pure noise to clean data in `steps` calls of predict(z, t): by "dpmpp", "ddim", or "ancestral",
         which alone draws on gamma and seed. `threshold` is for pixels under guidance. A label shows a progress bar.
 
         Timesteps are trailing: the first is the noisiest that was trained, the last step ends at no noise."""
-        timesteps = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
-        at = lambda i: torch.full((len(z),), timesteps[i], device=z.device)
-        x_before = None
-        for i in tqdm(range(steps), desc=label, disable=not label, leave=False):
-            t = at(i)
-            x = self.x_of(predict(z, t), z, t)
-            x = dynamic_threshold(x) if threshold else x
-            if i == steps - 1:  # no noise is left to step to
-                return x
-            if sampler == "dpmpp":
-                z, x_before = self.dpmpp_step(z, x, t, at(i + 1), x_before, at(i - 1)), x
-            elif sampler == "ancestral":
-                z = self.ancestral_step(z, x, t, at(i + 1), gamma, initial_noise(z.shape, seed + 1000003 * (i + 1)).to(z))
-            else:
-                z = self.ddim_step(z, x, t, at(i + 1))
+        with torch.no_grad():
+            timesteps = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
+            at = lambda i: torch.full((len(z),), timesteps[i], device=z.device)
+            x_before = None
+            for i in tqdm(range(steps), desc=label, disable=not label, leave=False):
+                t = at(i)
+                x = self.x_of(predict(z, t), z, t)
+                x = dynamic_threshold(x) if threshold else x
+                if i == steps - 1:  # no noise is left to step to
+                    return x
+                if sampler == "dpmpp":
+                    z, x_before = self.dpmpp_step(z, x, t, at(i + 1), x_before, at(i - 1)), x
+                elif sampler == "ancestral":
+                    z = self.ancestral_step(z, x, t, at(i + 1), gamma, initial_noise(z.shape, seed + 1000003 * (i + 1)).to(z))
+                else:
+                    z, x = self.ddim_step(z, x, t, at(i + 1)), None
 
 
 def dynamic_threshold(x, share: float = .995):
@@ -635,9 +637,11 @@ def allocator(function: str, *values: int):
 
 def keep_freed_memory():
     """glibc gives every large tensor back to the system as it dies, and has the next one's pages made and cleared anew, which
-    takes a quarter of the time of a stage on large frames. Keep them."""
-    allocator("mallopt", -4, 0)                                                     # M_MMAP_MAX: all blocks from the heap
-    allocator("mallopt", -1, 2 ** 31 - 1)                                           # M_TRIM_THRESHOLD: and none back
+    takes a quarter of the time of a stage on large frames. Keep them; but those of 32 MiB or more would leave holes in which nothing
+    fits: let these go, and torch ask for pages of 2 MiB, which are made and cleared faster."""
+    allocator("mallopt", -3, 2 ** 25)                                               # M_MMAP_THRESHOLD, as large as it can be
+    allocator("mallopt", -1, 2 ** 31 - 1)                                           # M_TRIM_THRESHOLD: smaller blocks are kept
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def run(main):

@@ -165,15 +165,14 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
         large = torch.cat([condition(i, i + 8, 1).to(whole) for i in range(0, T, 8)], dim=1)
 
         def over_time(z, t):
-            parts = []
+            x = torch.empty_like(z)                                                 # (1, T, 3, H, W)
             for start in range(0, T, stage.chunk):
                 here = slice(max(0, start - stage.halo), start + stage.chunk + stage.halo)
-                said = denoiser(large[:, here])(z[:, here], t)[:, start - here.start:][:, :stage.chunk]
-                parts.append(said.to(whole))
-            return torch.cat(parts, dim=1)
+                x[:, start:start + stage.chunk] = denoiser(large[:, here])(z[:, here], t)[:, start - here.start:][:, :stage.chunk]
+            return x
 
-        noise = base.initial_noise((1, 1 if shared else T, *shape), seed).to(device, whole).expand(1, T, -1, -1, -1)
-        x = diffusion.sample(over_time, noise, steps, sampler, label=label, threshold=guidance_scale != 1)
+        noise = lambda: base.initial_noise((1, 1 if shared else T, *shape), seed).to(device, whole).expand(1, T, -1, -1, -1)
+        x = diffusion.sample(over_time, noise(), steps, sampler, label=label, threshold=guidance_scale != 1)
         return torch.stack([vae.to_uint8(frame).cpu() for frame in x[0]])           # (T, 3, H, W)
     out = torch.empty(T, *shape, dtype=torch.uint8)
     one = base.initial_noise((1, 1, *shape), seed)                                  # (1, 1, 3, H, W)
