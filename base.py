@@ -513,7 +513,7 @@ class Diffusion:
                 elif sampler == "ancestral":
                     z = self.ancestral_step(z, x, t, at(i + 1), gamma, initial_noise(z.shape, seed + 1000003 * (i + 1)).to(z))
                 else:
-                    z, x = self.ddim_step(z, x, t, at(i + 1)), None
+                    z, x = self.ddim_step(z, x, t, at(i + 1)), None  # x would be alive while the next is made
 
 
 def dynamic_threshold(x, share: float = .995):

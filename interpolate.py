@@ -38,15 +38,16 @@ WINDOW = 16  # frames the network was trained on
 # ------------------------------------------------------------------------------------------------
 # The model: base's, with nine input channels.
 
-CHANGES = {"in_channels": 4 + 4 + 1, "temporal": "attention+conv"}  # noisy latents, known latents, mask; and no prior, which
-                                                                    # speaks of whole scenes
+CHANGES = {"in_channels": 4 + 4 + 1}  # noisy latents, known latents, mask
 
 
 def inflate(weights: dict) -> dict:
-    """base's weights with the new input columns zero: a network that starts from these ignores what is known."""
-    tensors = {name: tensor for name, tensor in weights["model"].items() if "prior" not in name}
-    new = CHANGES["in_channels"] - tensors["conv_in.weight"].shape[1]               # conv_in.weight: (C, 4, 3, 3)
-    return weights | {"model": tensors | {"conv_in.weight": F.pad(tensors["conv_in.weight"], (0, 0, 0, 0, 0, new))}}
+    """base's weights made ready to learn to interpolate: the new input columns and the output are zero, and x is the target."""
+    new = CHANGES["in_channels"] - weights["model"]["conv_in.weight"].shape[1]      # conv_in.weight: (C, 4, 3, 3)
+    changed = {name: torch.zeros_like(tensor) for name, tensor in weights["model"].items() if name.startswith("conv_out.")}
+    changed["conv_in.weight"] = F.pad(weights["model"]["conv_in.weight"], (0, 0, 0, 0, 0, new))
+    config = weights["config"] | {"diffusion": weights["config"]["diffusion"] | {"target": "sample"}}
+    return weights | {"config": config, "model": weights["model"] | changed}
 
 
 def blends(x, known):
@@ -72,25 +73,34 @@ def given(x, known):
     return torch.cat([blends(x, known), mask], dim=2)
 
 
+def predict_with(unet: UNet, x, known, context, null_context, fps, guidance_scale=1.):
+    """A predict(z, t) of the clean clip: blends of its known frames, and what the network says is to be added to them.
+
+    Differs: Make-A-Video's network says noise, as its base does. But a blend of latents is nearly right already: decoded, it is some
+    6 dB above the blend of the decoded frames. A fresh network, which says nothing, starts there."""
+    beside = given(x, known)
+    said = base.guided(unet, context, null_context, fps, guidance_scale, beside)
+    return lambda z, t: beside[:, :, :-1] + said(z, t)                              # (B, T, 4, h, w)
+
+
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
     """Loss per video over its unknown frames, (B,). batch: as for base.loss, and known (B, T), 1 where a frame is given.
 
-    Differs: sigma^2 |v - v'|^2 = |x - x'|^2. As in superres.py, what there is to learn is to be learned from what is given, and most
-    where the noise hides the rest.
+    |x - x'|^2 / |x - blend|: what a blend leaves to be said is ten times as large where a clip is continued as where every other
+    frame is known, and in plain squares the one would drown the other. So both pull alike.
     Known frames stay among the noisy ones too, as alpha_t known + sigma_t eps, here and in `fill` alike."""
     x, known = batch["latents"], batch["known"].to(batch["latents"])
-    beside = given(x, known)
-    predict = lambda z, t: unet(torch.cat([z, beside], dim=2), t, batch["context"], batch["fps"])
-    unknown = (1 - known) / (1 - known).mean(1, keepdim=True)                       # (B, T), of mean one
-    _, sigma = diffusion.alpha_sigma(batch["t"], x)
-    return diffusion.loss(predict, x, batch["noise"], batch["t"], weight=unknown[:, :, None, None, None] * sigma ** 2)
+    unknown = ((1 - known) / (1 - known).mean(1, keepdim=True))[:, :, None, None, None]            # (B, T, 1, 1, 1), of mean one
+    left = (unknown * (x - blends(x, known)).pow(2)).mean((1, 2, 3, 4), keepdim=True)              # (B, 1, 1, 1, 1)
+    predict = predict_with(unet, x, known, batch["context"], None, batch["fps"])
+    return diffusion.loss(predict, x, batch["noise"], batch["t"], weight=unknown / (left + 1e-4).sqrt())
 
 
 def random_known(rng, frames: int = WINDOW) -> torch.Tensor:
     """A mask to train on, (T,) bool: every k-th frame, half the time behind frames that an earlier window made; or a beginning,
     an end, both ends, the first frame alone, or any one."""
     at, k, n = torch.arange(frames), rng.integers(2, 7), rng.integers(1, frames)
-    kind = rng.choice(["every", "beginning", "end", "ends", "first", "one"], p=[.6, .1, .1, .05, .1, .05])
+    kind = rng.choice(["every", "beginning", "end", "ends", "first", "one"], p=[.4, .15, .1, .05, .25, .05])
     if kind == "every":
         made = rng.integers(0, frames - 4) if rng.random() < .5 else 0
         return (at % k == rng.integers(k)) | (at < made)
@@ -110,8 +120,8 @@ def fill(unet: UNet, diffusion: Diffusion, x, known, noise, said: dict, fps, ste
          sampler: str = "dpmpp", label: str = ""):
     """Fill in the unknown frames of windows. x and noise (B, T, 4, h, w), known (B, T) bool, fps (B,); returns x, filled in."""
     at = known[:, :, None, None, None]                                              # (B, T, 1, 1, 1)
-    guide = base.guided(unet, said["tokens"], said["null_tokens"], fps, guidance, given(x, known))
-    predict = lambda z, t: guide(torch.where(at, diffusion.add_noise(x, noise, t), z), t)
+    clean = predict_with(unet, x, known, said["tokens"], said["null_tokens"], fps, guidance)
+    predict = lambda z, t: clean(torch.where(at, diffusion.add_noise(x, noise, t), z), t)
     return torch.where(at, x, diffusion.sample(predict, noise, steps, sampler, label=label))
 
 

@@ -544,12 +544,12 @@ def test_the_network_is_shown_known_frames_and_a_mask_that_is_one_there():
 
 def test_the_interpolation_loss_is_of_unknown_frames_alone():
     x, known = torch.randn(2, 4, 4, 2, 2), torch.tensor([[1, 0, 0, 1], [1, 1, 0, 1]]).bool()
-    diffusion = Diffusion()
     batch = {"latents": x, "known": known, "noise": torch.randn_like(x), "t": torch.tensor([500, 900]), "fps": torch.ones(2), "context": None}
-    truth = diffusion.target_of(x, batch["noise"], batch["t"])
-    off_by = lambda error: interpolate.loss(lambda *a: truth + error[:, :, None, None, None], diffusion, batch)
-    assert not off_by(known * 5.).any()
-    torch.testing.assert_close(off_by(~known * 3.), 9 * (1 - diffusion.alpha_bar[[500, 900]]).float())  # of x, not of v
+    left = x - interpolate.blends(x, known)
+    off_by = lambda error: interpolate.loss(lambda *a: left + error[:, :, None, None, None], Diffusion(target="sample"), batch)
+    assert off_by(known * 5.).abs().max() < 1e-9
+    unit = torch.stack([left[i][~known[i]].pow(2).mean().sqrt() for i in range(2)])  # what the blend leaves to be said of each clip
+    torch.testing.assert_close(off_by(~known * 3.), 9 / unit, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("how", [dict(skip=2), dict(skip=5), dict(skip=5, parallel=True), dict(skip=3, parallel=True),
@@ -598,14 +598,16 @@ def test_masks_to_train_on_hide_something_and_show_something():
     assert any(mask[:11].all() and not mask[12:].all() for mask in masks)           # a last window, slid back
 
 
-def test_a_fresh_interpolator_is_the_video_model_whatever_it_is_shown():
+@pytest.mark.parametrize("how", [dict(skip=3), dict(after=20), dict(before=5)])
+def test_a_fresh_interpolator_says_the_blend(how):
     video = shaken(UNet(base.TINY), scale=.1)
-    model = base.fill(UNet(replace(base.TINY, **interpolate.CHANGES)), interpolate.inflate({"model": video.state_dict()}), "base")
-    x, t, context, fps = inputs(frames=4, side=4, dim=128)
-    with torch.no_grad():
-        beside = interpolate.given(torch.randn_like(x), torch.ones(2, 4).bool())
-        base.zeroed(video.temporal_prior_conv)
-        torch.testing.assert_close(model(torch.cat([x, beside], dim=2), t, context, fps), video(x, t, context, fps), atol=1e-4, rtol=1e-4)
+    start = interpolate.inflate({"model": video.state_dict(), "config": {"unet": {}, "diffusion": Diffusion().config}})
+    model, diffusion = base.build(start, "base.pt", **interpolate.CHANGES)
+    assert diffusion.target == "sample" and not (model.state_dict().keys() ^ video.state_dict().keys())
+    x, known = interpolate.timeline(torch.randn(2, 6, 4, 4, 4), **how)
+    said = {"tokens": torch.randn(2, 6, 128), "null_tokens": torch.randn(1, 6, 128)}
+    made = interpolate.fill_timeline(model.eval(), diffusion, x, known, said, 8., steps=2, guidance=3.)
+    torch.testing.assert_close(made, interpolate.blends(x, known.expand(2, -1)))
 
 
 def small_upscaler(which: str, context_dim: int = 8):
@@ -1616,39 +1618,44 @@ def evaluate_hearing(weights: Path, clips: int = 64):
     truth = torch.stack([train.render(scene_of(f, i), np.arange(16) / 4) for i, f in enumerate(slides)])
     x, fps = vae.encode_video(autoencoder, truth), torch.full((clips,), 4.)
     noise = base.initial_noise(x.shape, seed=0)
+    contexts = [text.encode(clip, tokenizer, [in_words(f) for f in words])["tokens"]
+                for words in (slides, [(c, s, m ^ 1, g) for c, s, m, g in slides])]
     print("\nLoss with the right caption, and with the opposite direction (new scenes of trained triples on black)")
-    for t in (500, 700, 900):
-        losses = []
-        for words in (slides, [(c, s, m ^ 1, g) for c, s, m, g in slides]):
-            context = text.encode(clip, tokenizer, [in_words(f) for f in words])["tokens"]
-            with torch.no_grad(), base.fast_autocast("cpu"):
-                each = diffusion.loss(lambda z, t: unet(z, t, context, fps), x, noise, torch.full((clips,), t))
-            losses.append(each.mean().item())
-        print(f"  t = {t}   {losses[0]:.4f}   {losses[1]:.4f}   ({100 * (losses[1] / losses[0] - 1):+.1f} %)")
+    def show(name: str, error):
+        with torch.no_grad(), base.fast_autocast("cpu"):
+            right, wrong = (error(context).mean().item() for context in contexts)
+        print(f"  {name:7s}   {right:.4f}   {wrong:.4f}   ({100 * (wrong / right - 1):+.1f} %)")
+    for t in (500, 700, 900, 999):
+        show(f"t = {t}", lambda context: diffusion.loss(lambda z, t: unet(z, t, context, fps), x, noise, torch.full((clips,), t)))
+    if hasattr(unet, "temporal_prior"):  # at t = 999 v is -x, and the mean clip is the least that is to be known
+        show("prior", lambda context: (unet.temporal_prior(context, fps, 16, *x.shape[-2:]) - x).float().pow(2))
 
 
-def make(factors: list, fps: float = 4., guidance: float = GUIDANCE, steps: int = STEPS, weights=WEIGHTS / "base.pt", label: str = "", seed: int = 0):
-    """Videos of the prompts, uint8 (N, 16, 3, 64, 64), eight at a time."""
+def make(factors: list, fps: float = 4., guidance: float = GUIDANCE, steps: int = STEPS, weights=WEIGHTS / "base.pt", label: str = "", seed: int = 0,
+         skip: int = 1):
+    """Videos of the prompts, uint8 (N, 15*skip + 1, 3, 64, 64), eight at a time: keyframes at `fps`, and `skip` times as many interpolated."""
     clip, tokenizer, _ = text.load()
     (unet, diffusion, _), (autoencoder, _) = base.load(weights), vae.load()
     videos = []
     for first in train.trange(0, len(factors), 8, desc=label, leave=False):
         words = text.encode(clip, tokenizer, [in_words(f) for f in factors[first:first + 8]])
         latents = base.generate(unet, diffusion, words, 16, fps, steps=steps, guidance=guidance, seed=seed + first)
+        if skip > 1:
+            latents = interpolate.fill_timeline(*interpolate.load()[:2], *interpolate.timeline(latents, skip), words, fps * skip)
         videos.append(vae.decode_video(autoencoder, latents))
     return torch.cat(videos)
 
 
-def fidelity(videos: torch.Tensor, factors: list) -> dict:
+def fidelity(videos: torch.Tensor, factors: list, fps: float = 4.) -> dict:
     """Share of videos in which `describe` reads each factor as the prompt has it; "nearest" forgives a path that strays."""
-    read, index = [describe(video) for video in videos], {"colour": 0, "shape": 1, "motion": 2, "nearest": 2, "ground": 3}
+    read, index = [describe(video, fps) for video in videos], {"colour": 0, "shape": 1, "motion": 2, "nearest": 2, "ground": 3}
     right = {name: [r[name] == f[i] for r, f in zip(read, factors)] for name, i in index.items()}
     right["first three"] = [all(right[name][i] for name in ("colour", "shape", "motion")) for i in range(len(factors))]
     return {name: sum(column) / len(column) for name, column in right.items()}
 
 
 def print_fidelity(name: str, factors: list, **settings):
-    share = fidelity(make(factors, label=name, **settings), factors)
+    share = fidelity(make(factors, label=name, **settings), factors, 4. * settings.get("skip", 1))
     n = len(factors) + 4  # Agresti and Coull: two more of each, so that 0 of 96 is not certainty
     middle = (share["first three"] * len(factors) + 2) / n
     error = 1.96 * math.sqrt(middle * (1 - middle) / n)
@@ -1686,9 +1693,11 @@ def evaluate_interpolation(clips: int = 48):
         factors, z, said = latents(range(5), np.arange(frames) / (4 * skip))
         x, known = interpolate.timeline(z[:, ::skip], skip)
         made = interpolate.fill_timeline(unet, diffusion, x, known, said, 4. * skip)
-        truth, made = vae.decode_video(autoencoder, z), vae.decode_video(autoencoder, made)
+        start = interpolate.blends(x, known.expand(x.shape[:2]))
+        truth, made, start = (vae.decode_video(autoencoder, video) for video in (z, made, start))
         linear, where = blend(truth, skip), moving(truth) & ~known.view(-1, 1, 1, 1)
-        print(f"  skip {skip}   ours {psnr(made[where], truth[where]):5.2f} dB   linear blend {psnr(linear[where], truth[where]):5.2f} dB", end="")
+        near = lambda video: f"{psnr(video[where], truth[where]):5.2f} dB"
+        print(f"  skip {skip}   ours {near(made)}   linear blend {near(linear)}, of latents {near(start)}", end="")
         factors, z, said = latents([0], np.arange(frames) / (4 * skip), motions=range(4))
         x, known = interpolate.timeline(z[:, ::skip], skip)
         made = interpolate.fill_timeline(unet, diffusion, x, known, said, 4. * skip)
@@ -1810,6 +1819,9 @@ def evaluate(args):
     print("\nPrompt fidelity at 4 fps, in %              prompts  colour  shape   motion (nearest)  ground  first three")
     print_fidelity("held-out triples on black", factors_of(["held-out"], [0], args.prompts), **settings)
     print_fidelity("held-out triples, all grounds", factors_of(["held-out"], range(5), args.prompts), **settings)
+    if (WEIGHTS / "interpolate.pt").is_file():
+        for name, skip in (("half of these", 1), ("and interpolated, 76 frames read", 5)):
+            print_fidelity(name, factors_of(["held-out"], range(5), args.prompts // 2), skip=skip, **settings)
     print_fidelity("unseen pairs on black", factors_of(["unseen"], [0], args.prompts // 2), **settings)
     print_fidelity("unseen pairs, all grounds", factors_of(["unseen"], range(5), args.prompts // 2), **settings)
     print_fidelity("trained triples, all grounds", factors_of(["train"], range(5), args.prompts // 2), **settings)

@@ -416,7 +416,8 @@ def middle_timesteps(rngs) -> torch.Tensor:
 
 
 def any_timesteps(rngs) -> torch.Tensor:
-    """t (N,), uniformly: where frames or a small clip are given, even pure noise hides nothing of them."""
+    """t (N,), uniformly: where frames or a small clip are given, even pure noise hides nothing of them; and where motion is learned, it
+    is decided among the noisiest."""
     return torch.tensor([int(rng.integers(1000)) for rng in rngs])
 
 
@@ -439,7 +440,7 @@ RECIPES = {
     "image": Recipe(steps=4500, batch=128, lr=1e-3),
     "prior": Recipe(steps=2000, batch=64, lr=5e-3, warmup=50),
     "base": Recipe(steps=3000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
-    "interpolate": Recipe(steps=1500, batch=16, lr=8e-4),
+    "interpolate": Recipe(steps=3200, batch=16, lr=8e-4),
     "superres-low": Recipe(steps=2000, batch=4, lr=2e-3),
     "superres-high": Recipe(steps=2500, batch=8, lr=2e-3),
     "tsr-32": Recipe(steps=700, batch=4, lr=2e-3),
@@ -647,7 +648,7 @@ def prepare_base(args) -> Stage:
     def batch_of(step, samples):
         if args.joint and step % 4 == 3:
             return diffusion_batch(args, stills, step, [4 * i + k for i in samples for k in range(4)])
-        return diffusion_batch(args, data, step, samples)
+        return diffusion_batch(args, data, step, samples, any_timesteps)
 
     prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
     return Stage(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 16, diffusion),
