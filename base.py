@@ -498,7 +498,7 @@ class Diffusion:
         which alone draws on gamma and seed. `threshold` is for pixels under guidance. A label shows a progress bar.
 
         Timesteps are trailing: the first is the noisiest that was trained, the last step ends at no noise."""
-        with torch.no_grad():
+        with torch.no_grad():  # as a decorator it would keep z, the noise, until the end
             timesteps = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
             at = lambda i: torch.full((len(z),), timesteps[i], device=z.device)
             x_before = None

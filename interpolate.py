@@ -38,7 +38,7 @@ WINDOW = 16  # frames the network was trained on
 # ------------------------------------------------------------------------------------------------
 # The model: base's, with nine input channels.
 
-CHANGES = {"in_channels": 4 + 4 + 1}  # noisy latents, known latents, mask
+CHANGES = {"in_channels": 4 + 4 + 1}  # noisy latents, known ones and their blends, mask
 
 
 def inflate(weights: dict) -> dict:
@@ -73,12 +73,12 @@ def given(x, known):
     return torch.cat([blends(x, known), mask], dim=2)
 
 
-def predict_with(unet: UNet, x, known, context, null_context, fps, guidance_scale=1.):
-    """A predict(z, t) of the clean clip: blends of its known frames, and what the network says is to be added to them.
+def predict_with(unet: UNet, beside, context, null_context, fps, guidance_scale=1.):
+    """A predict(z, t) of the clean clip, from what is `given` (B, T, 4 + 1, h, w): the blends in it, and what the network says is to be
+    added to them.
 
     Differs: Make-A-Video's network says noise, as its base does. But a blend of latents is nearly right already: decoded, it is some
     6 dB above the blend of the decoded frames. A fresh network, which says nothing, starts there."""
-    beside = given(x, known)
     said = base.guided(unet, context, null_context, fps, guidance_scale, beside)
     return lambda z, t: beside[:, :, :-1] + said(z, t)                              # (B, T, 4, h, w)
 
@@ -86,13 +86,14 @@ def predict_with(unet: UNet, x, known, context, null_context, fps, guidance_scal
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
     """Loss per video over its unknown frames, (B,). batch: as for base.loss, and known (B, T), 1 where a frame is given.
 
-    |x - x'|^2 / |x - blend|: what a blend leaves to be said is ten times as large where a clip is continued as where every other
-    frame is known, and in plain squares the one would drown the other. So both pull alike.
+    |x - x'|^2 / |x - blend|. Differs: from plain squares. What a blend leaves to be said is ten times as large where a clip is
+    continued as where every other frame is known, and squared, the one would drown the other. So both pull alike.
     Known frames stay among the noisy ones too, as alpha_t known + sigma_t eps, here and in `fill` alike."""
     x, known = batch["latents"], batch["known"].to(batch["latents"])
     unknown = ((1 - known) / (1 - known).mean(1, keepdim=True))[:, :, None, None, None]            # (B, T, 1, 1, 1), of mean one
-    left = (unknown * (x - blends(x, known)).pow(2)).mean((1, 2, 3, 4), keepdim=True)              # (B, 1, 1, 1, 1)
-    predict = predict_with(unet, x, known, batch["context"], None, batch["fps"])
+    beside = given(x, known)
+    left = (unknown * (x - beside[:, :, :-1]).pow(2)).mean((1, 2, 3, 4), keepdim=True)             # (B, 1, 1, 1, 1)
+    predict = predict_with(unet, beside, batch["context"], None, batch["fps"])
     return diffusion.loss(predict, x, batch["noise"], batch["t"], weight=unknown / (left + 1e-4).sqrt())
 
 
@@ -120,7 +121,7 @@ def fill(unet: UNet, diffusion: Diffusion, x, known, noise, said: dict, fps, ste
          sampler: str = "dpmpp", label: str = ""):
     """Fill in the unknown frames of windows. x and noise (B, T, 4, h, w), known (B, T) bool, fps (B,); returns x, filled in."""
     at = known[:, :, None, None, None]                                              # (B, T, 1, 1, 1)
-    clean = predict_with(unet, x, known, said["tokens"], said["null_tokens"], fps, guidance)
+    clean = predict_with(unet, given(x, known), said["tokens"], said["null_tokens"], fps, guidance)
     predict = lambda z, t: clean(torch.where(at, diffusion.add_noise(x, noise, t), z), t)
     return torch.where(at, x, diffusion.sample(predict, noise, steps, sampler, label=label))
 

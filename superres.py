@@ -171,8 +171,9 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
                 x[:, start:start + stage.chunk] = denoiser(large[:, here])(z[:, here], t)[:, start - here.start:][:, :stage.chunk]
             return x
 
-        noise = lambda: base.initial_noise((1, 1 if shared else T, *shape), seed).to(device, whole).expand(1, T, -1, -1, -1)
-        x = diffusion.sample(over_time, noise(), steps, sampler, label=label, threshold=guidance_scale != 1)
+        # The noise has no name here, which would keep it until the end.
+        x = diffusion.sample(over_time, base.initial_noise((1, 1 if shared else T, *shape), seed).to(device, whole).expand(1, T, -1, -1, -1),
+                             steps, sampler, label=label, threshold=guidance_scale != 1)
         return torch.stack([vae.to_uint8(frame).cpu() for frame in x[0]])           # (T, 3, H, W)
     out = torch.empty(T, *shape, dtype=torch.uint8)
     one = base.initial_noise((1, 1, *shape), seed)                                  # (1, 1, 3, H, W)

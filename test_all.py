@@ -1636,12 +1636,13 @@ def make(factors: list, fps: float = 4., guidance: float = GUIDANCE, steps: int 
     """Videos of the prompts, uint8 (N, 15*skip + 1, 3, 64, 64), eight at a time: keyframes at `fps`, and `skip` times as many interpolated."""
     clip, tokenizer, _ = text.load()
     (unet, diffusion, _), (autoencoder, _) = base.load(weights), vae.load()
+    between = interpolate.load()[:2] if skip > 1 else None
     videos = []
     for first in train.trange(0, len(factors), 8, desc=label, leave=False):
         words = text.encode(clip, tokenizer, [in_words(f) for f in factors[first:first + 8]])
         latents = base.generate(unet, diffusion, words, 16, fps, steps=steps, guidance=guidance, seed=seed + first)
-        if skip > 1:
-            latents = interpolate.fill_timeline(*interpolate.load()[:2], *interpolate.timeline(latents, skip), words, fps * skip)
+        if between:
+            latents = interpolate.fill_timeline(*between, *interpolate.timeline(latents, skip), words, fps * skip)
         videos.append(vae.decode_video(autoencoder, latents))
     return torch.cat(videos)
 
