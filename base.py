@@ -8,7 +8,7 @@ connections (1804.03999), and what a prompt's clips look like on average, as a p
     in    text.pt   tokens (B, L, D) of B prompts, from text.py
     out   base.pt   latents (B, T, 4, h, w) of unit variance, for vae.py decode
 
-    python base.py text.pt -o base.pt --frames 16 --fps 4 --steps 16 --guidance 3 --seed 0
+    python base.py text.pt -o base.pt --frames 16 --fps 4 --steps 48 --guidance 3 --seed 0
 
 Read top to bottom: pseudo-3D layers, the U-Net, diffusion and its samplers; then the files and the command line that all
 stages share, and main.
@@ -78,7 +78,7 @@ class PseudoConv3d(nn.Conv2d):
 
 def attend(q, k, v, is_causal: bool = False):
     """softmax(q k^T / sqrt(d)) v, all (B, heads, L, d)."""
-    if q.device.type == "cpu":  # where the backward of attention is several times slower in bf16 than in fp32
+    if q.device.type == "cpu" and torch.is_grad_enabled():  # where its backward is several times slower in bf16 than in fp32
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
@@ -109,8 +109,8 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, 2 * inner)
 
-    def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)
+    def forward(self, x):  # in two calls: on a CPU, gelu of half a tensor takes ten times as long as of a whole one
+        value, gate = (F.linear(x, *half) for half in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
         return value * F.gelu(gate)
 
 
@@ -410,6 +410,21 @@ class UNet(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # Diffusion: z_t = alpha_t x + sigma_t eps, with alpha^2 + sigma^2 = 1 and alpha_bar = alpha^2.
 
+def late(u: float, frames: int) -> float:
+    """A share u of the way into noise, moved to where sigma / alpha is sqrt(frames) times as large.
+
+    Frames of noises of their own show the same thing again: of a clip of 16, as much is left to be seen at t = 844 as of a picture at t = 500. Which way a
+    thing goes is decided among the noisiest levels, in training and in sampling alike. simple diffusion (2301.11093), section 3.2,
+    does so for larger pictures."""
+    return 2 / math.pi * math.atan(math.sqrt(frames) * math.tan(math.pi / 2 * u))
+
+
+def walk(steps: int, frames: int = 1) -> list:
+    """The timesteps of a walk from noise to data. Trailing: the first is the noisiest that was trained, the last step ends at no noise.
+    So many that two would be one are one."""
+    return list(dict.fromkeys(round(1000 * late(1 - i / steps, frames)) - 1 for i in range(steps)))
+
+
 class Diffusion:
     """1000 discrete noise levels t = 0 ... 999, what the network predicts at each, and how to walk back from noise.
 
@@ -493,20 +508,19 @@ class Diffusion:
         return (sigma_s / sigma_t) * z - alpha_s * torch.expm1(-h) * x
 
     def sample(self, predict, z, steps: int = 16, sampler: str = "dpmpp", gamma: float = 0., seed: int = 0, label: str = "",
-               threshold: bool = False):
+               threshold: bool = False, frames: int = 1):
         """Walk z (B, ...) from pure noise to clean data in `steps` calls of predict(z, t): by "dpmpp", "ddim", or "ancestral",
-        which alone draws on gamma and seed. `threshold` is for pixels under guidance. A label shows a progress bar.
-
-        Timesteps are trailing: the first is the noisiest that was trained, the last step ends at no noise."""
+        which alone draws on gamma and seed. `threshold` is for pixels under guidance, `frames` for clips of which nothing is given. A
+        label shows a progress bar."""
         with torch.no_grad():  # as a decorator it would keep z, the noise, until the end
-            timesteps = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
+            timesteps = walk(steps, frames)
             at = lambda i: torch.full((len(z),), timesteps[i], device=z.device)
             x_before = None
-            for i in tqdm(range(steps), desc=label, disable=not label, leave=False):
+            for i in tqdm(range(len(timesteps)), desc=label, disable=not label, leave=False):
                 t = at(i)
                 x = self.x_of(predict(z, t), z, t)
                 x = dynamic_threshold(x) if threshold else x
-                if i == steps - 1:  # no noise is left to step to
+                if i == len(timesteps) - 1:  # no noise is left to step to
                     return x
                 if sampler == "dpmpp":
                     z, x_before = self.dpmpp_step(z, x, t, at(i + 1), x_before, at(i - 1)), x
@@ -532,16 +546,17 @@ def dynamic_threshold(x, share: float = .995):
     return x.clamp(-s, s) / s
 
 
-def oscillating(high: float, low: float | None, steps: int):
+def oscillating(high: float, low: float | None, steps: int, frames: int = 1):
     """A guidance scale that changes with t: high for the first half of the steps, then low and high in turn: colours and motion
     are settled under strong guidance, and what it saturates is undone.              Imagen Video section 2.6.2
 
     Without a `low` it is the number `high`. The paper does not say how long the beginning is."""
     if low is None:
         return high
+    timesteps = walk(steps, frames)
     def scale(t: int) -> float:
-        late = round((999 - t) * steps / 1000) - (steps + 1) // 2                   # steps since the first half ended
-        return low if late >= 0 and late % 2 == 0 else high
+        since = timesteps.index(t) - (len(timesteps) + 1) // 2                      # steps since the first half ended
+        return low if since >= 0 and since % 2 == 0 else high
     return scale
 
 
@@ -931,15 +946,18 @@ def build(weights: dict, path, **changes):
     return fill(UNet(replace(config, **changes)), weights, path, may_lack), diffusion
 
 
-def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int = 16,
-             guidance=3., sampler: str = "dpmpp", gamma: float = 0., seed: int = 0, label: str = "", shared_noise: bool = False):
-    """Latents of one video per prompt, (B, T, 4, side, side)."""
+def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int = 48,
+             guidance=3., sampler: str = "ancestral", gamma: float = 0., seed: int = 0, label: str = "", shared_noise: bool = False):
+    """Latents of one video per prompt, (B, T, 4, side, side).
+
+    Ancestral, in many steps: a path that the noisiest steps left crooked is drawn anew by the fresh noise of those that follow, where
+    DPM-Solver++ would be faithful to it."""
     device = next(unet.parameters()).device
     tokens, null = text["tokens"].to(device).float(), text["null_tokens"].to(device).float()
     z = initial_noise((len(tokens), 1 if shared_noise else frames, unet.config.out_channels, side, side), seed).to(device)
     z = z.expand(-1, frames, -1, -1, -1)                                            # (B, T, 4, side, side)
     predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device), guidance)
-    return diffusion.sample(predict, z, steps, sampler, gamma, seed, label).cpu()
+    return diffusion.sample(predict, z, steps, sampler, gamma, seed, label, frames=1 if shared_noise else frames).cpu()
 
 
 def check_sampling(args):
@@ -965,15 +983,17 @@ def main(argv=None):
     parser.add_argument("--shared-noise", action="store_true", help="start every frame from the same noise")
     parser.add_argument("--frames", type=positive(int), default=16, help="frames per video; 1 gives a picture")
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate told to the model; trained on 4 to 30")
-    parser.add_argument("--steps", type=positive(int), default=16, help="sampling steps, 1000 at most")
+    parser.add_argument("--steps", type=positive(int), help="sampling steps, 1000 at most; 48 if not given, or 16 for a picture and with --shared-noise")
     parser.add_argument("--guidance", type=finite, default=3., help="classifier-free guidance scale; 1 is none")
     parser.add_argument("--oscillate", type=finite, metavar="LOW", help="in the second half, guide every other step by this scale")
-    parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral"), default="dpmpp", help="DPM-Solver++(2M), DDIM, or with "
-                        "fresh noise at each step")
+    parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral"), help="DPM-Solver++(2M), DDIM, or with fresh noise at each "
+                        "step; ancestral if not given, or dpmpp for a picture and with --shared-noise")
     parser.add_argument("--gamma", type=finite, default=0., help="variance of ancestral: 0 is its lower bound, 1 its upper one")
     parser.add_seed()
     parser.add_device()
     args = parser.parse_args(argv)
+    alone = args.frames == 1 or args.shared_noise
+    args.steps, args.sampler = args.steps or (16 if alone else 48), args.sampler or ("dpmpp" if alone else "ancestral")
     check_out(args.out, (".pt",))
     check_sampling(args)
     if not 0 <= args.gamma <= 1 or args.gamma and args.sampler != "ancestral":
@@ -982,7 +1002,7 @@ def main(argv=None):
     unet, diffusion, weights = load(args.weights, args.device)
     made_by, text = weights["made_by"], stage["text"]
     check_encoder(args.text, text, args.weights, made_by)
-    guidance = oscillating(args.guidance, args.oscillate, args.steps)
+    guidance = oscillating(args.guidance, args.oscillate, args.steps, 1 if alone else args.frames)
     latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, guidance,
                        args.sampler, args.gamma, args.seed, "base", args.shared_noise)
     history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"

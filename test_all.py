@@ -465,11 +465,34 @@ def test_thresholding_keeps_samples_in_range_and_on_the_path():
         assert diffusion.sample(wild, z, 8, sampler, threshold=True).abs().max() <= 1
 
 
-def test_guidance_oscillates_in_the_second_half():
+def test_a_clip_walks_where_its_frames_leave_less_to_be_seen():
+    assert base.walk(10) == list(range(999, 0, -100)) and base.walk(1, 16) == [999]
+    ratio = lambda u: math.tan(math.pi / 2 * u)                                        # sigma / alpha of the cosine schedule
+    for u in (.01, .3, .5, .9, .99):
+        assert base.late(u, 1) == pytest.approx(u) and ratio(base.late(u, 16)) == pytest.approx(4 * ratio(u))
+    for steps in (2, 48, 1000):
+        walked = base.walk(steps, 16)
+        assert walked[0] == 999 and 0 <= walked[-1] and all(a > b for a, b in zip(walked, walked[1:]))
+    t = train.late_timesteps([np.random.default_rng(i) for i in range(4000)])
+    early = torch.tensor([1000 * base.late(u, 16) for u in (.25, .5, .75)])
+    torch.testing.assert_close((t[:, None] < early).double().mean(0), torch.tensor([.25, .5, .75]).double(), atol=.03, rtol=0)
+    mean, std, z = 3., .5, torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+    for sampler in ("ddim", "dpmpp", "ancestral"):  # the exact answer for Gaussian data, along the moved walk
+        diffusion = Diffusion(target="sample")
+        def predict(z, t):
+            alpha, sigma = diffusion.alpha_sigma(t, z)
+            return mean + alpha * std ** 2 / (alpha ** 2 * std ** 2 + sigma ** 2) * (z - alpha * mean)
+        made = diffusion.sample(predict, z, 200, sampler, frames=16)
+        assert abs(made.mean() - mean) < .05 and abs(made.std() / std - 1) < .1, sampler
+
+
+@pytest.mark.parametrize("frames", [1, 16])
+def test_guidance_oscillates_in_the_second_half(frames):
     steps, seen = 10, []
-    scale = base.oscillating(15., 1., steps)
-    Diffusion(target="sample").sample(lambda z, t: seen.append(scale(int(t[0]))) or z, torch.zeros(1, 1), steps)
+    scale = base.oscillating(15., 1., steps, frames)
+    Diffusion(target="sample").sample(lambda z, t: seen.append(scale(int(t[0]))) or z, torch.zeros(1, 1), steps, frames=frames)
     assert seen == [15.] * 5 + [1., 15., 1., 15., 1.]
+    scale = base.oscillating(15., 1., steps)
     model, (x, t, context, fps) = shaken(UNet(SMALL)).eval(), inputs()
     null, at = torch.zeros(1, *context.shape[1:]), lambda t: torch.full((2,), t)
     predict = lambda scale, t: base.guided(model, context, null, fps, scale)(x, at(t))
@@ -1515,7 +1538,7 @@ def test_a_clip_that_is_not_ours(tmp_path, all_weights, monkeypatch):
             (interpolate.main, ["z.pt", "--skip", "2", "--weights", all_weights, "--oscillate", 1], "--oscillate"),
             (superres.main, ["ssr-128", "clip.mp4", "--independent-noise"], "is for low and high"),
             (superres.main, ["ssr-128", "clip.mp4", "--sampler", "dpmpp", "--oscillate", 1], "wants --sampler ddim"),
-            (base.main, ["text.pt", "--oscillate", 1], "wants --sampler ddim"), (base.main, ["text.pt", "--gamma", .5], "--gamma"),
+            (base.main, ["text.pt", "--sampler", "dpmpp", "--oscillate", 1], "wants --sampler ddim"), (base.main, ["text.pt", "--sampler", "ddim", "--gamma", .5], "--gamma"),
             (train.main, ["base", "--blank"], "--blank")):
         assert wanted in complaint(program, [*argv, *([] if program is train.main else ["-o", "out.pt"])])
     for flags, wanted in ((["--skip", "1"], "nothing between"), (["--skip", "0"], "not a positive"), ([], "required"),
@@ -1564,7 +1587,7 @@ def test_a_camera_s_clip_goes_through_every_stage(tmp_path, all_weights, monkeyp
 # ------------------------------------------------------------------------------------------------
 # Measurements: python test_all.py evaluate
 
-GUIDANCE, STEPS = 3., 16
+GUIDANCE, STEPS = 3., 48
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -2001,7 +2024,7 @@ def peers(args, size: int = 16, batch: int = 2, wanted: float = 8e6):
             print(f"  {build.__name__:26s} is not installed")
             continue
         parameters = lambda width: sum(p.numel() for p in build(width)[0].parameters())
-        net, call = build(min(range(32, 129, 16), key=lambda width: abs(parameters(width) - wanted)))
+        net, call = build(min(range(32, 129, 8), key=lambda width: abs(parameters(width) - wanted)))
         if build is ours:
             net.to(memory_format=torch.channels_last)  # as its own loader has it
         def forward(fast: bool = False):

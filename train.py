@@ -416,9 +416,13 @@ def middle_timesteps(rngs) -> torch.Tensor:
 
 
 def any_timesteps(rngs) -> torch.Tensor:
-    """t (N,), uniformly: where frames or a small clip are given, even pure noise hides nothing of them; and where motion is learned, it
-    is decided among the noisiest."""
+    """t (N,), uniformly: where frames or a small clip are given, even pure noise hides nothing of them."""
     return torch.tensor([int(rng.integers(1000)) for rng in rngs])
+
+
+def late_timesteps(rngs, frames: int = 16) -> torch.Tensor:
+    """t (N,), of clips: uniform ones, moved as base.late says."""
+    return torch.tensor([int(1000 * base.late(rng.random(), frames)) for rng in rngs])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -648,7 +652,7 @@ def prepare_base(args) -> Stage:
     def batch_of(step, samples):
         if args.joint and step % 4 == 3:
             return diffusion_batch(args, stills, step, [4 * i + k for i in samples for k in range(4)])
-        return diffusion_batch(args, data, step, samples, any_timesteps)
+        return diffusion_batch(args, data, step, samples, late_timesteps)
 
     prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
     return Stage(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 16, diffusion),
