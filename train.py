@@ -421,7 +421,7 @@ def any_timesteps(rngs) -> torch.Tensor:
 
 
 def late_timesteps(rngs, frames: int = 16) -> torch.Tensor:
-    """t (N,), of clips: uniform ones, moved as base.late says."""
+    """t (N,), of clips: uniform ones, moved as base.late says. Differs: uniform."""
     return torch.tensor([int(1000 * base.late(rng.random(), frames)) for rng in rngs])
 
 
