@@ -413,9 +413,9 @@ class UNet(nn.Module):
 def late(u: float, frames: int) -> float:
     """A share u of the way into noise, moved to where sigma / alpha is sqrt(frames) times as large.
 
-    Frames of noises of their own show the same thing again: of a clip of 16, as much is left to be seen at t = 844 as of a picture at t = 500. Which way a
-    thing goes is decided among the noisiest levels, in training and in sampling alike. simple diffusion (2301.11093), section 3.2,
-    does so for larger pictures."""
+    Frames with noises of their own show the same thing again: of a clip of 16, as much is left to be seen at t = 844 as of a
+    picture at t = 500. Which way a thing goes is decided among the noisiest levels, in training and in sampling alike. simple
+    diffusion (2301.11093), section 3.2, does so for larger pictures."""
     return 2 / math.pi * math.atan(math.sqrt(frames) * math.tan(math.pi / 2 * u))
 
 
@@ -983,7 +983,8 @@ def main(argv=None):
     parser.add_argument("--shared-noise", action="store_true", help="start every frame from the same noise")
     parser.add_argument("--frames", type=positive(int), default=16, help="frames per video; 1 gives a picture")
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate told to the model; trained on 4 to 30")
-    parser.add_argument("--steps", type=positive(int), help="sampling steps, 1000 at most; 48 if not given, or 16 for a picture and with --shared-noise")
+    parser.add_argument("--steps", type=positive(int), help="sampling steps, 1000 at most; 48 if not given, or 16 for a picture and "
+                        "with --shared-noise")
     parser.add_argument("--guidance", type=finite, default=3., help="classifier-free guidance scale; 1 is none")
     parser.add_argument("--oscillate", type=finite, metavar="LOW", help="in the second half, guide every other step by this scale")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral"), help="DPM-Solver++(2M), DDIM, or with fresh noise at each "
