@@ -411,17 +411,17 @@ class UNet(nn.Module):
 # Diffusion: z_t = alpha_t x + sigma_t eps, with alpha^2 + sigma^2 = 1 and alpha_bar = alpha^2.
 
 def late(u: float, frames: int) -> float:
-    """A share u of the way into noise, moved to where sigma / alpha is sqrt(frames) times as large.
+    """A share u of the way into noise, moved to where the cosine schedule's sigma / alpha is sqrt(frames) times as large.
 
     Frames with noises of their own show the same thing again: of a clip of 16, as much is left to be seen at t = 844 as of a
     picture at t = 500. Which way a thing goes is decided among the noisiest levels, in training and in sampling alike. simple
-    diffusion (2301.11093), section 3.2, does so for larger pictures."""
+    diffusion (2301.11093), section 3.1, does so for larger pictures."""
     return 2 / math.pi * math.atan(math.sqrt(frames) * math.tan(math.pi / 2 * u))
 
 
 def walk(steps: int, frames: int = 1) -> list:
     """The timesteps of a walk from noise to data. Trailing: the first is the noisiest that was trained, the last step ends at no noise.
-    So many that two would be one are one."""
+    Where moving puts several on one timestep, it is walked once."""
     return list(dict.fromkeys(round(1000 * late(1 - i / steps, frames)) - 1 for i in range(steps)))
 
 
@@ -946,18 +946,26 @@ def build(weights: dict, path, **changes):
     return fill(UNet(replace(config, **changes)), weights, path, may_lack), diffusion
 
 
-def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int = 48,
-             guidance=3., sampler: str = "ancestral", gamma: float = 0., seed: int = 0, label: str = "", shared_noise: bool = False):
-    """Latents of one video per prompt, (B, T, 4, side, side).
+def usual(frames: int, shared_noise: bool = False) -> tuple[int, str]:
+    """Steps and sampler where none are asked for. A clip wants many, and ancestral ones: a path that the noisiest steps left crooked is
+    drawn anew by the fresh noise of those that follow, where DPM-Solver++ would be faithful to it. A picture has no path."""
+    return (16, "dpmpp") if frames == 1 or shared_noise else (48, "ancestral")
 
-    Ancestral, in many steps: a path that the noisiest steps left crooked is drawn anew by the fresh noise of those that follow, where
-    DPM-Solver++ would be faithful to it."""
+
+def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int | None = None,
+             guidance: float = 3., sampler: str | None = None, gamma: float = 0., seed: int = 0, label: str = "",
+             shared_noise: bool = False, oscillate: float | None = None):
+    """Latents of one video per prompt, (B, T, 4, side, side). Steps and sampler are the `usual` ones if not given."""
+    usual_steps, usual_sampler = usual(frames, shared_noise)
+    steps, sampler = steps or usual_steps, sampler or usual_sampler
+    independent = 1 if shared_noise else frames  # frames whose noises tell different things
     device = next(unet.parameters()).device
     tokens, null = text["tokens"].to(device).float(), text["null_tokens"].to(device).float()
     z = initial_noise((len(tokens), 1 if shared_noise else frames, unet.config.out_channels, side, side), seed).to(device)
     z = z.expand(-1, frames, -1, -1, -1)                                            # (B, T, 4, side, side)
-    predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device), guidance)
-    return diffusion.sample(predict, z, steps, sampler, gamma, seed, label, frames=1 if shared_noise else frames).cpu()
+    predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device),
+                     oscillating(guidance, oscillate, steps, independent))
+    return diffusion.sample(predict, z, steps, sampler, gamma, seed, label, frames=independent).cpu()
 
 
 def check_sampling(args):
@@ -993,8 +1001,8 @@ def main(argv=None):
     parser.add_seed()
     parser.add_device()
     args = parser.parse_args(argv)
-    alone = args.frames == 1 or args.shared_noise
-    args.steps, args.sampler = args.steps or (16 if alone else 48), args.sampler or ("dpmpp" if alone else "ancestral")
+    usual_steps, usual_sampler = usual(args.frames, args.shared_noise)
+    args.steps, args.sampler = args.steps or usual_steps, args.sampler or usual_sampler
     check_out(args.out, (".pt",))
     check_sampling(args)
     if not 0 <= args.gamma <= 1 or args.gamma and args.sampler != "ancestral":
@@ -1003,9 +1011,8 @@ def main(argv=None):
     unet, diffusion, weights = load(args.weights, args.device)
     made_by, text = weights["made_by"], stage["text"]
     check_encoder(args.text, text, args.weights, made_by)
-    guidance = oscillating(args.guidance, args.oscillate, args.steps, 1 if alone else args.frames)
-    latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, guidance,
-                       args.sampler, args.gamma, args.seed, "base", args.shared_noise)
+    latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, args.guidance,
+                       args.sampler, args.gamma, args.seed, "base", args.shared_noise, args.oscillate)
     history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"
     history += "" if args.oscillate is None else f" oscillate {args.oscillate:g}"
     history += f" gamma {args.gamma:g}" * (args.sampler == "ancestral")

@@ -420,9 +420,9 @@ def any_timesteps(rngs) -> torch.Tensor:
     return torch.tensor([int(rng.integers(1000)) for rng in rngs])
 
 
-def late_timesteps(rngs, frames: int = 16) -> torch.Tensor:
-    """t (N,), of clips: uniform ones, moved as base.late says. Differs: uniform."""
-    return torch.tensor([int(1000 * base.late(rng.random(), frames)) for rng in rngs])
+def late_timesteps(rngs) -> torch.Tensor:
+    """t (N,), of clips of 16 frames: uniform ones, moved as base.late says. Differs: uniform."""
+    return torch.tensor([int(1000 * base.late(rng.random(), 16)) for rng in rngs])
 
 
 # ------------------------------------------------------------------------------------------------
