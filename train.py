@@ -58,6 +58,7 @@ COLOURS = {"red": (230, 40, 40), "orange": (250, 140, 30), "yellow": (245, 215, 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 MOTIONS = ("moving left", "moving right", "moving up", "moving down",
            "growing", "shrinking", "bouncing", "circling", "spinning")
+OFTEN = {"bouncing": 2, "circling": 2, "spinning": 4}  # as often as others in training: frames must agree on a phase, and a turned shape is a new one
 GROUNDS = ("", "on grass", "on sand", "on bricks", "at night")
 SCENE_SECONDS = 3.75  # 16 frames at 4 fps, or 76 at 20: Make-A-Video's two frame counts
 
@@ -89,6 +90,8 @@ def caption(scene: dict, still: bool = False) -> str:
 def draw_scene(rng: np.random.Generator, split: str = "train", ground: int | None = None) -> dict:
     """One scene: four factors and the free numbers of its motion. `split` as in `split_of`, or "any"."""
     triples = TRIPLES[split] if split != "any" else sum(TRIPLES.values(), [])
+    if split == "train":
+        triples = [triple for triple in triples for _ in range(OFTEN.get(MOTIONS[triple[2]], 1))]
     colour, shape, motion = triples[rng.integers(len(triples))]
     u = rng.uniform
     kind = MOTIONS[motion]
