@@ -8,7 +8,7 @@ connections (1804.03999), and what a prompt's clips look like on average, as a p
     in    text.pt   tokens (B, L, D) of B prompts, from text.py
     out   base.pt   latents (B, T, 4, h, w) of unit variance, for vae.py decode
 
-    python base.py text.pt -o base.pt --frames 16 --fps 4 --steps 48 --guidance 3 --seed 0
+    python base.py text.pt -o base.pt --frames 16 --fps 4 --steps 48 --guidance 2 --seed 0
 
 Read top to bottom: pseudo-3D layers, the U-Net, diffusion and its samplers; then the files and the command line that all
 stages share, and main.
@@ -953,7 +953,7 @@ def usual(frames: int, shared_noise: bool = False) -> tuple[int, str]:
 
 
 def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int | None = None,
-             guidance: float = 3., sampler: str | None = None, gamma: float = 0., seed: int = 0, label: str = "",
+             guidance: float = 2., sampler: str | None = None, gamma: float = 0., seed: int = 0, label: str = "",
              shared_noise: bool = False, oscillate: float | None = None):
     """Latents of one video per prompt, (B, T, 4, side, side). Steps and sampler are the `usual` ones if not given."""
     usual_steps, usual_sampler = usual(frames, shared_noise)
@@ -993,7 +993,7 @@ def main(argv=None):
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate told to the model; trained on 4 to 30")
     parser.add_argument("--steps", type=positive(int), help="sampling steps, 1000 at most; 48 if not given, or 16 for a picture and "
                         "with --shared-noise")
-    parser.add_argument("--guidance", type=finite, default=3., help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("--guidance", type=finite, default=2., help="classifier-free guidance scale; 1 is none")
     parser.add_argument("--oscillate", type=finite, metavar="LOW", help="in the second half, guide every other step by this scale")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral"), help="DPM-Solver++(2M), DDIM, or with fresh noise at each "
                         "step; ancestral if not given, or dpmpp for a picture and with --shared-noise")

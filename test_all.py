@@ -1587,7 +1587,7 @@ def test_a_camera_s_clip_goes_through_every_stage(tmp_path, all_weights, monkeyp
 # ------------------------------------------------------------------------------------------------
 # Measurements: python test_all.py evaluate
 
-GUIDANCE, STEPS = 3., base.usual(16)[0]
+GUIDANCE, STEPS = 2., base.usual(16)[0]
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
