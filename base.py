@@ -946,22 +946,26 @@ def build(weights: dict, path, **changes):
     return fill(UNet(replace(config, **changes)), weights, path, may_lack), diffusion
 
 
-def usual(frames: int, shared_noise: bool = False) -> tuple[int, str]:
-    """Steps and sampler where none are asked for. A clip wants many, and ancestral ones: a path that the noisiest steps left crooked is
-    drawn anew by the fresh noise of those that follow, where DPM-Solver++ would be faithful to it. A picture has no path."""
-    return (16, "dpmpp") if frames == 1 or shared_noise else (48, "ancestral")
+GUIDANCE = 2.  # where no scale is asked for: 3 is as faithful, but things then move too fast at high frame rates
+
+
+def usual(frames: int, steps: int | None = None, sampler: str | None = None) -> tuple[int, str]:
+    """Steps and sampler: those asked for, or what suits `frames` with noises of their own. A clip wants many steps, and ancestral ones:
+    a path that the noisiest left crooked is drawn anew by the fresh noise of those that follow, where DPM-Solver++ would be faithful
+    to it. A picture has no path."""
+    usual_steps, usual_sampler = (48, "ancestral") if frames > 1 else (16, "dpmpp")
+    return steps or usual_steps, sampler or usual_sampler
 
 
 def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int | None = None,
-             guidance: float = 2., sampler: str | None = None, gamma: float = 0., seed: int = 0, label: str = "",
+             guidance: float = GUIDANCE, sampler: str | None = None, gamma: float = 0., seed: int = 0, label: str = "",
              shared_noise: bool = False, oscillate: float | None = None):
     """Latents of one video per prompt, (B, T, 4, side, side). Steps and sampler are the `usual` ones if not given."""
-    usual_steps, usual_sampler = usual(frames, shared_noise)
-    steps, sampler = steps or usual_steps, sampler or usual_sampler
-    independent = 1 if shared_noise else frames  # frames whose noises tell different things
+    independent = 1 if shared_noise else frames  # frames with noises of their own
+    steps, sampler = usual(independent, steps, sampler)
     device = next(unet.parameters()).device
     tokens, null = text["tokens"].to(device).float(), text["null_tokens"].to(device).float()
-    z = initial_noise((len(tokens), 1 if shared_noise else frames, unet.config.out_channels, side, side), seed).to(device)
+    z = initial_noise((len(tokens), independent, unet.config.out_channels, side, side), seed).to(device)
     z = z.expand(-1, frames, -1, -1, -1)                                            # (B, T, 4, side, side)
     predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device),
                      oscillating(guidance, oscillate, steps, independent))
@@ -993,7 +997,7 @@ def main(argv=None):
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate told to the model; trained on 4 to 30")
     parser.add_argument("--steps", type=positive(int), help="sampling steps, 1000 at most; 48 if not given, or 16 for a picture and "
                         "with --shared-noise")
-    parser.add_argument("--guidance", type=finite, default=2., help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("--guidance", type=finite, default=GUIDANCE, help="classifier-free guidance scale; 1 is none")
     parser.add_argument("--oscillate", type=finite, metavar="LOW", help="in the second half, guide every other step by this scale")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral"), help="DPM-Solver++(2M), DDIM, or with fresh noise at each "
                         "step; ancestral if not given, or dpmpp for a picture and with --shared-noise")
@@ -1001,8 +1005,7 @@ def main(argv=None):
     parser.add_seed()
     parser.add_device()
     args = parser.parse_args(argv)
-    usual_steps, usual_sampler = usual(args.frames, args.shared_noise)
-    args.steps, args.sampler = args.steps or usual_steps, args.sampler or usual_sampler
+    args.steps, args.sampler = usual(1 if args.shared_noise else args.frames, args.steps, args.sampler)
     check_out(args.out, (".pt",))
     check_sampling(args)
     if not 0 <= args.gamma <= 1 or args.gamma and args.sampler != "ancestral":

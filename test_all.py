@@ -1587,7 +1587,8 @@ def test_a_camera_s_clip_goes_through_every_stage(tmp_path, all_weights, monkeyp
 # ------------------------------------------------------------------------------------------------
 # Measurements: python test_all.py evaluate
 
-GUIDANCE, STEPS = 2., base.usual(16)[0]
+GUIDANCE = base.GUIDANCE
+STEPS, SAMPLER = base.usual(16)
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -1824,7 +1825,7 @@ def evaluate_superres(which: str, clips: int = 16):
 
 
 def evaluate(args):
-    print(f"seed {args.seed}, guidance {args.guidance:g}, {args.steps} ancestral steps, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"seed {args.seed}, guidance {args.guidance:g}, {args.steps} {SAMPLER} steps, {torch.get_num_threads()} threads, torch {torch.__version__}")
     read = [(describe(train.render(scene_of(f, i), np.arange(16) / 4)), f) for i, f in enumerate(factors_of(train.TRIPLES, range(5), args.prompts))]
     wrong = sum((d["colour"], d["shape"], d["motion"], d["ground"]) != f for d, f in read)
     print(f"\nThe reader itself: all four factors right on {100 - 100 * wrong / len(read):.1f} % of {len(read)} rendered clips")
@@ -1840,15 +1841,16 @@ def evaluate(args):
         for which, name, fps, clips in (("tsr-32", "tsr-32", 8., 12), ("tsr-128", "tsr-64", 16., 4), ("tsr-128", "tsr-128", 32., 4)):
             evaluate_doubling(which, name, fps, clips)
     settings = dict(guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=args.weights)
+    quarter = max(1, args.prompts // 4)
     print("\nPrompt fidelity at 4 fps, in %              prompts  colour  shape   motion (nearest)  ground  first three")
     print_fidelity("held-out triples on black", factors_of(["held-out"], [0], args.prompts), **settings)
     print_fidelity("held-out triples, all grounds", factors_of(["held-out"], range(5), args.prompts), **settings)
     if (WEIGHTS / "interpolate.pt").is_file():
         for name, skip in (("a quarter of these", 1), ("and interpolated, 76 frames read", 5)):
-            print_fidelity(name, factors_of(["held-out"], range(5), args.prompts // 4), skip=skip, **settings)
-    print_fidelity("unseen pairs on black", factors_of(["unseen"], [0], args.prompts // 4), **settings)
-    print_fidelity("unseen pairs, all grounds", factors_of(["unseen"], range(5), args.prompts // 4), **settings)
-    print_fidelity("trained triples, all grounds", factors_of(["train"], range(5), args.prompts // 4), **settings)
+            print_fidelity(name, factors_of(["held-out"], range(5), quarter), skip=skip, **settings)
+    print_fidelity("unseen pairs on black", factors_of(["unseen"], [0], quarter), **settings)
+    print_fidelity("unseen pairs, all grounds", factors_of(["unseen"], range(5), quarter), **settings)
+    print_fidelity("trained triples, all grounds", factors_of(["train"], range(5), quarter), **settings)
     print("\nFrame rate: median displacement per frame of the four translations (held-out triples on black), in pixels")
     slides = [f for f in factors_of(["held-out"], [0], 48) if f[2] < 4] * 2
     moved = {fps: np.nanmedian([displacement_per_frame(v) for v in make(slides, fps=fps, label=f"fps {fps}", **settings)]) for fps in (4., 8., 16.)}

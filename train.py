@@ -58,7 +58,6 @@ COLOURS = {"red": (230, 40, 40), "orange": (250, 140, 30), "yellow": (245, 215, 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 MOTIONS = ("moving left", "moving right", "moving up", "moving down",
            "growing", "shrinking", "bouncing", "circling", "spinning")
-OFTEN = {"bouncing": 2, "circling": 2, "spinning": 4}  # as often as others in training: frames must agree on a phase, and a turned shape is a new one
 GROUNDS = ("", "on grass", "on sand", "on bricks", "at night")
 SCENE_SECONDS = 3.75  # 16 frames at 4 fps, or 76 at 20: Make-A-Video's two frame counts
 
@@ -79,6 +78,12 @@ def split_of(colour: int, shape: int, motion: int) -> str | None:
 TRIPLES = {split: [(c, s, m) for c in range(8) for s in range(6) for m in range(9) if split_of(c, s, m) == split]
            for split in ("train", "held-out", "unseen")}
 
+# How many times as often as others a motion is drawn in training: its frames must agree on a phase, and a turned shape is a new one.
+# Differs: data as it is found.
+OFTEN = {"bouncing": 2, "circling": 2, "spinning": 4}
+DRAWN = TRIPLES | {"any": sum(TRIPLES.values(), []),
+                   "train": [triple for triple in TRIPLES["train"] for _ in range(OFTEN.get(MOTIONS[triple[2]], 1))]}
+
 
 def caption(scene: dict, still: bool = False) -> str:
     """"a red star bouncing on grass"; a still has no motion: "a red star on grass"."""
@@ -89,10 +94,7 @@ def caption(scene: dict, still: bool = False) -> str:
 
 def draw_scene(rng: np.random.Generator, split: str = "train", ground: int | None = None) -> dict:
     """One scene: four factors and the free numbers of its motion. `split` as in `split_of`, or "any"."""
-    triples = TRIPLES[split] if split != "any" else sum(TRIPLES.values(), [])
-    if split == "train":
-        triples = [triple for triple in triples for _ in range(OFTEN.get(MOTIONS[triple[2]], 1))]
-    colour, shape, motion = triples[rng.integers(len(triples))]
+    colour, shape, motion = DRAWN[split][rng.integers(len(DRAWN[split]))]
     u = rng.uniform
     kind = MOTIONS[motion]
     radius = {"bouncing": u(.10, .13), "circling": u(.09, .12), "spinning": u(.14, .20)}.get(kind, u(.10, .14))
