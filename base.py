@@ -780,8 +780,9 @@ def save_weights(path, stage: str, config: dict, model: nn.Module, **made_by):
 
 
 def load_weights(path, *stages: str) -> dict:
-    """Read what save_weights wrote for one of `stages`, and add `hash`: eight letters that name these very weights. A Stable
-    Diffusion folder has the weights of stages image, vae and clip."""
+    """Read what save_weights wrote for one of `stages`, and add `hash`: eight letters that name these very weights; but where a
+    decoder alone was trained further, the autoencoder whose latents it reads. A Stable Diffusion folder has the weights of stages
+    image, vae and clip."""
     if Path(path).is_dir():
         return stable_diffusion(Path(path), stages)
     remedy = f"train them with `python train.py {stages[0]}`"
@@ -795,7 +796,7 @@ def load_weights(path, *stages: str) -> dict:
     digest = hashlib.sha256(repr(weights["config"]).encode())
     for name, tensor in sorted(weights["model"].items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
-    return weights | {"hash": digest.hexdigest()[:8]}
+    return weights | {"hash": weights["made_by"].get("latents") or digest.hexdigest()[:8]}
 
 
 SD_PARTS = {"image": "unet", "vae": "vae", "clip": "text_encoder"}

@@ -208,12 +208,13 @@ def render(scene: dict, times, size: int = 64) -> torch.Tensor:
 # Data sets: what the stages draw from, made once and kept in runs/.
 
 def world_stills(count: int, seed: int, side: int) -> dict:
-    """Pictures of any scene at any moment, and their captions. No split: a still does not show how a thing moves."""
+    """Pictures of any scene at any moment, and their captions. No split: a still does not show how a thing moves. The first and last
+    moments of a scene come most often, when what slides is near the border, which an autoencoder must learn apart."""
     pixels, captions = [], []
     for i in trange(count, desc="rendering stills"):
         rng = np.random.default_rng((seed, 1, i))
         scene = draw_scene(rng, "any")
-        pixels.append(render(scene, [rng.uniform(0, SCENE_SECONDS)], side))
+        pixels.append(render(scene, [SCENE_SECONDS * rng.beta(.5, .5)], side))
         captions.append(caption(scene, still=True))
     return {"pixels": torch.stack(pixels), "captions": captions, "fps": torch.ones(count)}  # (N, 1, 3, side, side)
 
@@ -472,7 +473,10 @@ class Stage:
 
 def prepare_vae(args) -> Stage:
     data, side = pictures(args), args.side
-    model = vae.AutoencoderKL(vae.VAEConfig())
+    model, facts = vae.AutoencoderKL(vae.VAEConfig()), {}
+    if args.freeze == "encoder":  # latents stay what they are, and so does the name by which all other weights know them
+        done, weights = vae.load(args.init)
+        model.config, facts["latents"] = done.config, weights["hash"]
     latent_shape = (model.config.latent_channels, side // model.config.factor, side // model.config.factor)
 
     def batch_of(step, samples):
@@ -487,12 +491,14 @@ def prepare_vae(args) -> Stage:
         return vae.contact_sheet(torch.stack([originals, vae.to_uint8(model.decode(mean)).cpu()]))
 
     def config_of(model):  # latent diffusion, appendix G: unit variance, measured, and kept with the weights
+        if args.freeze == "encoder":
+            return asdict(model.config)
         chunks = data["pixels"][:2048, 0].split(128)
         raw = torch.cat([model.encode(vae.to_float(chunk).to(args.device))[0] for chunk in chunks])
         model.config.scaling_factor = (1 / raw.std()).item()
         return asdict(model.config)
 
-    return Stage(model, batch_of, vae.loss, preview, config_of, {})
+    return Stage(model, batch_of, vae.loss, preview, config_of, facts)
 
 
 def training_captions() -> list:
@@ -634,9 +640,11 @@ def inflation(args) -> dict:
 
 
 def freeze(model, args):
-    """Leave to training what `--freeze` says."""
+    """Leave to training what `--freeze` does not name."""
+    trained = {"none": lambda name: True, "spatial": UNet.is_inflation,
+               "encoder": lambda name: name.startswith(("decoder.", "post_quant_conv."))}[args.freeze]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(args.freeze == "none" or UNet.is_inflation(name))
+        parameter.requires_grad_(trained(name))
 
 
 def prepare_base(args) -> Stage:
@@ -947,7 +955,8 @@ def main(argv=None):
     parser.add_argument("--steps", type=positive(int), help="steps, instead of the recipe's")
     parser.add_argument("--batch", type=positive(int), help="samples per step, instead of the recipe's")
     parser.add_argument("--lr", type=positive(float), help="learning rate, instead of the recipe's")
-    parser.add_argument("--freeze", choices=("none", "spatial"), default="none", help="base: train all, or the temporal layers alone")
+    parser.add_argument("--freeze", choices=("none", "spatial", "encoder"), default="none",
+                        help="spatial, of base: train the temporal layers alone; encoder, of vae: the decoder alone, so that latents stay")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures")
     parser.add_argument("--blank", action="store_true", help="tsr: show nothing between the frames that are given, not these again")
     parser.add_argument("--accumulate", type=positive(int), default=1,
@@ -966,8 +975,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.init and args.stage == "all":
         raise UserError("--init is for one stage")
-    if args.freeze != "none" and args.stage != "base":
+    if args.freeze == "spatial" and args.stage != "base":
         raise UserError("--freeze spatial is for stage base, which has layers that its image model had not")
+    if args.freeze == "encoder" and not (args.stage == "vae" and args.init):
+        raise UserError("--freeze encoder is for stage vae, and for weights that --init names: a decoder trained further")
     if args.blank and not args.stage.startswith("tsr"):
         raise UserError("--blank is for the stages tsr-32 and tsr-128")
     if args.side % 8:
