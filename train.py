@@ -236,14 +236,10 @@ def draw_clip(rng: np.random.Generator, fps: float | None = None, frames: int = 
     return scene, render(scene, start + np.arange(frames) / fps, side), fps
 
 
-def world_clips(count: int, seed: int, side: int, windows: bool = False):
-    """Training clips of the world, in groups small enough to encode at once: yields (pixels, captions, fps). `windows` are for
-    interpolation, all at a rate of 4 to 30."""
-    def clip(i):
-        rng = np.random.default_rng((seed, 4 if windows else 2, i))
-        return draw_clip(rng, rate_at(rng.random()) if windows else None, side=side)
+def world_clips(count: int, seed: int, side: int):
+    """Training clips of the world, in groups small enough to encode at once: yields (pixels, captions, fps)."""
     for group in trange(0, count, 64, desc="rendering and encoding clips"):
-        clips = [clip(i) for i in range(group, min(group + 64, count))]
+        clips = [draw_clip(np.random.default_rng((seed, 2, i)), side=side) for i in range(group, min(group + 64, count))]
         yield torch.stack([c[1] for c in clips]), [caption(c[0]) for c in clips], torch.tensor([c[2] for c in clips])
 
 
@@ -330,7 +326,7 @@ def latents(args, kind: str) -> tuple[dict, str]:
             return zip(stills["pixels"].split(256), batches(stills["captions"], 256), stills["fps"].split(256))
         if args.data != "world":
             return folder_clips(args.data, 16, args.side)
-        return world_clips(args.clips, args.seed, args.side, windows=kind == "windows")
+        return world_clips(args.clips, args.seed, args.side)
 
     make = lambda: gather(groups(), lambda pixels: {"latents": vae.encode_video(autoencoder, pixels).half()})
     return cached(args, kind, args.stills if kind == "stills" else args.clips, make, weights["hash"]), weights["hash"]
@@ -422,7 +418,7 @@ def middle_timesteps(rngs) -> torch.Tensor:
 
 
 def any_timesteps(rngs) -> torch.Tensor:
-    """t (N,), uniformly: where frames or a small clip are given, even pure noise hides nothing of them."""
+    """t (N,), uniformly: where a small clip is given, even pure noise hides nothing of it."""
     return torch.tensor([int(rng.integers(1000)) for rng in rngs])
 
 
@@ -674,20 +670,22 @@ def prepare_base(args) -> Stage:
 
 def prepare_interpolate(args) -> Stage:
     """Make-A-Video, section 3.3: the video model goes on to learn from clips some of whose frames it is shown."""
-    data, facts = with_tokens(args, "windows" if args.data == "world" else "clips")
+    data, facts = with_tokens(args, "clips")
     weights = parent(args.weights / "base.pt", "base", facts)
     model, diffusion = base.build(interpolate.inflate(weights), args.weights / "base.pt", **interpolate.CHANGES)
 
     def batch_of(step, samples):
         masks = [interpolate.random_known(np.random.default_rng((args.seed, 5, step, i))) for i in samples]
-        return diffusion_batch(args, data, step, samples, any_timesteps) | {"known": torch.stack(masks)}
+        return diffusion_batch(args, data, step, samples, late_timesteps) | {"known": torch.stack(masks)}
 
     def preview(model):  # sixteen frames of which every fifth is given, below the truth
-        x, known = data["latents"][:4].float(), torch.arange(16) % 5 == 0
-        said = {"tokens": data["tokens"][data["rows"][:4]], "null_tokens": data["null"][None]}
-        made = interpolate.fill_timeline(model, diffusion, x, known, said, 8.)
-        rows = torch.stack([x, made], dim=1).flatten(0, 1)                          # (8, T, 4, h, w)
-        return vae.contact_sheet(vae.decode_video(vae.load(weights_in(args.weights, "vae"), args.device)[0], rows), columns=16)
+        fps = data["fps"][0]
+        rows = (data["fps"] == fps).nonzero()[:4, 0]
+        x, known = data["latents"][rows].float(), torch.arange(16) % 5 == 0
+        said = {"tokens": data["tokens"][data["rows"][rows]], "null_tokens": data["null"][None]}
+        made = interpolate.fill_timeline(model, diffusion, x, known, said, fps)
+        both = torch.stack([x, made], dim=1).flatten(0, 1)                          # (8, T, 4, h, w)
+        return vae.contact_sheet(vae.decode_video(vae.load(weights_in(args.weights, "vae"), args.device)[0], both), columns=16)
 
     return Stage(model, batch_of, lambda model, batch: interpolate.loss(model, diffusion, batch), preview,
                  diffusion_config(diffusion), facts | {"base": weights["hash"]})
