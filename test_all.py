@@ -2,7 +2,7 @@
 
     python -m pytest test_all.py         properties: what must hold whatever the weights are
     python test_all.py evaluate          measurements of the shipped weights; prints the README's tables
-    python test_all.py curve             prompt fidelity over the training of the video model, from its snapshots in runs/base/
+    python test_all.py curve             prompt fidelity over the training of the video model, from the history of its weights
     python test_all.py benchmark         seconds, peak memory and GFLOP/s per stage, beside this machine's convolution peak
     python test_all.py peers             the U-Net's clips per second beside those of other libraries, where these are installed
     python test_all.py pictures          draws the README's pictures anew, into assets/
@@ -1227,6 +1227,20 @@ def test_networks_between_pixels_train_and_load(which, tmp_path, monkeypatch):
     assert weights["made_by"]["vae"] and ("text" in weights["made_by"]) == stage.config.pooled
 
 
+def test_a_decoder_trained_further_reads_the_same_latents(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
+    shutil.copy(WEIGHTS / "vae.pt", tmp_path)
+    flags = ["vae", "--init", str(WEIGHTS / "vae.pt"), "--steps", "3", "--batch", "2", "--stills", "8", "--weights", str(tmp_path), "--device", "cpu"]
+    train.main([*flags, "--freeze", "encoder"])
+    (before, shipped), (after, trained) = vae.load(), vae.load(tmp_path / "vae.pt")
+    same = {name: torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.state_dict().items()}
+    assert all(same[name] == name.startswith(("encoder.", "quant_conv.")) for name in same if name.endswith("weight") and "norm" not in name)
+    assert all(same[name] for name in same if name.startswith(("encoder.", "quant_conv.")))
+    assert before.config == after.config and shipped["hash"] == trained["hash"]
+    train.main([*flags, "--fresh"])
+    assert vae.load(tmp_path / "vae.pt")[1]["hash"] != shipped["hash"]
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.zeros(()))  # it would hide an error of scale
     gradients = []
@@ -1858,16 +1872,39 @@ def evaluate(args):
           f"   ({len(slides)} clips; the world's own: {.14 * 64 / 4:.2f}, {.14 * 64 / 8:.2f}, {.14 * 64 / 16:.2f})")
 
 
+def past_weights(path: Path, folder: Path) -> list:
+    """Every weights/base.pt that this repository's history has on the autoencoder, text encoder and prior of the one at `path`, the
+    oldest first: copies in `folder`."""
+    if not (HERE / ".git").exists():
+        raise UserError(f"{HERE} is no clone: past weights are in the repository's history")
+    git = lambda *words: subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, check=True).stdout
+    stands_on = lambda weights: [weights["made_by"].get(key) for key in ("vae", "text", "prior")]
+    now, paths = base.load_weights(path, "base"), []
+    for i, commit in enumerate(git("log", "--reverse", "--format=%h", "--", "weights/base.pt").decode().split()):
+        paths.append(folder / f"weights-{i:03d}.pt")
+        paths[-1].write_bytes(git("show", f"{commit}:weights/base.pt"))
+    return [past for past in paths if stands_on(base.load_weights(past, "base")) == stands_on(now)]
+
+
 def curve(args):
-    """Fidelity over training: one row for each of the weights that `train.py base --snapshots` left in runs/base/."""
-    paths = sorted((train.RUNS / "base").glob("weights-*.pt"))
-    if not paths:
-        raise UserError(f"{train.RUNS / 'base'} holds no snapshots; `python train.py base --snapshots 5` leaves some")
+    """Fidelity over training: one row for each base.pt in the repository's history, or, where --weights names a folder, for each of
+    those that `train.py base --snapshots` left there."""
     print("Prompt fidelity at 4 fps, held-out triples on black, in %   prompts  colour  shape   motion (nearest)  ground  first three")
-    for path in paths:
-        made_by = base.load_weights(path, "base")["made_by"]
-        print_fidelity(f"{made_by['steps']} steps, {made_by['minutes']:.0f} min", factors_of(["held-out"], [0], args.prompts),
-                       guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=path)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = sorted(args.weights.glob("weights-*.pt")) if args.weights.is_dir() else past_weights(args.weights, Path(folder))
+        if not paths:
+            raise UserError(f"{args.weights} holds no snapshots; `python train.py base --snapshots 5` leaves some in runs/base/")
+        total, upto = np.zeros(2), {None: np.zeros(2)}  # steps and minutes, up to the weights of a hash
+        for path in paths:
+            weights = base.load_weights(path, "base")
+            made_by = weights["made_by"]
+            init = made_by.get("init")
+            if init not in upto:  # weights that were not kept
+                upto[init] = total + (made_by["init_steps"], made_by["init_minutes"])
+            total = upto[weights["hash"]] = upto[init] + (made_by["steps"], made_by["minutes"])
+            steps, minutes = total
+            print_fidelity(f"{steps:.0f} steps, {minutes:.0f} min", factors_of(["held-out"], [0], args.prompts),
+                           guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2133,6 +2170,6 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=base.positive(int), default=480, help="prompts per row of held-out triples; a quarter of them in the rows after")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="classifier-free guidance scale")
     parser.add_argument("--steps", type=base.positive(int), default=STEPS, help="sampling steps")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS / "base.pt", help="base weights to evaluate, such as a snapshot of a run")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS / "base.pt", help="base weights to evaluate; curve: or a folder of snapshots")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled videos")
     base.run(lambda: {"evaluate": evaluate, "curve": curve, "compare": compare, "benchmark": benchmark, "peers": peers, "pictures": pictures}[(args := parser.parse_args()).what](args))
