@@ -214,7 +214,7 @@ def world_stills(count: int, seed: int, side: int) -> dict:
     for i in trange(count, desc="rendering stills"):
         rng = np.random.default_rng((seed, 1, i))
         scene = draw_scene(rng, "any")
-        pixels.append(render(scene, [SCENE_SECONDS * rng.beta(.5, .5)], side))
+        pixels.append(render(scene, [SCENE_SECONDS * rng.beta(.25, .25)], side))
         captions.append(caption(scene, still=True))
     return {"pixels": torch.stack(pixels), "captions": captions, "fps": torch.ones(count)}  # (N, 1, 3, side, side)
 
