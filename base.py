@@ -780,9 +780,9 @@ def save_weights(path, stage: str, config: dict, model: nn.Module, **made_by):
 
 
 def load_weights(path, *stages: str) -> dict:
-    """Read what save_weights wrote for one of `stages`, and add `hash`: eight letters that name these very weights; but where a
-    decoder alone was trained further, the autoencoder whose latents it reads. A Stable Diffusion folder has the weights of stages
-    image, vae and clip."""
+    """Read what save_weights wrote for one of `stages`, and add `own`, eight letters that name these very weights, and `hash`, those by
+    which what stands on them knows them: the same, but where a decoder alone was trained further, that of the autoencoder whose
+    latents it reads. A Stable Diffusion folder has the weights of stages image, vae and clip."""
     if Path(path).is_dir():
         return stable_diffusion(Path(path), stages)
     remedy = f"train them with `python train.py {stages[0]}`"
@@ -796,7 +796,8 @@ def load_weights(path, *stages: str) -> dict:
     digest = hashlib.sha256(repr(weights["config"]).encode())
     for name, tensor in sorted(weights["model"].items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
-    return weights | {"hash": weights["made_by"].get("latents") or digest.hexdigest()[:8]}
+    own = digest.hexdigest()[:8]
+    return weights | {"own": own, "hash": weights["made_by"].get("latents", own)}
 
 
 SD_PARTS = {"image": "unet", "vae": "vae", "clip": "text_encoder"}
@@ -860,7 +861,7 @@ def stable_diffusion(folder: Path, stages: tuple) -> dict:
     ids = {key: name_of(part_file(part)) for key, part in (("vae", "vae"), ("text", "text_encoder"))} if stage == "image" else {}
     made_by = {"stage": stage, "side": settings.get("sample_size"), **ids}
     note(f"Stable Diffusion's {path.parent.name}: {len(model)} tensors read")
-    return {"config": None, "settings": settings, "model": model, "made_by": made_by, "hash": name_of(path)}
+    return {"config": None, "settings": settings, "model": model, "made_by": made_by, "own": name_of(path), "hash": name_of(path)}
 
 
 def fill(model: nn.Module, weights: dict, path, may_lack=lambda name: False) -> nn.Module:

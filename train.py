@@ -208,8 +208,8 @@ def render(scene: dict, times, size: int = 64) -> torch.Tensor:
 # Data sets: what the stages draw from, made once and kept in runs/.
 
 def world_stills(count: int, seed: int, side: int) -> dict:
-    """Pictures of any scene at any moment, and their captions. No split: a still does not show how a thing moves. The first and last
-    moments of a scene come most often, when what slides is near the border, which an autoencoder must learn apart."""
+    """Pictures of any scene at any moment, and their captions. No split: a still does not show how a thing moves. A scene's beginning and
+    end come most often: what slides is near the border then, where an autoencoder has to learn it anew."""
     pixels, captions = [], []
     for i in trange(count, desc="rendering stills"):
         rng = np.random.default_rng((seed, 1, i))
@@ -393,7 +393,7 @@ def pairs(args, which: str) -> dict:
             captions.append(line)
         return {key: torch.cat([block[key] for block in blocks])[:len(captions)] for key in blocks[0]} | {"captions": captions}
 
-    return cached(args, f"pairs-{which}", p.count, make, weights["hash"])
+    return cached(args, f"pairs-{which}", p.count, make, weights["own"])
 
 
 def batches(items: list, size: int) -> list:

@@ -324,7 +324,7 @@ def main(argv=None):
         pixels = decode_video(vae, stage["data"], label="vae decode")
         if args.out.endswith(".pt"):
             save_stage(args.out, "pixels", pixels, text=stage["text"], prompts=stage["prompts"], fps=stage["fps"],
-                       seed=stage["seed"], history=stage["history"] + [f"decode {weights['hash']}"])
+                       seed=stage["seed"], history=stage["history"] + [f"decode {weights['own']}"])
         else:
             write_videos(args.out, pixels, stage["fps"])
 
