@@ -470,9 +470,9 @@ class Stage:
 def prepare_vae(args) -> Stage:
     data, side = pictures(args), args.side
     model, facts = vae.AutoencoderKL(vae.VAEConfig()), {}
-    if args.freeze == "encoder":  # latents stay what they are, and so does the name by which all other weights know them
-        done, weights = vae.load(args.init)
-        model.config, facts["latents"] = done.config, weights["hash"]
+    if args.freeze == "encoder":  # latents stay what they are, their scale, and the name by which all other weights know them
+        model, weights = vae.load(args.init)
+        facts["latents"] = weights["hash"]
     latent_shape = (model.config.latent_channels, side // model.config.factor, side // model.config.factor)
 
     def batch_of(step, samples):
@@ -487,11 +487,10 @@ def prepare_vae(args) -> Stage:
         return vae.contact_sheet(torch.stack([originals, vae.to_uint8(model.decode(mean)).cpu()]))
 
     def config_of(model):  # latent diffusion, appendix G: unit variance, measured, and kept with the weights
-        if args.freeze == "encoder":
-            return asdict(model.config)
-        chunks = data["pixels"][:2048, 0].split(128)
-        raw = torch.cat([model.encode(vae.to_float(chunk).to(args.device))[0] for chunk in chunks])
-        model.config.scaling_factor = (1 / raw.std()).item()
+        if args.freeze != "encoder":
+            chunks = data["pixels"][:2048, 0].split(128)
+            raw = torch.cat([model.encode(vae.to_float(chunk).to(args.device))[0] for chunk in chunks])
+            model.config.scaling_factor = (1 / raw.std()).item()
         return asdict(model.config)
 
     return Stage(model, batch_of, vae.loss, preview, config_of, facts)
@@ -679,7 +678,7 @@ def prepare_interpolate(args) -> Stage:
         return diffusion_batch(args, data, step, samples, late_timesteps) | {"known": torch.stack(masks)}
 
     def preview(model):  # sixteen frames of which every fifth is given, below the truth
-        fps = data["fps"][0]
+        fps = data["fps"][0].item()
         rows = (data["fps"] == fps).nonzero()[:4, 0]
         x, known = data["latents"][rows].float(), torch.arange(16) % 5 == 0
         said = {"tokens": data["tokens"][data["rows"][rows]], "null_tokens": data["null"][None]}
