@@ -865,7 +865,7 @@ def test_decoding_in_chunks_is_decoding_whole(autoencoder, monkeypatch):
 @pytest.mark.parametrize("suffix, tolerance", [(".mp4", 8), (".gif", 24)])
 @pytest.mark.parametrize("fps", [4., 10.])
 def test_video_files_keep_frames_and_frame_rate(tmp_path, suffix, tolerance, fps):
-    scene, video, _ = train.draw_clip(np.random.default_rng(3), fps=4.)
+    video = train.draw_clip(np.random.default_rng(3))[1]
     vae.write_video(tmp_path / f"clip{suffix}", video, fps)
     read, rate = vae.read_video(tmp_path / f"clip{suffix}")
     assert read.shape == video.shape and abs(rate - fps) < .01
@@ -1251,7 +1251,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatc
 
 
 def test_a_folder_of_clips_names_what_it_skips(tmp_path, capsys):
-    video = train.draw_clip(np.random.default_rng(0), fps=4.)[1]
+    video = train.draw_clip(np.random.default_rng(0))[1]
     vae.write_video(tmp_path / "good.mp4", video, 12.)
     (tmp_path / "good.txt").write_text("a thing moves")
     vae.write_video(tmp_path / "also.gif", video, 10.)
@@ -1325,7 +1325,7 @@ def test_own_videos_train_the_temporal_layers_of_stable_diffusion_alone(stable, 
     shutil.copytree(stable[0], tmp_path / "stable")
     (tmp_path / "clips").mkdir()
     for i in range(2):
-        vae.write_video(tmp_path / f"clips/{i}.mp4", train.draw_clip(np.random.default_rng(i), fps=8.)[1], 8.)
+        vae.write_video(tmp_path / f"clips/{i}.mp4", train.draw_clip(np.random.default_rng(i))[1], 8.)
         (tmp_path / f"clips/{i}.txt").write_text("a horse on the moon")
     common = ["--weights", str(tmp_path / "stable"), "--data", str(tmp_path / "clips"), "--side", "16", "--device", "cpu", "--batch", "2"]
     train.main(["base", *common, "--steps", "3", "--freeze", "spatial", "--no-joint"])
@@ -1629,7 +1629,7 @@ def in_words(factors: tuple) -> str:
     return train.caption(dict(zip(("colour", "shape", "motion", "ground"), factors)))
 
 
-def evaluate_autoencoder(clips: int):
+def evaluate_autoencoder(args, clips: int = 96):
     """PSNR, the object's colour and its place, after encoding and decoding rendered held-out clips."""
     autoencoder = vae.load()[0]
     print("\nAutoencoder: decode(encode(x)) against x, held-out triples at 4 fps")
@@ -1648,10 +1648,10 @@ def evaluate_autoencoder(clips: int):
             print(f"  {name:12s} centroid of a sliding object off by {off.mean():.3f} px, 95 % within {off.quantile(.95):.3f}, worst {off.max():.3f}")
 
 
-def evaluate_hearing(weights: Path, clips: int = 64):
+def evaluate_hearing(args, clips: int = 64):
     """Does the video model hear the motion? Its loss on sliding clips with their own captions, and with left and right, up and
     down exchanged. Equal losses mean that the word is not used: this shows long before samples do."""
-    (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = base.load(weights), vae.load(), text.load()
+    (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = base.load(args.weights), vae.load(), text.load()
     slides = [f for f in factors_of(["train"], [0], 20 * clips) if f[2] < 4][:clips]
     truth = torch.stack([train.render(scene_of(f, i), np.arange(16) / 4) for i, f in enumerate(slides)])
     x, fps = vae.encode_video(autoencoder, truth), torch.full((clips,), 4.)
@@ -1693,12 +1693,15 @@ def fidelity(videos: torch.Tensor, factors: list, fps: float = 4.) -> dict:
     return {name: sum(column) / len(column) for name, column in right.items()}
 
 
-def print_fidelity(name: str, factors: list, **settings):
-    share = fidelity(make(factors, label=name, **settings), factors, 4. * settings.get("skip", 1))
+def print_fidelity(name: str, factors: list, videos=None, **settings) -> torch.Tensor:
+    """A row of the table, of videos of the prompts, made here if they are not given; returns them."""
+    videos = make(factors, label=name, **settings) if videos is None else videos
+    share = fidelity(videos, factors, 4. * settings.get("skip", 1))
     n = len(factors) + 4  # Agresti and Coull: two more of each, so that 0 of 96 is not certainty
     middle = (share["first three"] * len(factors) + 2) / n
     error = 1.96 * math.sqrt(middle * (1 - middle) / n)
     print(f"  {name:34s} {len(factors):4d}   " + "   ".join(f"({100 * v:5.1f})" if factor == "nearest" else f"{100 * v:5.1f}" for factor, v in share.items()) + f" ± {100 * error:.1f}", flush=True)
+    return videos
 
 
 def light_centre(video: torch.Tensor) -> torch.Tensor:
@@ -1719,8 +1722,10 @@ def blend(truth: torch.Tensor, skip: int) -> torch.Tensor:
     return interpolate.blends(truth.float(), known).round().byte()
 
 
-def evaluate_interpolation(clips: int = 96):
+def evaluate_interpolation(args, clips: int = 96):
     """Hidden frames of held-out clips against decode(encode(truth)), where anything moves; clips continued; stills animated."""
+    if not (WEIGHTS / "interpolate.pt").is_file():
+        return
     (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = interpolate.load(), vae.load(), text.load()
     def latents(grounds, times, motions=range(9)):
         factors = [f for f in factors_of(["held-out"], grounds, 9 * clips) if f[2] in motions][:clips]
@@ -1838,38 +1843,62 @@ def evaluate_superres(which: str, clips: int = 16):
     print("  flicker of the still ground: " + ", ".join(f"{flicker(way):.2f}/255 {name}" for name, way in ways.items()), flush=True)
 
 
-def evaluate(args):
-    print(f"seed {args.seed}, guidance {args.guidance:g}, {args.steps} {SAMPLER} steps, {torch.get_num_threads()} threads, torch {torch.__version__}")
+def evaluate_reader(args):
+    """What `describe` makes of rendered clips: the ruler, measured."""
     read = [(describe(train.render(scene_of(f, i), np.arange(16) / 4)), f) for i, f in enumerate(factors_of(train.TRIPLES, range(5), args.prompts))]
     wrong = sum((d["colour"], d["shape"], d["motion"], d["ground"]) != f for d, f in read)
     print(f"\nThe reader itself: all four factors right on {100 - 100 * wrong / len(read):.1f} % of {len(read)} rendered clips")
-    evaluate_autoencoder(96)
-    evaluate_hearing(args.weights)
-    if (WEIGHTS / "interpolate.pt").is_file():
-        evaluate_interpolation()
+
+
+def evaluate_pixels(args):
+    """Every network between pixels that has been trained."""
+    have = lambda *names: all((WEIGHTS / f"{name}.pt").is_file() for name in names)
     for which in superres.STAGES:
-        if (WEIGHTS / f"{superres.name_of(which)}.pt").is_file():
+        if have(superres.name_of(which)):
             evaluate_superres(which)
-    if (WEIGHTS / "tsr-32.pt").is_file() and (WEIGHTS / "tsr-128.pt").is_file():
+    if have("tsr-32", "tsr-128"):
         print("\nTemporal super-resolution: all frames of held-out clips against the truth, moving pixels only, augmentation level 0")
         for which, name, fps, clips in (("tsr-32", "tsr-32", 8., 12), ("tsr-128", "tsr-64", 16., 4), ("tsr-128", "tsr-128", 32., 4)):
             evaluate_doubling(which, name, fps, clips)
-    settings = dict(guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=args.weights)
-    quarter = max(1, args.prompts // 4)
+
+
+def asked_of(args) -> dict:
+    """What the command line says about sampling, as `make` wants it."""
+    return dict(guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=args.weights)
+
+
+def evaluate_fidelity(args):
+    """Is what the prompt says in the video?"""
+    quarter, settings = max(1, args.prompts // 4), asked_of(args)
     print("\nPrompt fidelity at 4 fps, in %              prompts  colour  shape   motion (nearest)  ground  first three")
     print_fidelity("held-out triples on black", factors_of(["held-out"], [0], args.prompts), **settings)
-    print_fidelity("held-out triples, all grounds", factors_of(["held-out"], range(5), args.prompts), **settings)
+    factors = factors_of(["held-out"], range(5), args.prompts)
+    videos = print_fidelity("held-out triples, all grounds", factors, **settings)
     if (WEIGHTS / "interpolate.pt").is_file():
-        for name, skip in (("a quarter of these", 1), ("and interpolated, 76 frames read", 5)):
-            print_fidelity(name, factors_of(["held-out"], range(5), quarter), skip=skip, **settings)
-    print_fidelity("unseen pairs on black", factors_of(["unseen"], [0], quarter), **settings)
-    print_fidelity("unseen pairs, all grounds", factors_of(["unseen"], range(5), quarter), **settings)
-    print_fidelity("trained triples, all grounds", factors_of(["train"], range(5), quarter), **settings)
+        print_fidelity("a quarter of these", factors[:quarter], videos[:quarter])
+        print_fidelity("and interpolated, 76 frames read", factors[:quarter], skip=5, **settings)
+    for split, grounds, name in (("unseen", [0], "unseen pairs on black"), ("unseen", range(5), "unseen pairs, all grounds"),
+                                 ("train", range(5), "trained triples, all grounds")):
+        print_fidelity(name, factors_of([split], grounds, quarter), **settings)
+
+
+def evaluate_rate(args):
+    """Does the frame rate reach the motion?"""
     print("\nFrame rate: median displacement per frame of the four translations (held-out triples on black), in pixels")
     slides = [f for f in factors_of(["held-out"], [0], 48) if f[2] < 4] * 2
-    moved = {fps: np.nanmedian([displacement_per_frame(v) for v in make(slides, fps=fps, label=f"fps {fps}", **settings)]) for fps in (4., 8., 16.)}
+    moved = {fps: np.nanmedian([displacement_per_frame(v) for v in make(slides, fps=fps, label=f"fps {fps}", **asked_of(args))]) for fps in (4., 8., 16.)}
     print("  " + ",   ".join(f"{fps:g} fps {d:.2f}" for fps, d in moved.items()) + f"   = {4 * moved[4.] / moved[4.]:.2f} : {4 * moved[8.] / moved[4.]:.2f} : {4 * moved[16.] / moved[4.]:.2f}"
           f"   ({len(slides)} clips; the world's own: {.14 * 64 / 4:.2f}, {.14 * 64 / 8:.2f}, {.14 * 64 / 16:.2f})")
+
+
+PARTS = {"reader": evaluate_reader, "autoencoder": evaluate_autoencoder, "hearing": evaluate_hearing, "interpolation": evaluate_interpolation,
+         "pixels": evaluate_pixels, "fidelity": evaluate_fidelity, "rate": evaluate_rate}
+
+
+def evaluate(args):
+    print(f"seed {args.seed}, guidance {args.guidance:g}, {args.steps} {SAMPLER} steps, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for part in args.part or PARTS:
+        PARTS[part](args)
 
 
 def past_weights(path: Path, folder: Path) -> list:
@@ -1904,7 +1933,7 @@ def curve(args):
             total = upto[weights["hash"]] = upto[init] + (made_by["steps"], made_by["minutes"])
             steps, minutes = total
             print_fidelity(f"{steps:.0f} steps, {minutes:.0f} min", factors_of(["held-out"], [0], args.prompts),
-                           guidance=args.guidance, steps=args.steps, seed=1000 * args.seed, weights=path)
+                           **asked_of(args) | {"weights": path})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2168,6 +2197,7 @@ if __name__ == "__main__":
     parser = base.Parser("Measure the shipped weights: what they make (evaluate, compare), how fast (benchmark), and how it looks (pictures).")
     parser.add_argument("what", choices=("evaluate", "curve", "compare", "benchmark", "peers", "pictures"), help="which tables to print, or pictures to draw")
     parser.add_argument("--prompts", type=base.positive(int), default=480, help="prompts per row of held-out triples; a quarter of them in the rows after")
+    parser.add_argument("--part", nargs="+", choices=PARTS, help="evaluate: these parts alone")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="classifier-free guidance scale")
     parser.add_argument("--steps", type=base.positive(int), default=STEPS, help="sampling steps")
     parser.add_argument("--weights", type=Path, default=WEIGHTS / "base.pt", help="base weights to evaluate; curve: or a folder of snapshots")

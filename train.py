@@ -224,22 +224,21 @@ def rate_at(share: float) -> float:
     return 4 * (30 / 4) ** share
 
 
-def draw_clip(rng: np.random.Generator, fps: float | None = None, frames: int = 16, side: int = 64):
-    """A training scene, its frames (T, 3, side, side) and their rate. Every other clip runs at 4 fps, where it shows a whole
-    scene; the others at a rate up to 30, log-uniform, from a random start within the scene.
+def draw_clip(rng: np.random.Generator, side: int = 64):
+    """A training scene, sixteen frames of it (16, 3, side, side) and their rate. Every other clip runs at 4 fps, where it shows a
+    whole scene; the others at a rate up to 30, log-uniform, from a random start within the scene.
 
     Differs: Make-A-Video (section 3.4) goes from high to low rates during training; drawing both at once is simpler."""
     scene = draw_scene(rng, "train")
-    drawn = rate_at(max(0., rng.uniform(-1, 1)))
-    fps = fps or drawn
-    start = rng.uniform(0, max(0., SCENE_SECONDS - (frames - 1) / fps))
-    return scene, render(scene, start + np.arange(frames) / fps, side), fps
+    fps = rate_at(max(0., rng.uniform(-1, 1)))
+    start = rng.uniform(0, SCENE_SECONDS - 15 / fps)
+    return scene, render(scene, start + np.arange(16) / fps, side), fps
 
 
 def world_clips(count: int, seed: int, side: int):
     """Training clips of the world, in groups small enough to encode at once: yields (pixels, captions, fps)."""
     for group in trange(0, count, 64, desc="rendering and encoding clips"):
-        clips = [draw_clip(np.random.default_rng((seed, 2, i)), side=side) for i in range(group, min(group + 64, count))]
+        clips = [draw_clip(np.random.default_rng((seed, 2, i)), side) for i in range(group, min(group + 64, count))]
         yield torch.stack([c[1] for c in clips]), [caption(c[0]) for c in clips], torch.tensor([c[2] for c in clips])
 
 
