@@ -410,19 +410,21 @@ class UNet(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # Diffusion: z_t = alpha_t x + sigma_t eps, with alpha^2 + sigma^2 = 1 and alpha_bar = alpha^2.
 
-def late(u: float, frames: int) -> float:
-    """A share u of the way into noise, moved to where the cosine schedule's sigma / alpha is sqrt(frames) times as large.
+def shifted(u: float, shift: float) -> float:
+    """A share u of the way into noise, moved to where the cosine schedule's sigma / alpha is `shift` times as large: steps, of training
+    and of sampling alike, are worth most where there is most to decide. simple diffusion (2301.11093), section 3.1, does so for larger
+    pictures.
 
-    Frames with noises of their own show the same thing again: of a clip of 16, as much is left to be seen at t = 844 as of a
-    picture at t = 500. Which way a thing goes is decided among the noisiest levels, in training and in sampling alike. simple
-    diffusion (2301.11093), section 3.1, does so for larger pictures."""
-    return 2 / math.pi * math.atan(math.sqrt(frames) * math.tan(math.pi / 2 * u))
+    Frames with noises of their own show the same thing again: of a clip of 16, as much is left to be seen at t = 844 as of a picture
+    at t = 500, and which way a thing goes is decided among the noisiest levels. So shift is sqrt(frames); what is below 1 superres.py
+    says."""
+    return 2 / math.pi * math.atan(shift * math.tan(math.pi / 2 * u))
 
 
-def walk(steps: int, frames: int = 1) -> list:
+def walk(steps: int, shift: float = 1.) -> list:
     """The timesteps of a walk from noise to data. Trailing: the first is the noisiest that was trained, the last step ends at no noise.
     Where moving puts several on one timestep, it is walked once."""
-    return list(dict.fromkeys(round(1000 * late(1 - i / steps, frames)) - 1 for i in range(steps)))
+    return list(dict.fromkeys(max(0, round(1000 * shifted(1 - i / steps, shift)) - 1) for i in range(steps)))
 
 
 class Diffusion:
@@ -508,12 +510,12 @@ class Diffusion:
         return (sigma_s / sigma_t) * z - alpha_s * torch.expm1(-h) * x
 
     def sample(self, predict, z, steps: int = 16, sampler: str = "dpmpp", gamma: float = 0., seed: int = 0, label: str = "",
-               threshold: bool = False, frames: int = 1):
+               threshold: bool = False, shift: float = 1.):
         """Walk z (B, ...) from pure noise to clean data in `steps` calls of predict(z, t): by "dpmpp", "ddim", or "ancestral",
-        which alone draws on gamma and seed. `threshold` is for pixels under guidance, `frames` for clips of which nothing is given. A
-        label shows a progress bar."""
+        which alone draws on gamma and seed. `threshold` is for pixels under guidance, `shift` says where most steps are. A label shows
+        a progress bar."""
         with torch.no_grad():  # as a decorator it would keep z, the noise, until the end
-            timesteps = walk(steps, frames)
+            timesteps = walk(steps, shift)
             at = lambda i: torch.full((len(z),), timesteps[i], device=z.device)
             x_before = None
             for i in tqdm(range(len(timesteps)), desc=label, disable=not label, leave=False):
@@ -546,14 +548,14 @@ def dynamic_threshold(x, share: float = .995):
     return x.clamp(-s, s) / s
 
 
-def oscillating(high: float, low: float | None, steps: int, frames: int = 1):
+def oscillating(high: float, low: float | None, steps: int, shift: float = 1.):
     """A guidance scale that changes with t: high for the first half of the steps, then low and high in turn: colours and motion
     are settled under strong guidance, and what it saturates is undone.              Imagen Video section 2.6.2
 
     Without a `low` it is the number `high`. The paper does not say how long the beginning is."""
     if low is None:
         return high
-    timesteps = walk(steps, frames)
+    timesteps = walk(steps, shift)
     def scale(t: int) -> float:
         since = timesteps.index(t) - (len(timesteps) + 1) // 2                      # steps since the first half ended
         return low if since >= 0 and since % 2 == 0 else high
@@ -964,14 +966,14 @@ def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: flo
              shared_noise: bool = False, oscillate: float | None = None):
     """Latents of one video per prompt, (B, T, 4, side, side). Steps and sampler are the `usual` ones if not given."""
     independent = 1 if shared_noise else frames  # frames with noises of their own
-    steps, sampler = usual(independent, steps, sampler)
+    (steps, sampler), shift = usual(independent, steps, sampler), math.sqrt(independent)
     device = next(unet.parameters()).device
     tokens, null = text["tokens"].to(device).float(), text["null_tokens"].to(device).float()
     z = initial_noise((len(tokens), independent, unet.config.out_channels, side, side), seed).to(device)
     z = z.expand(-1, frames, -1, -1, -1)                                            # (B, T, 4, side, side)
     predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device),
-                     oscillating(guidance, oscillate, steps, independent))
-    return diffusion.sample(predict, z, steps, sampler, gamma, seed, label, frames=independent).cpu()
+                     oscillating(guidance, oscillate, steps, shift))
+    return diffusion.sample(predict, z, steps, sampler, gamma, seed, label, shift=shift).cpu()
 
 
 def check_sampling(args):

@@ -76,6 +76,12 @@ class Stage:
         return 2 * ((2 * c.layers + 1) * len(c.channels) + 2) if "conv" in c.temporal else 0
 
     @property
+    def shift(self) -> float:
+        """Where most steps of training and sampling are: see base.shifted. An enlarged picture is right but for its detail, which is
+        faint and drowns in little noise; there it is decided, and a uniform walk of four steps never comes by. TSR invents none."""
+        return 1 / 4 if self.scale > 1 else 1.
+
+    @property
     def shared_noise(self) -> bool:
         """Do all frames of a clip have one noise? Make-A-Video's do; those of Imagen Video, whose networks hear the prompt, do not."""
         return not self.config.pooled
@@ -173,7 +179,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
 
         # The noise has no name here, which would keep it until the end.
         x = diffusion.sample(over_time, base.initial_noise((1, 1 if shared else T, *shape), seed).to(device, whole).expand(1, T, -1, -1, -1),
-                             steps, sampler, label=label, threshold=guidance_scale != 1)
+                             steps, sampler, label=label, threshold=guidance_scale != 1, shift=stage.shift)
         return torch.stack([vae.to_uint8(frame).cpu() for frame in x[0]])           # (T, 3, H, W)
     out = torch.empty(T, *shape, dtype=torch.uint8)
     one = base.initial_noise((1, 1, *shape), seed)                                  # (1, 1, 3, H, W)
@@ -182,7 +188,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
         noise = one.expand(end - start, -1, -1, -1, -1)                             # (T', 1, 3, H, W)
         if not shared:
             noise = base.initial_noise(noise.shape, 1000003 * (seed + 1) + start)
-        x = diffusion.sample(denoiser(condition(start, end, end - start)), noise.to(device), steps, sampler)
+        x = diffusion.sample(denoiser(condition(start, end, end - start)), noise.to(device), steps, sampler, shift=stage.shift)
         out[start:end] = vae.to_uint8(x.flatten(0, 1)).cpu()
     return out
 
@@ -215,7 +221,7 @@ def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, ar
     if unet.config.pooled:
         said = clips["text"] or text.unprompted(base.weights_in(path.parent, "text"), B)
         base.check_encoder(args.input, said, path, weights["made_by"])
-        guidance = base.oscillating(args.guidance, args.oscillate, args.steps)
+        guidance = base.oscillating(args.guidance, args.oscillate, args.steps, stage.shift)
         words = [{"context": one[None], "null_context": said["null_tokens"], "guidance_scale": guidance} for one in said["tokens"]]
     how |= {"steps": args.steps, "sampler": args.sampler, "label": which}
     made = torch.stack([upscale(unet, diffusion, stage, clip, clips["fps"], seed=args.seed + i, **words[i], **how)

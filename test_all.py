@@ -465,38 +465,39 @@ def test_thresholding_keeps_samples_in_range_and_on_the_path():
         assert diffusion.sample(wild, z, 8, sampler, threshold=True).abs().max() <= 1
 
 
-def test_a_clip_walks_where_its_frames_leave_less_to_be_seen():
-    assert base.walk(10) == list(range(999, 0, -100)) and base.walk(1, 16) == [999]
+@pytest.mark.parametrize("shift", [1 / 4, 1., 4.])
+def test_steps_are_moved_to_where_there_is_most_to_decide(shift):
     ratio = lambda u: math.tan(math.pi / 2 * u)                                        # sigma / alpha of the cosine schedule
     for u in (.01, .3, .5, .9, .99):
-        assert base.late(u, 1) == pytest.approx(u) and ratio(base.late(u, 16)) == pytest.approx(4 * ratio(u))
+        assert ratio(base.shifted(u, shift)) == pytest.approx(shift * ratio(u))
+    assert base.walk(10) == list(range(999, 0, -100)) and base.walk(1, shift) == [999]
     for steps in (2, 48, 1000):
-        walked = base.walk(steps, 16)
+        walked = base.walk(steps, shift)
         assert walked[0] == 999 and 0 <= walked[-1] and all(a > b for a, b in zip(walked, walked[1:]))
-    t = train.late_timesteps([np.random.default_rng(i) for i in range(4000)])
-    early = torch.tensor([1000 * base.late(u, 16) for u in (.25, .5, .75)])
-    torch.testing.assert_close((t[:, None] < early).double().mean(0), torch.tensor([.25, .5, .75]).double(), atol=.03, rtol=0)
+    t = train.shifted_timesteps([np.random.default_rng(i) for i in range(4000)], shift)
+    quartiles = torch.tensor([1000 * base.shifted(u, shift) for u in (.25, .5, .75)])
+    torch.testing.assert_close((t[:, None] < quartiles).double().mean(0), torch.tensor([.25, .5, .75]).double(), atol=.03, rtol=0)
     mean, std, z = 3., .5, torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
     for sampler in ("ddim", "dpmpp", "ancestral"):  # the exact answer for Gaussian data, along the moved walk
         diffusion = Diffusion(target="sample")
         def predict(z, t):
             alpha, sigma = diffusion.alpha_sigma(t, z)
             return mean + alpha * std ** 2 / (alpha ** 2 * std ** 2 + sigma ** 2) * (z - alpha * mean)
-        made = diffusion.sample(predict, z, 200, sampler, frames=16)
+        made = diffusion.sample(predict, z, 200, sampler, shift=shift)
         assert abs(made.mean() - mean) < .05 and abs(made.std() / std - 1) < .1, sampler
 
 
-@pytest.mark.parametrize("frames", [1, 16])
-def test_guidance_oscillates_in_the_second_half(frames):
+@pytest.mark.parametrize("shift", [1 / 4, 1., 4.])
+def test_guidance_oscillates_in_the_second_half(shift):
     steps, seen = 10, []
-    scale = base.oscillating(15., 1., steps, frames)
-    Diffusion(target="sample").sample(lambda z, t: seen.append(scale(int(t[0]))) or z, torch.zeros(1, 1), steps, frames=frames)
+    scale = base.oscillating(15., 1., steps, shift)
+    Diffusion(target="sample").sample(lambda z, t: seen.append(scale(int(t[0]))) or z, torch.zeros(1, 1), steps, shift=shift)
     assert seen == [15.] * 5 + [1., 15., 1., 15., 1.]
     model, (x, t, context, fps) = shaken(UNet(SMALL)).eval(), inputs()
     null, at = torch.zeros(1, *context.shape[1:]), lambda t: torch.full((2,), t)
     predict = lambda scale, t: base.guided(model, context, null, fps, scale)(x, at(t))
     with torch.no_grad():
-        for t, same in (999, 15.), (base.walk(steps, frames)[5], 1.):
+        for t, same in (999, 15.), (base.walk(steps, shift)[5], 1.):
             assert torch.equal(predict(scale, t), predict(same, t))
 
 

@@ -416,14 +416,9 @@ def middle_timesteps(rngs) -> torch.Tensor:
     return torch.tensor([int(1000 * math.acos(1 - 2 * rng.random()) / math.pi) for rng in rngs])
 
 
-def any_timesteps(rngs) -> torch.Tensor:
-    """t (N,), uniformly: where a small clip is given, even pure noise hides nothing of it."""
-    return torch.tensor([int(rng.integers(1000)) for rng in rngs])
-
-
-def late_timesteps(rngs) -> torch.Tensor:
-    """t (N,), of clips of 16 frames: uniform ones, moved as base.late says. Differs: uniform."""
-    return torch.tensor([int(1000 * base.late(rng.random(), 16)) for rng in rngs])
+def shifted_timesteps(rngs, shift: float = math.sqrt(16)) -> torch.Tensor:
+    """t (N,), uniform ones, moved as base.shifted says; if not told otherwise, for clips of 16 frames. Differs: uniform."""
+    return torch.tensor([int(1000 * base.shifted(rng.random(), shift)) for rng in rngs])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -659,7 +654,7 @@ def prepare_base(args) -> Stage:
     def batch_of(step, samples):
         if args.joint and step % 4 == 3:
             return diffusion_batch(args, stills, step, [4 * i + k for i in samples for k in range(4)])
-        return diffusion_batch(args, data, step, samples, late_timesteps)
+        return diffusion_batch(args, data, step, samples, shifted_timesteps)
 
     prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
     return Stage(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 16, diffusion),
@@ -674,7 +669,7 @@ def prepare_interpolate(args) -> Stage:
 
     def batch_of(step, samples):
         masks = [interpolate.random_known(np.random.default_rng((args.seed, 5, step, i))) for i in samples]
-        return diffusion_batch(args, data, step, samples, late_timesteps) | {"known": torch.stack(masks)}
+        return diffusion_batch(args, data, step, samples, shifted_timesteps) | {"known": torch.stack(masks)}
 
     def preview(model):  # sixteen frames of which every fifth is given, below the truth
         fps = data["fps"][0].item()
@@ -714,7 +709,7 @@ def prepare_pixels(args, which: str) -> Stage:
         noise = normal(rngs, (1 if stage.shared_noise else x.shape[1], *x.shape[2:])).expand_as(x)  # (N, T, 3, S, S)
         batch = {"pixels": x, "small": vae.to_float(small), "level": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
                  "fps": data["fps"][picks].float(), "noise": noise,
-                 "t": any_timesteps(rngs), "captions": [data["captions"][i] for i in picks]}
+                 "t": shifted_timesteps(rngs, stage.shift), "captions": [data["captions"][i] for i in picks]}
         if config.pooled:
             batch["context"], batch["captions"] = spoken(rngs, tokens[rows[picks]], null, batch["captions"])
         return batch
