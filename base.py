@@ -320,7 +320,7 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """What was added to a noisy video? (B, T, C, H, W) -> (B, T, C', H, W), at noise level t, for a prompt and a frame rate.
+    """What Diffusion.target asks of a noisy video, (B, T, C, H, W) -> (B, T, C', H, W), at noise level t, for a prompt and a frame rate.
 
     Names are Stable Diffusion's: its weights load as they are, and all that is missing then is `is_inflation(name)`."""
 
@@ -416,8 +416,8 @@ def shifted(u: float, shift: float) -> float:
     pictures.
 
     Frames with noises of their own show the same thing again: of a clip of 16, as much is left to be seen at t = 844 as of a picture
-    at t = 500, and which way a thing goes is decided among the noisiest levels. So shift is sqrt(frames); what is below 1 superres.py
-    says."""
+    at t = 500, and which way a thing goes is decided among the noisiest levels. So shift is sqrt(frames). Why it may be below 1,
+    superres.py says. On another schedule than the cosine the same timesteps do, if not exactly."""
     return 2 / math.pi * math.atan(shift * math.tan(math.pi / 2 * u))
 
 
@@ -473,12 +473,13 @@ class Diffusion:
         return (weight * error.float().pow(2)).flatten(1).mean(1)
 
     def balance(self, t, like: torch.Tensor):
-        """2 alpha_t sigma_t of timesteps (B,), shaped to multiply `like`: a weight that lets all noise levels count about alike.
+        """A weight that lets all noise levels count about alike, of timesteps (B,), shaped to multiply `like`: 2 alpha_t sigma_t for v.
+        Noise and the clean x, where they are what is asked for, err alpha_t and sigma_t times as much as v does.
 
         Next to no noise, v asks for detail that nothing tells, next to pure noise for a clip that nothing shows: the error
         at the ends is ten times that in the middle, where things and their paths take shape."""
         alpha, sigma = self.alpha_sigma(t, like)
-        return 2 * alpha * sigma
+        return 2 * alpha * sigma / {"v": 1, "epsilon": alpha, "sample": sigma}[self.target] ** 2
 
     def ddim_step(self, z, x, t, s):
         """z_s = alpha_s x + (sigma_s / sigma_t) (z_t - alpha_t x)                   DDIM (2010.02502), Eq. 12, eta = 0
@@ -511,7 +512,7 @@ class Diffusion:
 
     def sample(self, predict, z, steps: int = 16, sampler: str = "dpmpp", gamma: float = 0., seed: int = 0, label: str = "",
                threshold: bool = False, shift: float = 1.):
-        """Walk z (B, ...) from pure noise to clean data in `steps` calls of predict(z, t): by "dpmpp", "ddim", or "ancestral",
+        """Walk z (B, ...) from pure noise to clean data in at most `steps` calls of predict(z, t): by "dpmpp", "ddim", or "ancestral",
         which alone draws on gamma and seed. `threshold` is for pixels under guidance, `shift` says where most steps are. A label shows
         a progress bar."""
         with torch.no_grad():  # as a decorator it would keep z, the noise, until the end
@@ -1014,6 +1015,8 @@ def main(argv=None):
     check_sampling(args)
     if not 0 <= args.gamma <= 1 or args.gamma and args.sampler != "ancestral":
         raise UserError(f"--gamma is {args.gamma:g}, where 0 to 1 is wanted, and 0 with any sampler but ancestral")
+    if args.shared_noise and args.sampler == "ancestral":
+        raise UserError("--shared-noise wants --sampler dpmpp or ddim: ancestral steps give every frame fresh noise of its own")
     stage = load_stage(args.text, "text")
     unet, diffusion, weights = load(args.weights, args.device)
     made_by, text = weights["made_by"], stage["text"]

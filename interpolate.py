@@ -210,9 +210,9 @@ def main(argv=None):
     what.add_argument("--skip", type=positive(int), help="make of each step between frames this many: 5 makes 76 frames of 16")
     what.add_argument("--extend", type=positive(int), metavar="N", help="add N frames after the last")
     what.add_argument("--extend-before", type=positive(int), metavar="N", help="add N frames before the first")
-    what.add_argument("--animate", metavar="PICTURE", help="bring a picture to life: its first 16 frames at --fps")
+    what.add_argument("--animate", metavar="PICTURE", help="bring a picture to life: its first 16 frames at --fps, 4 if not given")
     what.add_argument("--double", choices=TSR, help="Imagen Video's: twice the frames of a file of pixels, tsr-32 for small ones")
-    parser.add_argument("--fps", type=positive(float), default=4., help="frame rate of an animation; 4 to 30 were trained")
+    parser.add_argument("--fps", type=positive(float), help="--animate: frame rate; 4 to 30 were trained")
     parser.add_argument("--parallel", action="store_true", help="all windows at once, sharing keyframes alone")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, as written by train.py")
     parser.add_argument("--steps", type=positive(int), help="sampling steps per window, 1000 at most; 16; for --double 4, or 2 for large pixels")
@@ -226,6 +226,8 @@ def main(argv=None):
     args.steps, args.sampler = args.steps or (TSR[args.double].steps if args.double else 16), args.sampler or ("ddim" if args.double else "dpmpp")
     if args.oscillate is not None and not args.double:
         raise UserError("--oscillate is for --double")
+    if args.fps and not args.animate:
+        raise UserError("--fps is for --animate: a clip has its own frame rate")
     base.check_sampling(args)
     if args.double:
         if args.parallel:
@@ -238,7 +240,7 @@ def main(argv=None):
     unet, diffusion, weights = load(args.weights / "interpolate.pt", args.device)
     made_by = weights["made_by"]
     if args.animate:
-        stage = still_life(args.animate, args.input, made_by["side"], args.weights, args.device) | {"fps": args.fps}
+        stage = still_life(args.animate, args.input, made_by["side"], args.weights, args.device) | {"fps": args.fps or 4.}
     else:
         stage = load_stage(args.input, "latents")
     x, known = timeline(stage["data"].float(), args.skip or 1, args.extend_before or 0, args.extend or 15 * bool(args.animate))

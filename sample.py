@@ -44,8 +44,8 @@ UNTIL = ["base", *dict.fromkeys(name for stages in CASCADES.values() for name, *
 
 
 def cascade(args, prompts: list, folder: Path) -> list:
-    """The pipeline to run: (stage, its main, its arguments, the file it writes). Raises UserError at once if weights are missing
-    that only a late stage would have missed."""
+    """The pipeline to run: (stage, its main, its arguments, the file it writes, what it reads beside the stage before). Raises UserError
+    at once if weights are missing that only a late stage would have missed."""
     following = CASCADES[args.cascade]
     names = ["base", *(name for name, *_ in following)]
     if args.until and args.until not in names:
@@ -62,18 +62,20 @@ def cascade(args, prompts: list, folder: Path) -> list:
         if missing(name):
             raise UserError(f"{args.weights / name}.pt: no such weights; train them with `python train.py {name}`, or stop before with --until")
     file = lambda name: str(folder / f"{name}.pt")
-    weights = lambda name, main: ["--weights", str(args.weights if main is interpolate.main else base.weights_in(args.weights, name))]
+    weights = lambda name: base.weights_in(args.weights, name)
+    weights_flag = lambda name, main: ["--weights", str(args.weights if main is interpolate.main else weights(name))]
     seed = ["--seed", str(args.seed)]
     how = ["--fps", str(args.fps), *["--steps", str(args.steps)] * bool(args.steps), "--guidance", str(args.guidance), *seed]
-    keyframes = ("base", base.main, [file("text"), *weights("base", base.main), "--frames", str(args.frames), *how,
-                                     *["--shared-noise"] * args.shared_noise])
+    keyframes = ("base", base.main, [file("text"), *weights_flag("base", base.main), "--frames", str(args.frames), *how,
+                                     *["--shared-noise"] * args.shared_noise], [weights("base")])
     if args.animate:
-        keyframes = ("base", interpolate.main, [file("text"), *weights("", interpolate.main), "--animate", str(Path(args.animate)), *how])
-    stages = [("text", text.main, [*weights("text", text.main), "--", *prompts]), keyframes]
+        keyframes = ("base", interpolate.main, [file("text"), *weights_flag("", interpolate.main), "--animate", str(Path(args.animate)), *how],
+                     [weights("interpolate"), weights("vae"), Path(args.animate)])
+    stages = [("text", text.main, [*weights_flag("text", text.main), "--", *prompts], [weights("text")]), keyframes]
     for name, main, own, told in chosen:
         told = [file(stages[-1][0]) if word == "GIVEN" else word for word in told.split()]
-        stages += [(name, main, [*told, *weights(own, main), *([] if main is vae.main else seed)])]
-    return [(name, main, ["-o", file(name), "--device", args.device, *argv], file(name)) for name, main, argv in stages]
+        stages += [(name, main, [*told, *weights_flag(own, main), *([] if main is vae.main else seed)], [weights(own)])]
+    return [(name, main, ["-o", file(name), "--device", args.device, *argv], file(name), read) for name, main, argv, read in stages]
 
 
 def run_cascade(stages: list, folder: Path):
@@ -81,9 +83,8 @@ def run_cascade(stages: list, folder: Path):
     weights and pictures that have not changed since."""
     log, done = folder / "stages.txt", []
     before = log.read_text().splitlines() if log.is_file() else []
-    outside = lambda word: Path(word).exists() and folder not in Path(word).parents
-    for name, stage_main, argv, file in stages:
-        dates = [str(Path(word).stat().st_mtime_ns) for word in argv if len(word) < 256 and outside(word)]
+    for name, stage_main, argv, file, read in stages:
+        dates = [str(path.stat().st_mtime_ns) for path in read if path.exists()]
         done.append(" ".join([f"{name}:", shlex.join(argv), *dates]))
         if before[:len(done)] == done and Path(file).is_file():
             print(f"{name:11s}  kept in {file}")

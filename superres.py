@@ -46,13 +46,13 @@ def blur(video, sigma: float):
 
 
 def enlarge(small, scale: int, level):
-    """The condition: a clip (B, T, 3, h, w) in -1...1, bilinearly `scale` times as large and blurred by level (B,) in 0...1.
+    """The condition: a clip (B, T, C, h, w) in -1...1, bilinearly `scale` times as large and blurred by level (B,) in 0...1.
     Level 0 is the enlarged clip itself.
 
     Differs: Imagen Video (section 2.5) adds Gaussian noise. What this network says is added to the enlarged clip, and it is too
     narrow to take noise back out of every pixel; blur is what unCLIP (2204.06125) gave its upsamplers."""
     B, T, C, h, w = small.shape
-    large = F.interpolate(small.flatten(0, 1), scale_factor=scale, mode="bilinear").unflatten(0, (B, T))   # (B, T, 3, H, W)
+    large = F.interpolate(small.flatten(0, 1), scale_factor=scale, mode="bilinear").unflatten(0, (B, T))   # (B, T, C, H, W)
     level = level.view(-1, 1, 1, 1, 1).to(large)
     return large + level * (blur(large, scale * .75) - large) if level.any() else large
 
@@ -127,11 +127,11 @@ def predict_with(unet: UNet, stage: Stage, large, level, fps=None, context=None,
 
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.Tensor:
-    """Loss per clip, (B,). batch: pixels (B, T, 3, H, W), small (B, T, 3, h, w), level (B,), fps (B,), noise like pixels, t (B,),
-    and for SSR context (B, L, D).
+    """Loss per clip, (B,). batch: pixels (B, T, 3, H, W), small (B, T, C, h, w) as `upscale` is given it, level (B,), fps (B,), noise
+    like pixels, t (B,), and for SSR and TSR context (B, L, D).
 
-    |x - x'|^2, alike at all noise levels. Differs: from v, |x - x'|^2 / sigma^2, which counts most where z shows what is to be said;
-    but what a network between pixels has to learn it learns from the small clip, where z shows nothing yet."""
+    |x - x'|^2, alike at all noise levels. Differs: from v, |x - x'|^2 / sigma^2, which counts most next to no noise, where z shows
+    what is to be said; but an edge is learnt from the small clip, and detail from a z that shows it faintly."""
     large = enlarge(batch["small"], stage.scale, batch["level"])
     predict = predict_with(unet, stage, large, batch["level"], batch["fps"], batch.get("context"))
     return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"])
@@ -144,8 +144,8 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.T
 def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, steps: int | None = None, sampler: str = "ddim",
             seed: int = 0, independent: bool = False, level: float | None = None, label: str = "",
             context=None, null_context=None, guidance_scale=1.):
-    """A clip uint8 (T, 3, h, w) at `stage.scale` times the size, uint8 (T, 3, H, W). SSR also wants the tokens of its prompt,
-    and of the null prompt, both (1, L, D).
+    """A clip uint8 (T, C, h, w) at `stage.scale` times the size, uint8 (T, 3, H, W); C is 3, and 6 for TSR, which is given two. SSR
+    and TSR also want the tokens of the prompt, and of the null prompt, both (1, L, D).
 
     Frame by frame (no halo): chunks of frames, each a batch of pictures, denoised from start to end before the next. Over space
     and time: every denoising step goes through the clip in chunks, with `halo` frames on either side, as many as the temporal
@@ -157,11 +157,11 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
 
     def condition(first: int, last: int, batch: int):
         """The enlarged frames from first to last, as `batch` videos."""
-        piece = vae.to_float(small[first:last]).unflatten(0, (batch, -1)).to(device)               # (B, T', 3, h, w)
-        return enlarge(piece, stage.scale, level.expand(batch))                     # (B, T', 3, H, W)
+        piece = vae.to_float(small[first:last]).unflatten(0, (batch, -1)).to(device)               # (B, T', C, h, w)
+        return enlarge(piece, stage.scale, level.expand(batch))                     # (B, T', C, H, W)
 
     def denoiser(large):
-        """A predict(z, t) of clips whose enlarged frames are `large` (B, T', 3, H, W)."""
+        """A predict(z, t) of clips whose enlarged frames are `large` (B, T', C, H, W)."""
         rates = torch.full((len(large),), float(fps), device=device)
         return predict_with(unet, stage, large, level.expand(len(large)), rates, context, null_context, guidance_scale)
 

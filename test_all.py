@@ -350,6 +350,18 @@ def test_what_the_network_says_tells_the_clean_x_and_the_noise(schedule, target)
         torch.testing.assert_close(found, truth, atol=1e-8, rtol=1e-6)
 
 
+def test_all_targets_weigh_an_error_alike():
+    x, noise, off = torch.randn(3, 50, 9, dtype=torch.float64)
+    t, losses = torch.arange(0, 1000, 20), []
+    for target in ("v", "epsilon", "sample"):  # the same wrong x, said in three ways
+        diffusion = Diffusion(target=target)
+        z, (alpha, sigma) = diffusion.add_noise(x, noise, t), diffusion.alpha_sigma(t, x)
+        wrong = diffusion.target_of(x + off, (z - alpha * (x + off)) / sigma, t)
+        losses.append(diffusion.loss(lambda z, t: wrong, x, noise, t, diffusion.balance(t, x)))
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=0)
+
+
 def test_schedules():
     for schedule in ("cosine", "scaled_linear"):
         alpha_bar = Diffusion(schedule).alpha_bar
@@ -819,6 +831,8 @@ def test_prompts_that_are_long_strange_or_empty(clip, capsys, tmp_path):
     stage = base.load_stage(tmp_path / "t.pt", "text")
     assert stage["text"]["tokens"].shape == (4, model.config.context, model.config.width)
     torch.testing.assert_close(stage["text"]["tokens"][1], stage["text"]["null_tokens"][0])
+    losses = model.language_loss(text.tokenize(tokenizer, ["a red star", ""], model.config.context))
+    assert losses.isfinite().all()
     assert not weights["config"]["words"] or "star" in weights["config"]["words"]
 
 
@@ -1401,6 +1415,8 @@ def test_arguments_that_are_refused(stages, monkeypatch):
                   ["--guidance", "nan"], ["--device", "abacus"]):
         assert flags[0] in complaint(base.main, ["text.pt", "-o", "out.pt", *flags])
         assert flags[0] in complaint(sample.main, ["a red star", "--out", "out.mp4", *flags])
+    assert "fresh noise" in complaint(base.main, ["text.pt", "-o", "out.pt", "--shared-noise", "--sampler", "ancestral"])
+    assert "its own frame rate" in complaint(interpolate.main, ["latents.pt", "-o", "out.pt", "--skip", "5", "--fps", "8"])
     assert "unknown extension" in complaint(base.main, ["text.pt", "-o", "out.mp4"])
     assert "unknown extension" in complaint(text.main, ["a red star", "-o", "."])
     for name in ("out.avi", "out.txt"):
@@ -1495,6 +1511,9 @@ def test_the_whole_cascade_and_going_on_from_kept_files(tmp_path, all_weights, c
     os.utime(all_weights / "superres-low.pt")                                       # weights that may have changed
     sample.main([*flags, *out, "--until", "low"])
     assert capsys.readouterr().out.count("kept in") == 4
+    os.utime(all_weights / "interpolate.pt")
+    sample.main([*flags, *out, "--until", "low"])
+    assert capsys.readouterr().out.count("kept in") == 2
     os.unlink(all_weights / "superres-high.pt")
     assert "train.py superres-high" in complaint(sample.main, [*flags, *out, "--until", "high"])
     sample.main([*flags, *out])                                                     # as far as the weights go
@@ -1855,9 +1874,9 @@ def evaluate_pixels(args):
     """Every network between pixels that has been trained."""
     have = lambda *names: all((WEIGHTS / f"{name}.pt").is_file() for name in names)
     for which in superres.STAGES:
-        if have(superres.name_of(which)):
+        if have(*map(superres.name_of, [which, *BEFORE[which]])):
             evaluate_superres(which)
-    if have("tsr-32", "tsr-128"):
+    if have("tsr-32", "tsr-128", *BEFORE["tsr-128"]):
         print("\nTemporal super-resolution: all frames of held-out clips against the truth, moving pixels only, augmentation level 0")
         for which, name, fps, clips in (("tsr-32", "tsr-32", 8., 12), ("tsr-128", "tsr-64", 16., 4), ("tsr-128", "tsr-128", 32., 4)):
             evaluate_doubling(which, name, fps, clips)
@@ -1931,7 +1950,7 @@ def curve(args):
             init = made_by.get("init")
             if init not in upto:  # weights that were not kept
                 upto[init] = total + (made_by["init_steps"], made_by["init_minutes"])
-            total = upto[weights["hash"]] = upto[init] + (made_by["steps"], made_by["minutes"])
+            total = upto[weights["own"]] = upto[init] + (made_by["steps"], made_by["minutes"])
             steps, minutes = total
             print_fidelity(f"{steps:.0f} steps, {minutes:.0f} min", factors_of(["held-out"], [0], args.prompts),
                            **asked_of(args) | {"weights": path})
@@ -1978,7 +1997,7 @@ def compare(args):
             "": cascade,
             "parameters": f"{sum(t.numel() for w in weights for t in w['model'].values()) / 1e6:.1f} M",
             "minutes of its last two trainings": f"{sum(w['made_by'].get('minutes', 0) + w['made_by'].get('init_minutes', 0) for w in weights):.0f}",
-            "network evaluations of a frame": str(2 * STEPS + sum(evaluations[own] for _, _, own, _ in stages)),
+            "denoising steps, guided ones twice": str(2 * STEPS + sum(evaluations[own] for _, _, own, _ in stages)),
             "seconds per video": f"{np.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})",
             "peak memory": f"{max(memory):.1f} GiB"}
         for part, share in zip(("base", "last stage"), both):

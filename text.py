@@ -201,7 +201,7 @@ class CLIP(nn.Module):
         tokens, pooled = (states.float() for states in self.text_model(ids))        # (M, L, D), (M, D)
         next_token = F.cross_entropy((tokens[:, :-1] @ embeddings.T).transpose(1, 2), ids[:, 1:], reduction="none")
         recall = -(pooled @ embeddings.T).log_softmax(1).gather(1, ids)             # (M, L)
-        mean = lambda losses, counts: (losses * counts).sum(1) / counts.sum(1)
+        mean = lambda losses, counts: (losses * counts).sum(1) / counts.sum(1).clamp(min=1)  # an empty caption has no words
         return mean(next_token, position[:-1] < length) + mean(recall, (position > 0) & (position < length))
 
 

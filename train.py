@@ -279,13 +279,18 @@ def folder_clips(folder, frames: int, side: int):
         raise UserError(f"{folder} holds no usable clip of {frames} frames or more")
 
 
+def name_of_data(args) -> str:
+    """"world", or eight letters for the files of a folder and their dates."""
+    if args.data == "world":
+        return "world"
+    files = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.data).rglob("*"))
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:8]
+
+
 def cached(args, kind: str, count: int, make, of: str = "pixels") -> dict:
-    """What make() returns, kept in runs/cache/ under a name that says all it depends on; a folder by its files and their dates."""
-    source = args.data
-    if args.data != "world":
-        files = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.data).rglob("*"))
-        source = hashlib.sha256(repr(files).encode()).hexdigest()[:8]
-    return kept(f"{source}-{kind}-{count}-{args.side}-{args.seed}-{of}", make)
+    """What make() returns, kept in runs/cache/ under a name that says all it depends on but this file: who changes the world empties
+    the folder."""
+    return kept(f"{name_of_data(args)}-{kind}-{count}-{args.side}-{args.seed}-{of}", make)
 
 
 def kept(name: str, make) -> dict:
@@ -429,19 +434,19 @@ class Recipe:
     steps: int
     batch: int
     lr: float
-    fresh_lr: float = 0.     # for the layers that the weights it starts from did not have
+    fresh_lr: float = 0.     # of the layers that an image model does not have
     warmup: int = 100
     ema: float = .999
 
 
-RECIPES = {
-    "vae": Recipe(steps=4200, batch=32, lr=1.5e-3),
+RECIPES = {  # about as many steps in one run as the weights in weights/ had in several; the README has the commands
+    "vae": Recipe(steps=13000, batch=32, lr=1.5e-3),
     "clip": Recipe(steps=700, batch=128, lr=1e-3),
     "image": Recipe(steps=4500, batch=128, lr=1e-3),
     "prior": Recipe(steps=2000, batch=64, lr=5e-3, warmup=50),
-    "base": Recipe(steps=3000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
-    "interpolate": Recipe(steps=3200, batch=16, lr=8e-4),
-    "superres-low": Recipe(steps=2000, batch=4, lr=2e-3),
+    "base": Recipe(steps=32000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
+    "interpolate": Recipe(steps=10000, batch=16, lr=8e-4),
+    "superres-low": Recipe(steps=3200, batch=4, lr=2e-3),
     "superres-high": Recipe(steps=2500, batch=8, lr=2e-3),
     "tsr-32": Recipe(steps=700, batch=4, lr=2e-3),
     "ssr-128": Recipe(steps=700, batch=4, lr=2e-3),
@@ -687,7 +692,8 @@ def prepare_interpolate(args) -> Stage:
 def prepare_pixels(args, which: str) -> Stage:
     """A network between pixels, on windows of clips, from nothing. Every fourth step is of pictures; but TSR has nothing to double
     in one."""
-    data, facts = pairs(args, which), {"vae": base.load_weights(weights_in(args.weights, "vae"), "vae")["hash"]}
+    autoencoder = base.load_weights(weights_in(args.weights, "vae"), "vae")
+    data, facts = pairs(args, which), {"vae": autoencoder["hash"], "decoder": autoencoder["own"]}
     stage, doubles = replace(PIXELS[which], blank=args.blank), which in interpolate.TSR
     config, diffusion = stage.config, superres.diffusion_of()
     if config.pooled:
@@ -798,9 +804,9 @@ def train(stage: str, args):
     if args.init:  # go on from finished weights of this very stage
         weights = parent(args.init, stage, setup.facts)
         base.fill(model, weights, args.init)
-        setup.facts |= {"init": weights["hash"], "init_steps": weights["made_by"]["steps"], "init_minutes": weights["made_by"]["minutes"]}
+        setup.facts |= {"init": weights["own"], "init_steps": weights["made_by"]["steps"], "init_minutes": weights["made_by"]["minutes"]}
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    origin = {"stage": stage, "seed": args.seed, "data": args.data, "stills": args.stills, "clips": args.clips,
+    origin = {"stage": stage, "seed": args.seed, "data": name_of_data(args), "stills": args.stills, "clips": args.clips,
               "side": args.side, "joint": args.joint, "freeze": args.freeze, **setup.facts}
     if (folder / "checkpoint.pt").is_file() and not args.fresh:
         state = read_pt(folder / "checkpoint.pt")
@@ -937,6 +943,8 @@ def dry_run(args):
 
 
 def main(argv=None):
+    if RANKS > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     parser = Parser("Train one stage, or all of them in order.")
     parser.add_argument("stage", choices=[*PREPARE, "all"], help="what to train; a stage needs the weights of those before it")
     parser.add_argument("--data", default="world", help="'world', the built-in toy world, or a folder of clips")
@@ -947,7 +955,7 @@ def main(argv=None):
     parser.add_argument("--batch", type=positive(int), help="samples per step, instead of the recipe's")
     parser.add_argument("--lr", type=positive(float), help="learning rate, instead of the recipe's")
     parser.add_argument("--freeze", choices=("none", "spatial", "encoder"), default="none",
-                        help="spatial, of base: train the temporal layers alone; encoder, of vae: the decoder alone, so that latents stay")
+                        help="spatial, of base: train the temporal layers and gates alone; encoder, of vae: the decoder alone, so that latents stay")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures")
     parser.add_argument("--blank", action="store_true", help="tsr: show nothing between the frames that are given, not these again")
     parser.add_argument("--accumulate", type=positive(int), default=1,
@@ -958,12 +966,14 @@ def main(argv=None):
     parser.add_argument("--init", help="start from these weights of the same stage, such as weights/base.pt, to train them further")
     parser.add_argument("--fresh", action="store_true", help="start over, whatever checkpoint there is")
     parser.add_argument("--save-minutes", type=positive(float), default=3., help="minutes between checkpoints")
-    parser.add_argument("--snapshots", type=int, default=0, help="keep this many weights on the way, for a curve over training")
+    parser.add_argument("--snapshots", type=positive(int), help="keep this many weights on the way, for a curve over training")
     parser.add_argument("--name", default="", help="folder in runs/ to keep this run's stages apart from others")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, read and written")
     parser.add_argument("--seed", type=int, default=0, help="of the data, the initial weights and every sample")
     parser.add_device()
     args = parser.parse_args(argv)
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}, where 0 or more is wanted")
     if args.init and args.stage == "all":
         raise UserError("--init is for one stage")
     if args.freeze == "spatial" and args.stage != "base":
@@ -979,8 +989,6 @@ def main(argv=None):
             raise UserError("--dry-run is for stage base")
         return dry_run(args)
     if RANKS > 1:  # one process waits for as long as another renders data
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(days=1))
     for stage in PREPARE if args.stage == "all" else [args.stage]:
         train(stage, args)

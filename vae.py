@@ -322,7 +322,7 @@ def main(argv=None):
             raise UserError(f"{args.input} holds latents of autoencoder {stage['vae']}, but {args.weights} is {weights['hash']}; "
                             f"make them anew with `{MADE_BY['latents']}`")
         pixels = decode_video(vae, stage["data"], label="vae decode")
-        if args.out.endswith(".pt"):
+        if Path(args.out).suffix.lower() == ".pt":
             save_stage(args.out, "pixels", pixels, text=stage["text"], prompts=stage["prompts"], fps=stage["fps"],
                        seed=stage["seed"], history=stage["history"] + [f"decode {weights['own']}"])
         else:
