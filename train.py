@@ -81,8 +81,10 @@ TRIPLES = {split: [(c, s, m) for c in range(8) for s in range(6) for m in range(
 # How many times as often as others a motion is drawn in training: its frames must agree on a phase, and a turned shape is a new one.
 # Differs: data as it is found.
 OFTEN = {"bouncing": 2, "circling": 2, "spinning": 4}
-DRAWN = TRIPLES | {"any": sum(TRIPLES.values(), []),
-                   "train": [triple for triple in TRIPLES["train"] for _ in range(OFTEN.get(MOTIONS[triple[2]], 1))]}
+ANY = sum(TRIPLES.values(), [])
+DRAWN = TRIPLES | {"any": ANY,
+                   "train": [triple for triple in TRIPLES["train"] for _ in range(OFTEN.get(MOTIONS[triple[2]], 1))],
+                   "still": [(c, s, m) for c, s, m in ANY for _ in range(4 if SHAPES[s] == "ring" and "moving" in MOTIONS[m] else 1)]}
 
 
 def caption(scene: dict, still: bool = False) -> str:
@@ -93,7 +95,7 @@ def caption(scene: dict, still: bool = False) -> str:
 
 
 def draw_scene(rng: np.random.Generator, split: str = "train", ground: int | None = None) -> dict:
-    """One scene: four factors and the free numbers of its motion. `split` as in `split_of`, or "any"."""
+    """One scene: four factors and the free numbers of its motion. `split` as in `split_of`, or "any", or "still" for pictures."""
     colour, shape, motion = DRAWN[split][rng.integers(len(DRAWN[split]))]
     u = rng.uniform
     kind = MOTIONS[motion]
@@ -209,11 +211,11 @@ def render(scene: dict, times, size: int = 64) -> torch.Tensor:
 
 def world_stills(count: int, seed: int, side: int) -> dict:
     """Pictures of any scene at any moment, and their captions. No split: a still does not show how a thing moves. A scene's beginning and
-    end come most often: what slides is near the border then, where an autoencoder has to learn it anew."""
+    end come most often: what slides is near the border then, where an autoencoder has to learn it anew; a ring, which has two edges, last of all."""
     pixels, captions = [], []
     for i in trange(count, desc="rendering stills"):
         rng = np.random.default_rng((seed, 1, i))
-        scene = draw_scene(rng, "any")
+        scene = draw_scene(rng, "still")
         pixels.append(render(scene, [SCENE_SECONDS * rng.beta(.25, .25)], side))
         captions.append(caption(scene, still=True))
     return {"pixels": torch.stack(pixels), "captions": captions, "fps": torch.ones(count)}  # (N, 1, 3, side, side)
