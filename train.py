@@ -451,7 +451,7 @@ RECIPES = {  # about as many steps in one run as the weights in weights/ had in 
     "superres-low": Recipe(steps=3200, batch=4, lr=2e-3),
     "superres-high": Recipe(steps=2500, batch=8, lr=2e-3),
     "tsr-32": Recipe(steps=700, batch=4, lr=2e-3),
-    "ssr-128": Recipe(steps=700, batch=4, lr=2e-3),
+    "ssr-128": Recipe(steps=1700, batch=4, lr=2e-3),
     "ssr-256": Recipe(steps=1000, batch=4, lr=2e-3),
     "tsr-128": Recipe(steps=1500, batch=8, lr=2e-3),
     "ssr-768": Recipe(steps=1200, batch=8, lr=2e-3),
