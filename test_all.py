@@ -1625,6 +1625,11 @@ GUIDANCE = base.GUIDANCE
 STEPS, SAMPLER = base.usual(16)
 
 
+def have(*names: str) -> bool:
+    """Have all of these weights been trained?"""
+    return all((WEIGHTS / f"{name}.pt").is_file() for name in names)
+
+
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     """Peak signal-to-noise ratio of uint8 pictures, in dB, over all of them together."""
     return 10 * math.log10(255 ** 2 / max(1e-9, (a.double() - b.double()).pow(2).mean().item()))
@@ -1744,7 +1749,7 @@ def blend(truth: torch.Tensor, skip: int) -> torch.Tensor:
 
 def evaluate_interpolation(args, clips: int = 96):
     """Hidden frames of held-out clips against decode(encode(truth)), where anything moves; clips continued; stills animated."""
-    if not (WEIGHTS / "interpolate.pt").is_file():
+    if not have("interpolate"):
         return
     (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = interpolate.load(), vae.load(), text.load()
     def latents(grounds, times, motions=range(9)):
@@ -1872,7 +1877,6 @@ def evaluate_reader(args):
 
 def evaluate_pixels(args):
     """Every network between pixels that has been trained."""
-    have = lambda *names: all((WEIGHTS / f"{name}.pt").is_file() for name in names)
     for which in superres.STAGES:
         if have(*map(superres.name_of, [which, *BEFORE[which]])):
             evaluate_superres(which)
@@ -1894,7 +1898,7 @@ def evaluate_fidelity(args):
     print_fidelity("held-out triples on black", factors_of(["held-out"], [0], args.prompts), **settings)
     factors = factors_of(["held-out"], range(5), args.prompts)
     videos = print_fidelity("held-out triples, all grounds", factors, **settings)
-    if (WEIGHTS / "interpolate.pt").is_file():
+    if have("interpolate"):
         print_fidelity("a quarter of these", factors[:quarter], videos[:quarter])
         print_fidelity("and interpolated, 76 frames read", factors[:quarter], skip=5, **settings)
     for split, grounds, name in (("unseen", [0], "unseen pairs on black"), ("unseen", range(5), "unseen pairs, all grounds"),
@@ -2045,11 +2049,11 @@ def benchmark(args):
             f"base: 16 frames, {args.steps} guided steps": lambda: base.generate(unet, diffusion, words, 16, 4., steps=args.steps, guidance=args.guidance),
             "vae encode: 16 frames": lambda: vae.encode_video(autoencoder, blank(16, 64)[None]),
             "vae decode: 16 frames": lambda: vae.decode_video(autoencoder, latents)}
-    if (WEIGHTS / "interpolate.pt").is_file():
+    if have("interpolate"):
         between, x = interpolate.load()[:2], interpolate.timeline(latents, skip=5)
         rows["interpolate: 16 to 76 frames"] = lambda: interpolate.fill_timeline(*between, *x, words, 20.)
     for which, side, frames in (("low", 64, 76), ("high", 256, 76), ("high", 256, 304)):
-        if (WEIGHTS / f"superres-{which}.pt").is_file():
+        if have(f"superres-{which}"):
             stage, (larger, way, _) = superres.STAGES[which], superres.load(which)
             rows[f"{which}: {frames} frames to {stage.scale * side} px"] = partial(superres.upscale, larger, way, stage, blank(frames, side), 20.)
     for name, function in rows.items():
@@ -2201,7 +2205,6 @@ def draw_camera(assets: Path):
 
 def pictures(args):
     assets = HERE / "assets"
-    have = lambda *names: all((WEIGHTS / f"{name}.pt").is_file() for name in names)
     sample.main([*SHOWN, "--until", "base", "-o", str(assets / "results.png"), "--device", "cpu"])
     if have("interpolate"):
         draw_between(assets)

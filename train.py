@@ -945,8 +945,6 @@ def dry_run(args):
 
 
 def main(argv=None):
-    if RANKS > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     parser = Parser("Train one stage, or all of them in order.")
     parser.add_argument("stage", choices=[*PREPARE, "all"], help="what to train; a stage needs the weights of those before it")
     parser.add_argument("--data", default="world", help="'world', the built-in toy world, or a folder of clips")
@@ -991,6 +989,8 @@ def main(argv=None):
             raise UserError("--dry-run is for stage base")
         return dry_run(args)
     if RANKS > 1:  # one process waits for as long as another renders data
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(days=1))
     for stage in PREPARE if args.stage == "all" else [args.stage]:
         train(stage, args)
