@@ -379,7 +379,7 @@ class UNet(nn.Module):
         H, W, stride = *x.shape[-2:], self.config.patch_size * 2 ** (len(self.config.channels) - 1)
         if H % stride or W % stride:  # sizes that do not fit are padded here and cropped at the end
             x = F.pad(x.flatten(0, 1), (0, -W % stride, 0, -H % stride), mode="replicate").unflatten(0, (B, T))
-        fold = lambda frames: F.pixel_unshuffle(frames, self.config.patch_size).contiguous(memory_format=torch.channels_last)
+        fold = lambda frames: F.pixel_unshuffle(frames, self.config.patch_size).to(self.conv_in.weight.dtype, memory_format=torch.channels_last)
         few = lambda frames: frames.split(max(1, 2 ** 24 // frames[0].numel()))     # where copies of all would be what fills memory
         h = torch.cat([self.conv_in(fold(part)) for part in few(x.flatten(0, 1))])  # (B*T, C, H/p, W/p)
         if T > 1 and hasattr(self, "temporal_prior"):

@@ -167,8 +167,8 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
 
     shared = stage.shared_noise and not independent
     if stage.halo:
-        whole = torch.float16 if base.has_fast_bf16(device) else torch.float32      # a long clip at 768 x 768 fills memory
-        large = torch.cat([condition(i, i + 8, 1).to(whole) for i in range(0, T, 8)], dim=1)
+        # A long clip at 768 x 768 fills memory: what is held whole is held in fp16.
+        large = torch.cat([condition(i, i + 8, 1).half() for i in range(0, T, 8)], dim=1)
 
         def over_time(z, t):
             x = torch.empty_like(z)                                                 # (1, T, 3, H, W)
@@ -178,7 +178,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
             return x
 
         # The noise has no name here, which would keep it until the end.
-        x = diffusion.sample(over_time, base.initial_noise((1, 1 if shared else T, *shape), seed).to(device, whole).expand(1, T, -1, -1, -1),
+        x = diffusion.sample(over_time, base.initial_noise((1, 1 if shared else T, *shape), seed).to(device).half().expand(1, T, -1, -1, -1),
                              steps, sampler, label=label, threshold=guidance_scale != 1, shift=stage.shift)
         return torch.stack([vae.to_uint8(frame).cpu() for frame in x[0]])           # (T, 3, H, W)
     out = torch.empty(T, *shape, dtype=torch.uint8)
