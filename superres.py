@@ -211,29 +211,24 @@ def read_pixels(path) -> dict:
     return {"data": video[None], "text": None, "prompts": [Path(path).stem], "fps": fps, "history": [], "vae": None}
 
 
-def heard(said: dict) -> list:
-    """What `upscale` is told of each prompt, from the `text` of a stage file."""
-    return [{"context": tokens[None], "null_context": said["null_tokens"]} for tokens in said["tokens"]]     # (1, L, D) each
-
-
 def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, args, **how):
     """Put clips, as `read_pixels` gave them, through a network, as `load` gave it from `path`, and write args.out. args are a
     script's own: input, out, steps, sampler, guidance, oscillate, seed. Raises UserError."""
     unet, diffusion, weights = loaded
-    B, words, prompted = len(clips["data"]), [{}] * len(clips["data"]), unet.config.pooled and clips["text"] is not None
-    if (args.guidance != 1 or args.oscillate is not None) and not prompted:
+    B, words, heard = len(clips["data"]), [{}] * len(clips["data"]), unet.config.pooled and clips["text"] is not None
+    if (args.guidance != 1 or args.oscillate is not None) and not heard:
         raise UserError(f"{args.input} came without a prompt, or {which} does not hear it: there is nothing to guide")
     if unet.config.pooled:
         said = clips["text"] or text.unprompted(base.weights_in(path.parent, "text"), B)
         base.check_encoder(args.input, said, path, weights["made_by"])
         guidance = base.oscillating(args.guidance, args.oscillate, args.steps, stage.shift)
-        words = [one | {"guidance_scale": guidance} for one in heard(said)]
+        words = [{"context": one[None], "null_context": said["null_tokens"], "guidance_scale": guidance} for one in said["tokens"]]
     how |= {"steps": args.steps, "sampler": args.sampler, "label": which}
     made = torch.stack([upscale(unet, diffusion, stage, clip, clips["fps"], seed=args.seed + i, **words[i], **how)
                         for i, clip in enumerate(clips["data"])])                   # (B, T, 3, H, W)
     if Path(args.out).suffix.lower() != ".pt":
         return vae.write_videos(args.out, made, clips["fps"])
-    told = {"level": how.get("level"), "guidance": args.guidance if prompted else None, "oscillate": args.oscillate}
+    told = {"level": how.get("level"), "guidance": args.guidance if heard else None, "oscillate": args.oscillate}
     done = f"{name_of(which)} {weights['hash']} {args.sampler} steps {args.steps}" + " independent noise" * how.get("independent", False)
     done += "".join(f" {key} {value:g}" for key, value in told.items() if value is not None)
     save_stage(args.out, "pixels", made, text=clips["text"], prompts=clips["prompts"], fps=clips["fps"],

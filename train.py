@@ -338,13 +338,12 @@ def latents(args, kind: str) -> tuple[dict, str]:
     return cached(args, kind, args.stills if kind == "stills" else args.clips, make, weights["hash"]), weights["hash"]
 
 
-def crop(videos: list, side: int, x: float, y: float) -> tuple[list, tuple]:
+def crop(videos: list, side: int, x: float, y: float) -> list:
     """One window of the picture from clips (T, 3, S, S) of one scene at several sizes, every frame at the same place: `side` pixels
-    of the first, which is the smallest, about the point (x, y) of the unit square. And where in it that point is."""
+    of the first, which is the smallest, about the point (x, y) of the unit square."""
     S = videos[0].shape[-1]
     left, top = (min(max(0, round(at * S) - side // 2), S - side) for at in (x, y))
-    windows = [v[..., k * top:k * (top + side), k * left:k * (left + side)] for v in videos for k in [v.shape[-1] // S]]
-    return windows, ((x * S - left) / side, (y * S - top) / side)
+    return [v[..., k * top:k * (top + side), k * left:k * (left + side)] for v in videos for k in [v.shape[-1] // S]]
 
 
 @dataclass
@@ -356,30 +355,21 @@ class Pairs:
     inner: int           # and of the window that is cut from it
     count: int
     rates: tuple = ()    # frames per second; none: any from 4 to 30
-    before: tuple = ()   # the enlargements that lie behind what it is given
 
 
 PIXELS = superres.STAGES | interpolate.TSR
-PAIRS = {"low": Pairs(8, 64, 32, 1200), "high": Pairs(1, 256, 64, 4800, before=("low",)),
-         "tsr-32": Pairs(16, 64, 48, 800, (8.,)), "ssr-128": Pairs(8, 64, 48, 800, (8.,)),
-         "ssr-256": Pairs(8, 128, 48, 800, (8.,), before=("ssr-128",)),
-         "tsr-128": Pairs(16, 256, 64, 800, (16., 32.), before=("ssr-128", "ssr-256")),  # serves twice
-         "ssr-768": Pairs(8, 256, 32, 1000, (32.,), before=("ssr-128", "ssr-256"))}
+PAIRS = {"low": Pairs(8, 64, 32, 1200), "high": Pairs(1, 256, 64, 4800),
+         "tsr-32": Pairs(16, 64, 48, 800, (8.,)), "ssr-128": Pairs(8, 64, 48, 800, (8.,)), "ssr-256": Pairs(8, 128, 48, 800, (8.,)),
+         "tsr-128": Pairs(16, 256, 64, 800, (16., 32.)), "ssr-768": Pairs(8, 256, 32, 1000, (32.,))}  # tsr-128 serves twice
 
 
-def pairs(args, which: str) -> tuple[dict, dict]:
-    """Windows of clips at two sizes: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), made (the small ones as the stages before
-    make them, out of a round trip through our autoencoder), captions, fps; and the hashes of what made them.
+def pairs(args, which: str) -> dict:
+    """Windows of clips at two sizes: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (the small ones after a round trip
+    through our autoencoder, at the size at which it makes pictures; else small again), captions, fps.
 
     Seven in ten are about the object's place; the rest of a picture is ground."""
     p, scale = PAIRS[which], PIXELS[which].scale
     autoencoder, weights = vae.load(weights_in(args.weights, "vae"), args.device)
-    facts = {"vae": weights["hash"], "decoder": weights["own"]}
-    loaded = {earlier: superres.load(earlier, weights_in(args.weights, superres.name_of(earlier)), args.device) for earlier in p.before}
-    facts |= {superres.name_of(earlier): of["hash"] for earlier, (_, _, of) in loaded.items()}
-    clip, tokenizer, _ = text.load(weights_in(args.weights, "text")) if loaded else (None, None, None)
-    first = p.side // math.prod(PIXELS[earlier].scale for earlier in p.before)      # side of the autoencoder's pictures
-    reach = min(first, p.inner * first // p.side + 16)                              # a window of those, with what lies around it
 
     def world():
         for i in trange(p.count, desc=f"rendering pairs for {which}"):
@@ -388,30 +378,20 @@ def pairs(args, which: str) -> tuple[dict, dict]:
             times = rng.uniform(0, SCENE_SECONDS - (p.frames - 1) / fps) + np.arange(p.frames) / fps
             path = trajectory(scene, torch.as_tensor(times, dtype=torch.float32))
             place = [float(axis[p.frames // 2]) for axis in path[:2]] if rng.random() < .7 else rng.random(2)
-            sizes = {side: render(scene, times, side) for side in {first, p.side, scale * p.side}}
-            yield sizes, place, caption(scene), fps
+            small = render(scene, times, p.side)
+            yield small, render(scene, times, scale * p.side) if scale > 1 else small, place, caption(scene), fps
 
     def folder():
         rng = np.random.default_rng((args.seed, 5))
         for windows, words, rates in folder_clips(args.data, p.frames, scale * p.side):
             for large, line, fps in zip(windows, words, rates):
-                shrunk = lambda side: F.interpolate(large.float(), (side, side), mode="area").round().byte()
-                yield {side: shrunk(side) for side in (first, p.side)} | {scale * p.side: large}, rng.random(2), line, float(fps)
-
-    def made(video, seed: int, fps: float, line: str):
-        """A clip (T, 3, h, w) as the stages before would hand it on."""
-        for earlier, (unet, diffusion, _) in loaded.items():
-            said = superres.heard(text.encode(clip, tokenizer, [line]))[0] if unet.config.pooled else {}
-            video = superres.upscale(unet, diffusion, PIXELS[earlier], video, fps, seed=seed, **said)
-        return video
+                yield F.interpolate(large.float(), (p.side, p.side), mode="area").round().byte(), large, rng.random(2), line, float(fps)
 
     def make():
         blocks, captions = [], []
-        for i, (sizes, place, line, fps) in enumerate(world() if args.data == "world" else folder()):
-            again = vae.decode_video(autoencoder, vae.encode_video(autoencoder, sizes[first][None]))[0]
-            (again, small, large), place = crop([again, sizes[p.side], sizes[scale * p.side]], reach, *place)
-            item, _ = crop([made(again, i, fps, line), small, large], p.inner, *place)
-            item = dict(zip(("made", "small", "pixels"), item)) | {"fps": torch.tensor(fps)}
+        for i, (small, large, place, line, fps) in enumerate(world() if args.data == "world" else folder()):
+            again = vae.decode_video(autoencoder, vae.encode_video(autoencoder, small[None]))[0] if p.side == 64 else small
+            item = dict(zip(("small", "decoded", "pixels"), crop([small, again, large], p.inner, *place))) | {"fps": torch.tensor(fps)}
             if i % 256 == 0:  # small tensors kept one by one between large ones that come and go would fragment all memory
                 blocks.append({key: torch.empty(256, *part.shape, dtype=part.dtype) for key, part in item.items()})
             for key, part in item.items():
@@ -419,7 +399,7 @@ def pairs(args, which: str) -> tuple[dict, dict]:
             captions.append(line)
         return {key: torch.cat([block[key] for block in blocks])[:len(captions)] for key in blocks[0]} | {"captions": captions}
 
-    return cached(args, f"pairs-{which}", p.count, make, "-".join(facts.values())), facts
+    return cached(args, f"pairs-{which}", p.count, make, weights["own"])
 
 
 def batches(items: list, size: int) -> list:
@@ -714,7 +694,8 @@ def prepare_interpolate(args) -> Stage:
 def prepare_pixels(args, which: str) -> Stage:
     """A network between pixels, on windows of clips, from nothing. Every fourth step is of pictures; but TSR has nothing to double
     in one."""
-    data, facts = pairs(args, which)
+    autoencoder = base.load_weights(weights_in(args.weights, "vae"), "vae")
+    data, facts = pairs(args, which), {"vae": autoencoder["hash"], "decoder": autoencoder["own"]}
     stage, doubles = replace(PIXELS[which], blank=args.blank), which in interpolate.TSR
     config, diffusion = stage.config, superres.diffusion_of()
     if config.pooled:
@@ -727,7 +708,7 @@ def prepare_pixels(args, which: str) -> Stage:
     def batch_of(step, samples):
         rngs = [sample_rng(args.seed, step, i) for i in samples]
         picks = [int(rng.integers(len(data["pixels"]))) for rng in rngs]
-        small = torch.stack([data["made" if rng.random() < .5 else "small"][i] for i, rng in zip(picks, rngs)])
+        small = torch.stack([data["decoded" if rng.random() < .5 else "small"][i] for i, rng in zip(picks, rngs)])
         x = vae.to_float(data["pixels"][picks])                                     # (N, T, 3, S, S)
         if doubles:
             small = interpolate.double(small[:, ::2])                               # (N, T, 6, s, s)
@@ -742,7 +723,7 @@ def prepare_pixels(args, which: str) -> Stage:
         return batch
 
     def preview(model):  # what is given, ours, truth
-        small, truth, moment = data["made"][:8], data["pixels"][:8], int(doubles)
+        small, truth, moment = data["decoded"][:8], data["pixels"][:8], int(doubles)
         small = interpolate.double(small[:, ::2]) if doubles else small  # (8, T, C, s, s)
         said = lambda i: {"context": tokens[rows[i]][None], "null_context": null[None]} if config.pooled else {}
         ours = torch.stack([superres.upscale(model, diffusion, stage, clip, data["fps"][i].item(), **said(i)) for i, clip in enumerate(small)])
