@@ -606,7 +606,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
 
     def add_seed(self):
-        self.add_argument("--seed", type=int, default=0, help="video i of a call starts from the noise of seed + i")
+        self.add_argument("--seed", type=seed, default=0, help="video i of a call starts from the noise of seed + i")
 
     def error(self, message: str):
         raise UserError(message)
@@ -631,6 +631,13 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
     return value
+
+
+def seed(text: str) -> int:
+    """An argparse type: a whole number that every random generator takes, whatever is added to it."""
+    if not (text.isascii() and text.isdigit() and int(text) < 2 ** 32):
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0 to 4294967295")
+    return int(text)
 
 
 def device(text: str) -> str:
@@ -735,11 +742,12 @@ def read_pt(path) -> dict:
     return content
 
 
-def save_stage(path, kind: str, data, *, text, prompts, fps: float, seed, history: list, vae: str | None = None):
+def save_stage(path, kind: str, data, *, text, prompts, fps: float, seed, history: list, vae: str | None = None, size: tuple | None = None):
     """Hand tensors to the next stage. Latents are float (B, T, 4, h, w), pixels uint8 (B, T, 3, H, W), text has no data;
-    `fps` is that of this very clip, `vae` the short hash of the autoencoder whose latents these are."""
+    `fps` is that of this very clip, `vae` the short hash of the autoencoder whose latents these are, and `size` (H, W) that of the
+    pictures they were encoded from, where it did not fit the autoencoder's stride."""
     write_pt(path, {"format": 1, "kind": kind, "data": data, "text": text, "prompts": prompts, "fps": float(fps),
-                    "seed": seed, "history": history, "vae": vae})
+                    "seed": seed, "history": history, "vae": vae, "size": size})
 
 
 def load_stage(path, kind: str) -> dict:
@@ -750,7 +758,7 @@ def load_stage(path, kind: str) -> dict:
         if not condition:
             raise UserError(f"{path}: {otherwise}; make one with `{MADE_BY[kind]}`")
 
-    keys = {"kind", "data", "text", "prompts", "fps", "seed", "history", "vae"}
+    keys = {"kind", "data", "text", "prompts", "fps", "seed", "history", "vae", "size"}
     want(stage.get("format") == 1 and keys <= stage.keys(), "no stage file of format 1")
     want(stage["kind"] == kind, f"holds {stage['kind']} where {kind} {'is' if kind == 'text' else 'are'} wanted")
     data, text, tensors = stage["data"], stage["text"], []
@@ -764,6 +772,8 @@ def load_stage(path, kind: str) -> dict:
         want(len(data) == len(stage["prompts"]), f"holds {len(data)} clips and {len(stage['prompts'])} prompts")
         fps = stage["fps"]
         want(isinstance(fps, float) and 0 < fps < math.inf, f"fps is {fps} where a positive number is wanted")
+        size = stage["size"]
+        want(size is None or len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size), f"size is {size} where (H, W) is wanted")
         tensors = [data] if kind == "latents" else []
     if kind == "text" or text is not None:
         parts = ("tokens", "pooled", "null_tokens", "null_pooled")
@@ -977,6 +987,12 @@ def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: flo
     return diffusion.sample(predict, z, steps, sampler, gamma, seed, label, shift=shift).cpu()
 
 
+def remark_rate(fps: float):
+    """Tell the user of a frame rate that a network is asked for and has not seen."""
+    if not 4 <= fps <= 30:
+        note(f"{fps:g} frames per second are asked for, where the shipped weights were trained on 4 to 30")
+
+
 def check_sampling(args):
     """Refuse flags of a sampler that do not go together."""
     if args.steps > 1000:
@@ -1021,6 +1037,7 @@ def main(argv=None):
     unet, diffusion, weights = load(args.weights, args.device)
     made_by, text = weights["made_by"], stage["text"]
     check_encoder(args.text, text, args.weights, made_by)
+    remark_rate(args.fps)
     latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, args.guidance,
                        args.sampler, args.gamma, args.seed, "base", args.shared_noise, args.oscillate)
     history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"

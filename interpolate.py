@@ -170,8 +170,8 @@ def timeline(latents, skip: int = 1, before: int = 0, after: int = 0):
 # Imagen Video's way: TSR. Loss and sampling are those of superres.py.
 
 DOUBLE = replace(superres.SSR, in_channels=3 + 6)
-TSR = {"tsr-32": superres.Stage(1, replace(DOUBLE, patch_size=1), level=0., chunk=32),    # for 64 x 64 pixels
-       "tsr-128": superres.Stage(1, DOUBLE, level=0., chunk=128, steps=2)}    # for 256 x 256
+TSR = {"tsr-32": superres.Stage(1, replace(DOUBLE, patch_size=1), level=0., pixels=32 * 64 ** 2),
+       "tsr-128": superres.Stage(1, DOUBLE, level=0., pixels=128 * 256 ** 2, steps=2)}
 
 
 def double(video):
@@ -216,13 +216,14 @@ def main(argv=None):
     parser.add_argument("--parallel", action="store_true", help="all windows at once, sharing keyframes alone")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, as written by train.py")
     parser.add_argument("--steps", type=positive(int), help="sampling steps per window, 1000 at most; 16; for --double 4, or 2 for large pixels")
-    parser.add_argument("--guidance", type=finite, default=1., help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("--guidance", type=finite, help=f"classifier-free guidance scale; 1, which is none, or {base.GUIDANCE:g} for --animate")
     parser.add_argument("--oscillate", type=finite, metavar="LOW", help="tsr-32: in the second half, guide every other step by this scale")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim"), help="DPM-Solver++(2M) or DDIM; dpmpp, or ddim for --double")
     parser.add_seed()
     parser.add_device()
     args = parser.parse_args(argv)
     base.check_out(args.out, (".pt",))
+    args.guidance = args.guidance if args.guidance is not None else base.GUIDANCE if args.animate else 1.
     args.steps, args.sampler = args.steps or (TSR[args.double].steps if args.double else 16), args.sampler or ("ddim" if args.double else "dpmpp")
     if args.oscillate is not None and not args.double:
         raise UserError("--oscillate is for --double")
@@ -253,11 +254,12 @@ def main(argv=None):
         said = text.unprompted(base.weights_in(args.weights, "text"), len(x))
     base.check_encoder(args.input, said, args.weights, made_by)
     fps = stage["fps"] * (args.skip or 1)
+    base.remark_rate(fps)
     frames = fill_timeline(unet, diffusion, x, known, said, fps, args.parallel, args.seed, "interpolate",
                            steps=args.steps, guidance=args.guidance, sampler=args.sampler)
     done = f"interpolate {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {fps:g}{' parallel' * args.parallel}"
     save_stage(args.out, "latents", frames, text=stage["text"], prompts=stage["prompts"], fps=fps, seed=args.seed,
-               history=stage["history"] + [done], vae=stage["vae"])
+               history=stage["history"] + [done], vae=stage["vae"], size=stage["size"])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Video's (section 2.2). `--keep` leaves those files for a look, with the commands
 goes on from what is there.
 """
 import re
-import resource
 import shlex
 import sys
 import tempfile
@@ -114,6 +113,7 @@ def peak_memory() -> str:
     try:
         kilobytes = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     except (OSError, TypeError):
+        import resource  # which Windows has not
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     gpu = f", GPU {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB" if torch.cuda.is_available() else ""
     return f"{kilobytes / 2 ** 20:.2f} GiB{gpu}"

@@ -65,7 +65,7 @@ class Stage:
     scale: int           # times as many pixels each way
     config: UNetConfig
     level: float         # of augmentation, when sampling
-    chunk: int           # frames at once, when sampling
+    pixels: int          # that are made at once, of as many frames as have them, when sampling
     steps: int = 4       # of sampling
     blank: bool = False  # TSR: show nothing between the frames that are given
 
@@ -78,8 +78,9 @@ class Stage:
     @property
     def shift(self) -> float:
         """Where most steps of training and sampling are: see base.shifted. An enlarged picture is right but for its detail, which is
-        faint and drowns in little noise; there it is decided, and a uniform walk of four steps never comes by. TSR invents none."""
-        return 1 / 4 if self.scale > 1 else 1.
+        faint, the fainter the finer, and drowns in little noise; there it is decided, and a uniform walk of four steps never comes by.
+        TSR invents none."""
+        return 1 / (2 * self.scale) if self.scale > 1 else 1.
 
     @property
     def shared_noise(self) -> bool:
@@ -92,11 +93,11 @@ class Stage:
 PIXELS = UNetConfig(in_channels=6, out_channels=3, channels=(24, 48, 64), attention=(False, False, False), context_dim=None,
                     temporal="conv", patch_size=4, level=True)
 SSR = replace(PIXELS, channels=(16, 32, 48), context_dim=128, pooled=True)
-STAGES = {"low": Stage(4, replace(PIXELS, patch_size=2), level=.3, chunk=76),
-          "high": Stage(3, replace(PIXELS, temporal="none", gates=False), level=.3, chunk=4),
-          "ssr-128": Stage(2, replace(SSR, attention=(False, False, True), patch_size=2), level=.2, chunk=32),
-          "ssr-256": Stage(2, replace(SSR, attention=(False, False, True), patch_size=2), level=.2, chunk=32),
-          "ssr-768": Stage(3, replace(SSR, gates=False), level=.2, chunk=64)}
+STAGES = {"low": Stage(4, replace(PIXELS, patch_size=2), level=.3, pixels=76 * 256 ** 2),
+          "high": Stage(3, replace(PIXELS, temporal="none", gates=False), level=.3, pixels=4 * 768 ** 2),
+          "ssr-128": Stage(2, replace(SSR, attention=(False, False, True), patch_size=2), level=.2, pixels=32 * 128 ** 2),
+          "ssr-256": Stage(2, replace(SSR, attention=(False, False, True), patch_size=2), level=.2, pixels=32 * 256 ** 2),
+          "ssr-768": Stage(3, replace(SSR, gates=False), level=.2, pixels=64 * 768 ** 2)}
 
 
 def diffusion_of() -> Diffusion:
@@ -152,6 +153,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
     convolutions reach, so that the chunks of a step say what one call on the whole clip would."""
     device, (T, _, h, w), steps = next(unet.parameters()).device, small.shape, steps or stage.steps
     shape = (3, stage.scale * h, stage.scale * w)
+    chunk = max(1, stage.halo, stage.pixels // (shape[1] * shape[2]))               # with less than a halo, most would be seen thrice
     level = torch.tensor([stage.level if level is None else level], device=device)
     context, null_context = (None if tokens is None else tokens.to(device).float() for tokens in (context, null_context))
 
@@ -172,9 +174,9 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
 
         def over_time(z, t):
             x = torch.empty_like(z)                                                 # (1, T, 3, H, W)
-            for start in range(0, T, stage.chunk):
-                here = slice(max(0, start - stage.halo), start + stage.chunk + stage.halo)
-                x[:, start:start + stage.chunk] = denoiser(large[:, here])(z[:, here], t)[:, start - here.start:][:, :stage.chunk]
+            for start in range(0, T, chunk):
+                here = slice(max(0, start - stage.halo), start + chunk + stage.halo)
+                x[:, start:start + chunk] = denoiser(large[:, here])(z[:, here], t)[:, start - here.start:][:, :chunk]
             return x
 
         # The noise has no name here, which would keep it until the end.
@@ -183,8 +185,8 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
         return torch.stack([vae.to_uint8(frame).cpu() for frame in x[0]])           # (T, 3, H, W)
     out = torch.empty(T, *shape, dtype=torch.uint8)
     one = base.initial_noise((1, 1, *shape), seed)                                  # (1, 1, 3, H, W)
-    for start in tqdm(range(0, T, stage.chunk), desc=label, disable=not label, leave=False):
-        end = min(T, start + stage.chunk)
+    for start in tqdm(range(0, T, chunk), desc=label, disable=not label, leave=False):
+        end = min(T, start + chunk)
         noise = one.expand(end - start, -1, -1, -1, -1)                             # (T', 1, 3, H, W)
         if not shared:
             noise = base.initial_noise(noise.shape, 1000003 * (seed + 1) + start)
@@ -223,6 +225,8 @@ def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, ar
         base.check_encoder(args.input, said, path, weights["made_by"])
         guidance = base.oscillating(args.guidance, args.oscillate, args.steps, stage.shift)
         words = [{"context": one[None], "null_context": said["null_tokens"], "guidance_scale": guidance} for one in said["tokens"]]
+    if which == "low":  # high does not hear it, and those of Imagen Video have theirs fixed
+        base.remark_rate(clips["fps"])
     how |= {"steps": args.steps, "sampler": args.sampler, "label": which}
     made = torch.stack([upscale(unet, diffusion, stage, clip, clips["fps"], seed=args.seed + i, **words[i], **how)
                         for i, clip in enumerate(clips["data"])])                   # (B, T, 3, H, W)

@@ -602,6 +602,15 @@ def test_known_frames_come_back_to_the_bit_where_they_belong(how):
     assert where == [how.get("before", 0) + how.get("skip", 1) * i for i in range(7)]
 
 
+@pytest.mark.parametrize("where", [[0], [9], [15], [0, 15], [3, 4, 12]])
+def test_frames_known_anywhere_come_back_to_the_bit(where):
+    tagged = torch.arange(1., 17).view(1, 16, 1, 1, 1) + .01 * torch.randn(2, 16, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    known = torch.zeros(16, dtype=torch.bool)
+    known[where] = True
+    made = interpolate.fill_timeline(small_interpolator(), Diffusion(), tagged * known[:, None, None, None], known, words(2), 8., steps=2)
+    assert torch.equal(made[:, known], tagged[:, known]) and (made[:, ~known] != 0).all() and made.isfinite().all()
+
+
 def test_every_window_is_shown_what_the_one_before_made(monkeypatch):
     shown = []
     def fill(unet, diffusion, x, known, noise, *rest, **sampling):
@@ -749,8 +758,9 @@ def test_upscaling_in_chunks_is_upscaling_whole(which):
     unet, diffusion, stage = small_upscaler(which)
     shaken(unet, only=lambda name: "temporal" in name, scale=1.)
     clip = fit_for(which, torch.randint(0, 256, (25 if which in interpolate.TSR else 50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
-    whole = superres.upscale(unet, diffusion, replace(stage, chunk=50), clip, 8., **prompt_for(stage))
-    parts = superres.upscale(unet, diffusion, replace(stage, chunk=7), clip, 8., **prompt_for(stage))
+    area = (8 * stage.scale) ** 2
+    whole = superres.upscale(unet, diffusion, replace(stage, pixels=50 * area), clip, 8., **prompt_for(stage))
+    parts = superres.upscale(unet, diffusion, replace(stage, pixels=7 * area), clip, 8., **prompt_for(stage))
     assert (whole.int() - parts.int()).abs().max() <= 1 < (whole.int() - whole[0].int()).abs().max()
     if which != "high":  # the halo is as far as the temporal convolutions reach, and no further
         video = torch.randn(1, 50, unet.config.in_channels, 8, 8, requires_grad=True)
@@ -1270,7 +1280,7 @@ def test_a_folder_of_clips_names_what_it_skips(tmp_path, capsys):
     vae.write_video(tmp_path / "good.mp4", video, 12.)
     (tmp_path / "good.txt").write_text("a thing moves")
     vae.write_video(tmp_path / "also.gif", video, 10.)
-    (tmp_path / "captions.csv").write_text("file,caption\nalso.gif,another thing\n")
+    (tmp_path / "captions.csv").write_text("\ufefffile,caption\nalso.gif,another thing\n", encoding="utf-8")  # as spreadsheets begin it
     vae.write_video(tmp_path / "short.mp4", video[:1], 12.)
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "letter.mp4").write_text("dear diary")
@@ -1283,6 +1293,9 @@ def test_a_folder_of_clips_names_what_it_skips(tmp_path, capsys):
     assert "2 files used, 4 skipped" in said
     with pytest.raises(UserError, match="no usable clip"):
         list(train.folder_clips(tmp_path, 99, 64))
+    (tmp_path / "captions.csv").write_text("name;words\nalso.gif;another thing\n")
+    with pytest.raises(UserError, match="no columns"):
+        list(train.folder_clips(tmp_path, 16, 64))
 
 
 def test_a_dry_run_counts_what_a_step_would_take(capsys):
@@ -1412,7 +1425,7 @@ def test_stage_files_that_are_refused(stages, monkeypatch):
 def test_arguments_that_are_refused(stages, monkeypatch):
     monkeypatch.chdir(stages)
     for flags in (["--frames", "0"], ["--fps", "-1"], ["--fps", "nan"], ["--steps", "0"], ["--steps", "1.5"], ["--steps", "1001"],
-                  ["--guidance", "nan"], ["--device", "abacus"]):
+                  ["--guidance", "nan"], ["--device", "abacus"], ["--seed", "-1"], ["--seed", str(10 ** 20)]):
         assert flags[0] in complaint(base.main, ["text.pt", "-o", "out.pt", *flags])
         assert flags[0] in complaint(sample.main, ["a red star", "--out", "out.mp4", *flags])
     assert "fresh noise" in complaint(base.main, ["text.pt", "-o", "out.pt", "--shared-noise", "--sampler", "ancestral"])
@@ -1547,7 +1560,7 @@ def test_a_picture_is_brought_to_life(tmp_path, all_weights):
     stage = base.load_stage(tmp_path / "kept/base.pt", "latents")
     assert stage["data"].shape == (2, 16, 4, 8, 8) and stage["fps"] == 8
     first = vae.encode_video(autoencoder, picture[None, None])[0]
-    torch.testing.assert_close(stage["data"][:, 0], first.expand(2, -1, -1, -1))
+    assert torch.equal(stage["data"][:, 0], first.expand(2, -1, -1, -1))
 
 
 def test_a_clip_that_is_not_ours(tmp_path, all_weights, monkeypatch):
@@ -1560,6 +1573,8 @@ def test_a_clip_that_is_not_ours(tmp_path, all_weights, monkeypatch):
     frames = base.load_stage("frames.pt", "latents")
     assert frames["data"].shape[:2] == (1, 41) and frames["fps"] == 50 and frames["text"] is None
     assert torch.equal(frames["data"][:, ::2], base.load_stage("z.pt", "latents")["data"])
+    vae.main(["decode", "frames.pt", "-o", "pixels.pt", "--device", "cpu"])         # 64 x 96 in between, for a stride of 8
+    assert base.load_stage("pixels.pt", "pixels")["data"].shape == (1, 41, 3, 60, 90)
     superres.main(["low", "clip.mp4", "-o", "low.pt", "--weights", str(all_weights / "superres-low.pt"), *common])
     assert base.load_stage("low.pt", "pixels")["data"].shape == (1, 21, 3, 240, 360)
     superres.main(["ssr-128", "clip.mp4", "-o", "ssr.pt", "--weights", str(all_weights / "ssr-128.pt"), *common])
@@ -1836,7 +1851,7 @@ def evaluate_superres(which: str, clips: int = 16):
     fps = {"ssr-128": 8., "ssr-256": 8., "ssr-768": 32.}.get(which, 20.)
     frames, size = 8 if side * stage.scale < 768 else 4, stage.scale * side
     times = np.arange(frames) / fps
-    print(f"\nSuper-resolution, {which}: {side} to {size}, held-out clips, augmentation level {stage.level:g}")
+    print(f"\nSuper-resolution, {which}: {side} to {size}, {clips} held-out clips, augmentation level {stage.level:g}")
     for name, grounds in (("black", [0]), ("all grounds", range(5))):
         factors = factors_of(["held-out"], grounds, clips)
         scenes = [scene_of(f, i) for i, f in enumerate(factors)]
@@ -1858,7 +1873,7 @@ def evaluate_superres(which: str, clips: int = 16):
     still = torch.stack([train.render(s | {"ground": 0}, times, size) for s in scenes]).amax((1, 2)) < 8
     small = torch.stack([train.render(s, times, side) for s in scenes])
     whole = lambda video, **how: superres.upscale(unet, diffusion, stage, video, 20., **how)
-    one_by_one = lambda video: torch.cat([whole(video[i:i + 1], seed=i) for i in range(len(video))])  # temporal layers are then left out
+    one_by_one = lambda video: torch.cat([whole(frame[None]) for frame in video])  # from one noise too, but temporal layers are left out
     ways = {"with shared noise": whole, "with independent noise": partial(whole, independent=True)}
     if which == "low":
         ways["frame by frame"] = one_by_one
@@ -1881,7 +1896,7 @@ def evaluate_pixels(args):
         if have(*map(superres.name_of, [which, *BEFORE[which]])):
             evaluate_superres(which)
     if have("tsr-32", "tsr-128", *BEFORE["tsr-128"]):
-        print("\nTemporal super-resolution: all frames of held-out clips against the truth, moving pixels only, augmentation level 0")
+        print("\nTemporal super-resolution: all frames of held-out clips against the truth (12, 4 and 4), moving pixels only, augmentation level 0")
         for which, name, fps, clips in (("tsr-32", "tsr-32", 8., 12), ("tsr-128", "tsr-64", 16., 4), ("tsr-128", "tsr-128", 32., 4)):
             evaluate_doubling(which, name, fps, clips)
 
@@ -1970,15 +1985,20 @@ def still_ground(video: torch.Tensor) -> torch.Tensor:
     return free.repeat_interleave(video.shape[-1] // SIZE, 0).repeat_interleave(video.shape[-1] // SIZE, 1)
 
 
+def flicker_of(video: torch.Tensor, still: torch.Tensor) -> float:
+    """Mean absolute difference of consecutive frames where `still` (H, W). video: uint8 (T, 3, H, W)"""
+    return float(np.mean([(b.int() - a.int()).abs()[:, still].float().mean() for a, b in zip(video, video[1:])]))
+
+
 def compare(args):
     """Both cascades on the same held-out prompts, each video by the reader's own command, one after the other."""
     factors = factors_of(["held-out"], range(5), args.prompts)
-    evaluations = {"vae": 0, "interpolate": 16} | {superres.name_of(which): stage.steps for which, stage in train.PIXELS.items()}
+    evaluations = {"vae": 0, "interpolate": 16 * len(interpolate.windows(76, 10))} | {superres.name_of(which): stage.steps for which, stage in train.PIXELS.items()}
     rows = {}
     for cascade, skip in (("make-a-video", 5), ("imagen-video", 8)):                # 20 and 32 frames per second, read at 4
         stages = sample.CASCADES[cascade]
         weights = [base.read_pt(WEIGHTS / f"{name}.pt") for name in dict.fromkeys(["base", *(own for _, _, own, _ in stages)])]
-        begun, ended, flicker, seconds, memory = [], [], [], [], []
+        begun, ended, flicker, independent, seconds, memory = [], [], [], [], [], []
         for i, f in enumerate(train.tqdm(factors, desc=cascade)):
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
@@ -1992,10 +2012,13 @@ def compare(args):
                 vae.main(["decode", f"{folder}/base.pt", "-o", f"{folder}/first.pt", "--device", "cpu"])
                 begun.append(base.load_stage(f"{folder}/first.pt", "pixels")["data"][0])
                 video = base.load_stage(f"{folder}/{stages[-1][0]}.pt", "pixels")["data"][0]        # (T, 3, 768, 768)
+                if f[3]:  # black does not flicker
+                    still = still_ground(video[::skip])
+                    flicker.append(flicker_of(video, still))
+                    if cascade == "make-a-video":
+                        superres.main(["high", f"{folder}/low.pt", "-o", f"{folder}/own.pt", "--independent-noise", "--device", "cpu"])
+                        independent.append(flicker_of(base.load_stage(f"{folder}/own.pt", "pixels")["data"][0], still))
             ended.append(F.interpolate(video[::skip].float(), (SIZE, SIZE), mode="area").round().byte())
-            if f[3]:  # black does not flicker
-                still = still_ground(video[::skip])
-                flicker.append(float(np.mean([(b.int() - a.int()).abs()[:, still].float().mean() for a, b in zip(video, video[1:])])))
         both = [fidelity(torch.stack(videos), factors) for videos in (begun, ended)]
         rows[cascade] = {
             "": cascade,
@@ -2006,7 +2029,8 @@ def compare(args):
             "peak memory": f"{max(memory):.1f} GiB"}
         for part, share in zip(("base", "last stage"), both):
             rows[cascade] |= {f"{what}, after the {part}": f"{100 * share[what]:.0f} %" for what in ("colour", "shape", "motion", "nearest", "ground")}
-        rows[cascade]["flicker of still ground"] = f"{np.mean(flicker):.2f}/255"
+        rows[cascade] |= {"flicker of still ground": f"{np.mean(flicker):.2f}/255",
+                          "and with --independent-noise": f"{np.mean(independent):.2f}/255" if independent else "as it is"}
     print(f"Both cascades on {args.prompts} prompts of held-out triples, all grounds; seed 0, guidance {GUIDANCE:g}, {torch.get_num_threads()} threads")
     for name in rows["make-a-video"]:
         print(f"  {name:36s} {rows['make-a-video'][name]:>20s} {rows['imagen-video'][name]:>20s}")

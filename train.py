@@ -81,10 +81,11 @@ TRIPLES = {split: [(c, s, m) for c in range(8) for s in range(6) for m in range(
 # How many times as often as others a motion is drawn in training: its frames must agree on a phase, and a turned shape is a new one.
 # Differs: data as it is found.
 OFTEN = {"bouncing": 2, "circling": 2, "spinning": 4}
+HARD = re.compile("ring moving|spinning")  # and a still of what an autoencoder learns last: two edges at the border, shapes that are turned
 ANY = sum(TRIPLES.values(), [])
 DRAWN = TRIPLES | {"any": ANY,
                    "train": [triple for triple in TRIPLES["train"] for _ in range(OFTEN.get(MOTIONS[triple[2]], 1))],
-                   "still": [(c, s, m) for c, s, m in ANY for _ in range(4 if SHAPES[s] == "ring" and "moving" in MOTIONS[m] else 1)]}
+                   "still": [(c, s, m) for c, s, m in ANY for _ in range(4 if HARD.search(f"{SHAPES[s]} {MOTIONS[m]}") else 1)]}
 
 
 def caption(scene: dict, still: bool = False) -> str:
@@ -211,7 +212,7 @@ def render(scene: dict, times, size: int = 64) -> torch.Tensor:
 
 def world_stills(count: int, seed: int, side: int) -> dict:
     """Pictures of any scene at any moment, and their captions. No split: a still does not show how a thing moves. A scene's beginning and
-    end come most often: what slides is near the border then, where an autoencoder has to learn it anew; a ring, which has two edges, last of all."""
+    end come most often: what slides is near the border then, where an autoencoder has to learn it anew."""
     pixels, captions = [], []
     for i in trange(count, desc="rendering stills"):
         rng = np.random.default_rng((seed, 1, i))
@@ -252,8 +253,11 @@ def folder_clips(folder, frames: int, side: int):
     folder, skipped, used = Path(folder), [], 0
     captions = {}
     if (folder / "captions.csv").is_file():
-        with open(folder / "captions.csv", newline="") as file:
-            captions = {row.get("file"): row.get("caption") or "" for row in csv.DictReader(file)}
+        with open(folder / "captions.csv", newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before the first name
+            table = csv.DictReader(file)
+            if not {"file", "caption"} <= set(table.fieldnames or ()):
+                raise UserError(f"{folder / 'captions.csv'} has no columns 'file' and 'caption' in its first line")
+            captions = {row["file"]: row["caption"] or "" for row in table}
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (vae.VIDEOS if frames > 1 else vae.VIDEOS + vae.PICTURES))
     for path in tqdm(files, desc=f"reading {folder}"):
         try:
@@ -969,11 +973,9 @@ def main(argv=None):
     parser.add_argument("--snapshots", type=positive(int), help="keep this many weights on the way, for a curve over training")
     parser.add_argument("--name", default="", help="folder in runs/ to keep this run's stages apart from others")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, read and written")
-    parser.add_argument("--seed", type=int, default=0, help="of the data, the initial weights and every sample")
+    parser.add_argument("--seed", type=base.seed, default=0, help="of the data, the initial weights and every sample")
     parser.add_device()
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}, where 0 or more is wanted")
     if args.init and args.stage == "all":
         raise UserError("--init is for one stage")
     if args.freeze == "spatial" and args.stage != "base":

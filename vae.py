@@ -274,8 +274,10 @@ def write_video(path, video: torch.Tensor, fps: float):
                 note(f"{path}: a gif counts in 1/100 s, so {fps:g} fps is written as {100 / delay:.4g}")
             iio.imwrite(temporary, video.permute(0, 2, 3, 1).numpy(), duration=10 * delay, loop=0)
         else:
-            even = F.pad(video.float(), (0, video.shape[3] % 2, 0, video.shape[2] % 2), mode="replicate").byte()
-            iio.imwrite(temporary, even.permute(0, 2, 3, 1).numpy(), plugin="FFMPEG", fps=fps, codec="libx264",
+            for side in (2, 3):
+                if video.shape[side] % 2:  # which the codec does not take
+                    video = torch.cat([video, video.narrow(side, -1, 1)], side)
+            iio.imwrite(temporary, video.permute(0, 2, 3, 1).numpy(), plugin="FFMPEG", fps=fps, codec="libx264",
                         macro_block_size=1, quality=None, ffmpeg_log_level="error", output_params=["-crf", "12"])
 
 
@@ -310,18 +312,19 @@ def main(argv=None):
         H, W = video.shape[-2:]
         pad_h, pad_w = -H % vae.config.factor, -W % vae.config.factor
         if pad_h or pad_w:
-            note(f"{W} x {H} is padded at the right and below to fit the autoencoder's stride of {vae.config.factor}")
+            note(f"{W} x {H} is padded at the right and below to fit the autoencoder's stride of {vae.config.factor}, and cropped when decoded")
             video = F.pad(video.float(), (0, pad_w, 0, pad_h), mode="replicate").byte()
         latents = encode_video(vae, video[None], label="vae encode")
         save_stage(args.out, "latents", latents, text=None, prompts=[Path(args.input).stem], fps=fps, seed=None,
-                   history=[f"encode {weights['hash']} {Path(args.input).name}"], vae=weights["hash"])
+                   history=[f"encode {weights['hash']} {Path(args.input).name}"], vae=weights["hash"], size=(H, W) if pad_h or pad_w else None)
     else:
         stage = load_stage(args.input, "latents")
         vae, weights = load(args.weights, args.device)
         if stage["vae"] != weights["hash"]:
             raise UserError(f"{args.input} holds latents of autoencoder {stage['vae']}, but {args.weights} is {weights['hash']}; "
                             f"make them anew with `{MADE_BY['latents']}`")
-        pixels = decode_video(vae, stage["data"], label="vae decode")
+        H, W = stage["size"] or (None, None)
+        pixels = decode_video(vae, stage["data"], label="vae decode")[..., :H, :W]  # (B, T, 3, H, W)
         if Path(args.out).suffix.lower() == ".pt":
             save_stage(args.out, "pixels", pixels, text=stage["text"], prompts=stage["prompts"], fps=stage["fps"],
                        seed=stage["seed"], history=stage["history"] + [f"decode {weights['own']}"])
