@@ -2240,13 +2240,21 @@ def pictures(args):
         draw_camera(assets)
 
 
-if __name__ == "__main__":
+COMMANDS = {command.__name__: command for command in (evaluate, curve, compare, benchmark, peers, pictures)}
+
+
+def main(argv=None):
     parser = base.Parser("Measure the shipped weights: what they make (evaluate, compare), how fast (benchmark), and how it looks (pictures).")
-    parser.add_argument("what", choices=("evaluate", "curve", "compare", "benchmark", "peers", "pictures"), help="which tables to print, or pictures to draw")
+    parser.add_argument("what", choices=COMMANDS, help="which tables to print, or pictures to draw")
     parser.add_argument("--prompts", type=base.positive(int), default=480, help="prompts per row of held-out triples; a quarter of them in the rows after")
     parser.add_argument("--part", nargs="+", choices=PARTS, help="evaluate: these parts alone")
-    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="classifier-free guidance scale")
+    parser.add_argument("--guidance", type=base.finite, default=GUIDANCE, help="classifier-free guidance scale")
     parser.add_argument("--steps", type=base.positive(int), default=STEPS, help="sampling steps")
     parser.add_argument("--weights", type=Path, default=WEIGHTS / "base.pt", help="base weights to evaluate; curve: or a folder of snapshots")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampled videos")
-    base.run(lambda: {"evaluate": evaluate, "curve": curve, "compare": compare, "benchmark": benchmark, "peers": peers, "pictures": pictures}[(args := parser.parse_args()).what](args))
+    parser.add_argument("--seed", type=base.seed, default=0, help="of the sampled videos")
+    args = parser.parse_args(argv)
+    COMMANDS[args.what](args)
+
+
+if __name__ == "__main__":
+    base.run(main)

@@ -446,19 +446,19 @@ class Recipe:
 
 
 RECIPES = {  # about as many steps in one run as the weights in weights/ had in several; the README has the commands
-    "vae": Recipe(steps=13000, batch=32, lr=1.5e-3),
+    "vae": Recipe(steps=14500, batch=32, lr=1.5e-3),
     "clip": Recipe(steps=700, batch=128, lr=1e-3),
     "image": Recipe(steps=4500, batch=128, lr=1e-3),
     "prior": Recipe(steps=2000, batch=64, lr=5e-3, warmup=50),
     "base": Recipe(steps=32000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
     "interpolate": Recipe(steps=10000, batch=16, lr=8e-4),
-    "superres-low": Recipe(steps=3200, batch=4, lr=2e-3),
-    "superres-high": Recipe(steps=2500, batch=8, lr=2e-3),
+    "superres-low": Recipe(steps=4200, batch=4, lr=2e-3),
+    "superres-high": Recipe(steps=3700, batch=8, lr=2e-3),
     "tsr-32": Recipe(steps=700, batch=4, lr=2e-3),
     "ssr-128": Recipe(steps=1700, batch=4, lr=2e-3),
     "ssr-256": Recipe(steps=1000, batch=4, lr=2e-3),
     "tsr-128": Recipe(steps=1500, batch=8, lr=2e-3),
-    "ssr-768": Recipe(steps=1200, batch=8, lr=2e-3),
+    "ssr-768": Recipe(steps=2400, batch=8, lr=2e-3),
 }
 
 
