@@ -2003,12 +2003,14 @@ def compare(args):
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
                 process = subprocess.Popen([sys.executable, HERE / "sample.py", in_words(f), "--cascade", cascade, "--keep", folder, "--seed", str(i),
-                                            "-o", f"{folder}/video.mp4", "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                            "-o", f"{folder}/video.mp4", "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                said = process.stdout.read()
                 _, status, usage = os.wait4(process.pid, 0)
                 if status:
                     raise UserError(f"sample.py failed on {in_words(f)!r}")
                 seconds.append(time.perf_counter() - start)
-                memory.append(usage.ru_maxrss / 2 ** 20)
+                # What the system remembers ends at the last stage, since each begins a new measurement.
+                memory += [usage.ru_maxrss / 2 ** 20, *map(float, re.findall(r"peak ([\d.]+) GiB", said))]
                 vae.main(["decode", f"{folder}/base.pt", "-o", f"{folder}/first.pt", "--device", "cpu"])
                 begun.append(base.load_stage(f"{folder}/first.pt", "pixels")["data"][0])
                 video = base.load_stage(f"{folder}/{stages[-1][0]}.pt", "pixels")["data"][0]        # (T, 3, 768, 768)
