@@ -773,7 +773,8 @@ def load_stage(path, kind: str) -> dict:
         fps = stage["fps"]
         want(isinstance(fps, float) and 0 < fps < math.inf, f"fps is {fps} where a positive number is wanted")
         size = stage["size"]
-        want(size is None or len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size), f"size is {size} where (H, W) is wanted")
+        pair = isinstance(size, tuple) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+        want(size is None or pair, f"size is {size} where (H, W) is wanted")
         tensors = [data] if kind == "latents" else []
     if kind == "text" or text is not None:
         parts = ("tokens", "pooled", "null_tokens", "null_pooled")

@@ -1411,11 +1411,12 @@ def test_stage_files_that_are_refused(stages, monkeypatch):
     torch.save(torch.zeros(3), "bare.pt")
     for name, change in {"shape": {"data": torch.randn(2, 4, 8, 8)}, "channels": {"data": torch.randn(1, 2, 3, 8, 8)}, "fps": {"fps": math.nan},
                          "dtype": {"data": torch.zeros(1, 2, 4, 8, 8, dtype=torch.int)}, "nan": {"data": torch.full((1, 2, 4, 8, 8), math.nan)},
-                         "other": {"vae": "00000000"}, "format": {"format": 2}}.items():
+                         "other": {"vae": "00000000"}, "format": {"format": 2}, "size": {"size": 5}, "sides": {"size": (0, 8)}}.items():
         base.write_pt(f"{name}.pt", good | change)
     expected = {"nowhere": "no such file", "truncated": "truncated", "letter": "no .pt file", "bomb": "pickled object", "bare": "bare Tensor",
                 "text": "python base.py", "pixels": "python base.py", "shape": "float (B, T, 4, h, w)", "channels": "float (B, T, 4, h, w)",
-                "fps": "fps is nan", "dtype": "float (B, T, 4, h, w)", "nan": "NaN", "other": "autoencoder 00000000", "format": "format 1"}
+                "fps": "fps is nan", "dtype": "float (B, T, 4, h, w)", "nan": "NaN", "other": "autoencoder 00000000", "format": "format 1",
+                "size": "size is 5", "sides": "size is (0, 8)"}
     for name, words in expected.items():
         assert words in complaint(vae.main, ["decode", f"{name}.pt", "-o", "out.mp4"]), name
     assert "python text.py" in complaint(base.main, ["latents.pt", "-o", "out.pt"])
