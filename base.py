@@ -192,10 +192,11 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, emb=None, frames: int = 1):                                # (B*T, C, H, W), (B*T, E)
-        h = self.conv1(F.silu(self.norm1(x)), frames)
+        in_place = not torch.is_grad_enabled()  # large clips fill memory, and nobody else holds what a norm has made
+        h = self.conv1(F.silu(self.norm1(x), in_place), frames)
         if emb is not None:
             h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)), frames)
+        h = self.conv2(F.silu(self.norm2(h), in_place), frames)
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)  # (B*T, C', H, W)
 
 
@@ -308,9 +309,10 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(width)] if resampler == "down" else [])
         self.upsamplers = nn.ModuleList([Upsample(width)] if resampler == "up" else [])
 
-    def layer(self, i: int, x, skip, emb, context, frames: int):                    # x, skip (B*T, C, H, W)
-        if skip is not None:
-            x = torch.cat([x, self.gates[i](skip, x) if self.gates else skip], dim=1)
+    def join(self, i: int, x, skip):                                                # (B*T, C, H, W), (B*T, C', H, W)
+        return torch.cat([x, self.gates[i](skip, x) if self.gates else skip], dim=1)               # (B*T, C + C', H, W)
+
+    def layer(self, i: int, x, emb, context, frames: int):                          # (B*T, C, H, W), (B*T, E)
         x = self.resnets[i](x, emb, frames)
         if i < len(self.attentions):
             x = self.attentions[i](x, context)
@@ -321,6 +323,7 @@ class Level(nn.Module):
 
 class UNet(nn.Module):
     """What Diffusion.target asks of a noisy video, (B, T, C, H, W) -> (B, T, C', H, W), at noise level t, for a prompt and a frame rate.
+    `given`, (B, T, C", H, W), are further input channels.
 
     Names are Stable Diffusion's: its weights load as they are, and all that is missing then is `is_inflation(name)`."""
 
@@ -363,7 +366,7 @@ class UNet(nn.Module):
         """Is this parameter one that an image model does not have?"""
         return any(part in name for part in ("temporal", "fps_embedding", "gates"))
 
-    def forward(self, x, t, context=None, fps=None, level=None):                    # (B, T, C, H, W), (B,), (B, L, D), (B,), (B,)
+    def forward(self, x, t, context=None, fps=None, level=None, given=None):        # (B, T, C, H, W), (B,), (B, L, D), (B,), (B,)
         B, T = x.shape[:2]
         emb = self.time_embedding(t)                                                # (B, E)
         if level is not None:
@@ -377,33 +380,34 @@ class UNet(nn.Module):
         through = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False) if recompute else layer(*args)
 
         H, W, stride = *x.shape[-2:], self.config.patch_size * 2 ** (len(self.config.channels) - 1)
-        if H % stride or W % stride:  # sizes that do not fit are padded here and cropped at the end
-            x = F.pad(x.flatten(0, 1), (0, -W % stride, 0, -H % stride), mode="replicate").unflatten(0, (B, T))
-        fold = lambda frames: F.pixel_unshuffle(frames, self.config.patch_size).to(self.conv_in.weight.dtype, memory_format=torch.channels_last)
-        few = lambda frames: frames.split(max(1, 2 ** 24 // frames[0].numel()))     # where copies of all would be what fills memory
-        h = torch.cat([self.conv_in(fold(part)) for part in few(x.flatten(0, 1))])  # (B*T, C, H/p, W/p)
+        pad = (0, -W % stride, 0, -H % stride)  # sizes that do not fit are padded here and cropped at the end
+        fit = lambda frames: F.pad(frames, pad, mode="replicate") if any(pad) else frames
+        fold = lambda frames: F.pixel_unshuffle(fit(frames), self.config.patch_size).to(self.conv_in.weight.dtype, memory_format=torch.channels_last)
+        few = max(1, 2 ** 24 // x[0, 0].numel())  # frames at once, where copies of all would be what fills memory
+        shown = [video.flatten(0, 1).split(few) for video in (x, given) if video is not None]
+        x = torch.cat([self.conv_in(torch.cat([fold(part) for part in parts], dim=1)) for parts in zip(*shown)])   # (B*T, C, H/p, W/p)
         if T > 1 and hasattr(self, "temporal_prior"):
             with torch.no_grad():  # frozen, as every stage is before the next begins
-                mean = self.temporal_prior(context, fps, T, *x.shape[-2:])          # (B, T, C', H, W)
-            h = h + self.temporal_prior_conv(fold(mean.flatten(0, 1)))
-        x = h
+                mean = self.temporal_prior(context, fps, T, H, W)                   # (B, T, C', H, W)
+            x = x + self.temporal_prior_conv(fold(mean.flatten(0, 1)))
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x = through(block.layer, i, x, None, emb, context, T)
+                x = through(block.layer, i, x, emb, context, T)
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = downsample(x)
                 skips.append(x)
         for i in range(len(self.mid_block.resnets)):
-            x = through(self.mid_block.layer, i, x, None, emb, context, T)
+            x = through(self.mid_block.layer, i, x, emb, context, T)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = through(block.layer, i, x, skips.pop(), emb, context, T)
+                x = block.join(i, x, skips.pop())  # and what was joined is held no longer
+                x = through(block.layer, i, x, emb, context, T)
             for upsample in block.upsamplers:
                 x = upsample(x)
         unfold = lambda frames: F.pixel_shuffle(frames, self.config.patch_size)[..., :H, :W]
-        x = torch.cat([unfold(self.conv_out(F.silu(self.conv_norm_out(part)))) for part in few(x)]).float()
+        x = torch.cat([unfold(self.conv_out(F.silu(self.conv_norm_out(part)))) for part in x.split(few)]).float()
         return x.unflatten(0, (B, T))                                               # (B, T, C', H, W)
 
 
@@ -571,13 +575,12 @@ def guided(unet: UNet, context, null_context, fps, guidance_scale, given=None, l
     of interpolate.py, the small clip of superres.py, whose augmentation is `level` (B,)."""
     twice = lambda x: None if x is None else torch.cat([x, x])
     def predict(z, t):
-        z = z if given is None else torch.cat([z, given], dim=2)
         scale = guidance_scale(int(t[0])) if callable(guidance_scale) else guidance_scale
         if scale in (0, 1):
             with fast_autocast(z.device):
-                return unet(z, t, context if scale else null_context.expand_as(context), fps, level)
+                return unet(z, t, context if scale else null_context.expand_as(context), fps, level, given)
         # Concatenated out here: on a CPU, autocast refuses to do it for clips kept in fp16.
-        inputs = twice(z), twice(t), torch.cat([context, null_context.expand_as(context)]), twice(fps), twice(level)
+        inputs = twice(z), twice(t), torch.cat([context, null_context.expand_as(context)]), twice(fps), twice(level), twice(given)
         with fast_autocast(z.device):
             prompt, null = unet(*inputs).chunk(2)
         return null + scale * (prompt - null)

@@ -1843,7 +1843,12 @@ def evaluate_doubling(which: str, name: str, fps: float, clips: int):
         ours = enlarged(which, interpolate.double(given), factors, fps)[:, :31]
         linear = blend(given.repeat_interleave(2, 1)[:, :31], 2)
         print(f"  {name:8s} {fps / 2:2g} to {fps:2g} fps   {kind:8s} ours {psnr(ours[where], truth[where]):5.2f} dB   "
-              f"linear blend {psnr(linear[where], truth[where]):5.2f} dB", flush=True)
+              f"linear blend {psnr(linear[where], truth[where]):5.2f} dB   ({clips} clips)", flush=True)
+
+
+def flicker_of(video: torch.Tensor, still: torch.Tensor) -> float:
+    """Mean absolute difference of consecutive frames where `still` (H, W). video: uint8 (T, 3, H, W)"""
+    return float(np.mean([(b.int() - a.int()).abs()[:, still].float().mean() for a, b in zip(video, video[1:])]))
 
 
 def evaluate_superres(which: str, clips: int = 16):
@@ -1878,9 +1883,7 @@ def evaluate_superres(which: str, clips: int = 16):
     ways = {"with shared noise": whole, "with independent noise": partial(whole, independent=True)}
     if which == "low":
         ways["frame by frame"] = one_by_one
-    def flicker(way):
-        ours = torch.stack([way(video) for video in small]).int()
-        return ((ours[:, 1:] - ours[:, :-1]).abs().float().mean((1, 2)) * still).sum() / still.sum()
+    flicker = lambda way: np.mean([flicker_of(way(video), where) for video, where in zip(small, still)])
     print("  flicker of the still ground: " + ", ".join(f"{flicker(way):.2f}/255 {name}" for name, way in ways.items()), flush=True)
 
 
@@ -1897,7 +1900,7 @@ def evaluate_pixels(args):
         if have(*map(superres.name_of, [which, *BEFORE[which]])):
             evaluate_superres(which)
     if have("tsr-32", "tsr-128", *BEFORE["tsr-128"]):
-        print("\nTemporal super-resolution: all frames of held-out clips against the truth (12, 4 and 4), moving pixels only, augmentation level 0")
+        print("\nTemporal super-resolution: all frames of held-out clips against the truth, moving pixels only, augmentation level 0")
         for which, name, fps, clips in (("tsr-32", "tsr-32", 8., 12), ("tsr-128", "tsr-64", 16., 4), ("tsr-128", "tsr-128", 32., 4)):
             evaluate_doubling(which, name, fps, clips)
 
@@ -1984,11 +1987,6 @@ def still_ground(video: torch.Tensor) -> torch.Tensor:
     cover, _ = segment(F.interpolate(video.float() / 255, (SIZE, SIZE), mode="area"))
     free = F.max_pool2d(cover.amax(0), 5, 1, 2)[0] < .1                             # (SIZE, SIZE)
     return free.repeat_interleave(video.shape[-1] // SIZE, 0).repeat_interleave(video.shape[-1] // SIZE, 1)
-
-
-def flicker_of(video: torch.Tensor, still: torch.Tensor) -> float:
-    """Mean absolute difference of consecutive frames where `still` (H, W). video: uint8 (T, 3, H, W)"""
-    return float(np.mean([(b.int() - a.int()).abs()[:, still].float().mean() for a, b in zip(video, video[1:])]))
 
 
 def compare(args):
