@@ -236,7 +236,7 @@ class AttentionGate(nn.Module):
         self.psi = zeroed(nn.Conv2d(inner, 1, 1))
 
     def forward(self, skip, gating):                                                # (B*T, C, H, W), (B*T, C', H, W)
-        return skip * 2 * self.psi(F.relu(self.to_skip(skip) + self.to_gating(gating))).sigmoid()
+        return skip * (2 * self.psi(F.relu(self.to_skip(skip) + self.to_gating(gating))).sigmoid())
 
 
 class Embedding(nn.Module):
@@ -312,8 +312,8 @@ class Level(nn.Module):
     def join(self, i: int, x, skip):                                                # (B*T, C, H, W), (B*T, C', H, W)
         return torch.cat([x, self.gates[i](skip, x) if self.gates else skip], dim=1)               # (B*T, C + C', H, W)
 
-    def layer(self, i: int, x, emb, context, frames: int):                          # (B*T, C, H, W), (B*T, E)
-        x = self.resnets[i](x, emb, frames)
+    def layer(self, i: int, x, skip, emb, context, frames: int):                    # (B*T, C, H, W), (B*T, C', H, W), (B*T, E)
+        x = self.resnets[i](x if skip is None else self.join(i, x, skip), emb, frames)
         if i < len(self.attentions):
             x = self.attentions[i](x, context)
         if i < len(self.temporal_attentions):
@@ -323,7 +323,7 @@ class Level(nn.Module):
 
 class UNet(nn.Module):
     """What Diffusion.target asks of a noisy video, (B, T, C, H, W) -> (B, T, C', H, W), at noise level t, for a prompt and a frame rate.
-    `given`, (B, T, C", H, W), are further input channels.
+    What it is `given` are further input channels.
 
     Names are Stable Diffusion's: its weights load as they are, and all that is missing then is `is_inflation(name)`."""
 
@@ -366,11 +366,24 @@ class UNet(nn.Module):
         """Is this parameter one that an image model does not have?"""
         return any(part in name for part in ("temporal", "fps_embedding", "gates"))
 
-    def forward(self, x, t, context=None, fps=None, level=None, given=None):        # (B, T, C, H, W), (B,), (B, L, D), (B,), (B,)
-        B, T = x.shape[:2]
+    def fold(self, frames):
+        """Patches as channels, (N, C, H, W) -> (N, p*p*C, H/p, W/p). A size that does not fit the strides is padded."""
+        H, W = frames.shape[-2:]
+        stride = self.config.patch_size * 2 ** (len(self.config.channels) - 1)
+        if H % stride or W % stride:
+            frames = F.pad(frames, (0, -W % stride, 0, -H % stride), mode="replicate")
+        return F.pixel_unshuffle(frames, self.config.patch_size).to(self.conv_in.weight.dtype, memory_format=torch.channels_last)
+
+    def unfold(self, h, H: int, W: int):
+        """The other way round, and cropped. (N, p*p*C, H/p, W/p) -> (N, C, H, W)"""
+        return F.pixel_shuffle(h, self.config.patch_size)[..., :H, :W]
+
+    def forward(self, x, t, context=None, fps=None, level=None, given=None):
+        """x (B, T, C, H, W), t (B,), context (B, L, D), fps (B,), level (B,), given (B, T, C", H, W) -> (B, T, C', H, W)"""
+        B, T, _, H, W = x.shape
         emb = self.time_embedding(t)                                                # (B, E)
         if level is not None:
-            emb = emb + self.level_embedding(100 * level)
+            emb = emb + self.level_embedding(100 * level)  # 0 to 100, where sinusoids tell one from another
         if self.config.pooled:
             emb = emb + self.text_embedding(context[:, -1])
         emb = emb.repeat_interleave(T, 0)                                           # (B*T, E)
@@ -379,35 +392,33 @@ class UNet(nn.Module):
         recompute = self.gradient_checkpointing and self.training
         through = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False) if recompute else layer(*args)
 
-        H, W, stride = *x.shape[-2:], self.config.patch_size * 2 ** (len(self.config.channels) - 1)
-        pad = (0, -W % stride, 0, -H % stride)  # sizes that do not fit are padded here and cropped at the end
-        fit = lambda frames: F.pad(frames, pad, mode="replicate") if any(pad) else frames
-        fold = lambda frames: F.pixel_unshuffle(fit(frames), self.config.patch_size).to(self.conv_in.weight.dtype, memory_format=torch.channels_last)
-        few = max(1, 2 ** 24 // x[0, 0].numel())  # frames at once, where copies of all would be what fills memory
-        shown = [video.flatten(0, 1).split(few) for video in (x, given) if video is not None]
-        x = torch.cat([self.conv_in(torch.cat([fold(part) for part in parts], dim=1)) for parts in zip(*shown)])   # (B*T, C, H/p, W/p)
+        shown = [video.flatten(0, 1) for video in (x, given) if video is not None]  # (B*T, C, H, W) each
+        few = max(1, 2 ** 24 // shown[0][0].numel())  # frames at once, at both ends: a copy of a long clip would be what fills memory
+        x = torch.cat([self.conv_in(torch.cat([self.fold(video[i:i + few]) for video in shown], dim=1))
+                       for i in range(0, B * T, few)])                              # (B*T, C, H/p, W/p)
         if T > 1 and hasattr(self, "temporal_prior"):
             with torch.no_grad():  # frozen, as every stage is before the next begins
                 mean = self.temporal_prior(context, fps, T, H, W)                   # (B, T, C', H, W)
-            x = x + self.temporal_prior_conv(fold(mean.flatten(0, 1)))
+            x = x + self.temporal_prior_conv(self.fold(mean.flatten(0, 1)))
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x = through(block.layer, i, x, emb, context, T)
+                x = through(block.layer, i, x, None, emb, context, T)
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = downsample(x)
                 skips.append(x)
         for i in range(len(self.mid_block.resnets)):
-            x = through(self.mid_block.layer, i, x, emb, context, T)
+            x = through(self.mid_block.layer, i, x, None, emb, context, T)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = block.join(i, x, skips.pop())  # and what was joined is held no longer
-                x = through(block.layer, i, x, emb, context, T)
+                skip = skips.pop()
+                if not recompute:  # joined out here, the two are held no longer
+                    x, skip = block.join(i, x, skip), None
+                x = through(block.layer, i, x, skip, emb, context, T)
             for upsample in block.upsamplers:
                 x = upsample(x)
-        unfold = lambda frames: F.pixel_shuffle(frames, self.config.patch_size)[..., :H, :W]
-        x = torch.cat([unfold(self.conv_out(F.silu(self.conv_norm_out(part)))) for part in x.split(few)]).float()
+        x = torch.cat([self.unfold(self.conv_out(F.silu(self.conv_norm_out(part))), H, W) for part in x.split(few)]).float()
         return x.unflatten(0, (B, T))                                               # (B, T, C', H, W)
 
 

@@ -180,8 +180,8 @@ def double(video):
 
     Differs: Imagen Video repeats the frame before alone."""
     after = torch.cat([video[..., 1:, :, :, :], video[..., -1:, :, :, :]], dim=-4)  # (..., T, 3, H, W)
-    given, between = torch.cat([video, video], dim=-3), torch.cat([video, after], dim=-3)          # (..., T, 6, H, W)
-    return torch.stack([given, between], dim=-4).flatten(-5, -4)
+    at, between = torch.cat([video, video], dim=-3), torch.cat([video, after], dim=-3)             # (..., T, 6, H, W)
+    return torch.stack([at, between], dim=-4).flatten(-5, -4)
 
 
 def load(path=WEIGHTS / "interpolate.pt", device="cpu"):

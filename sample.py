@@ -52,8 +52,8 @@ def cascade(args, prompts: list, folder: Path) -> list:
     chosen = [stage for stage in following if not args.until or stage[0] in (*names[:names.index(args.until) + 1], "decode")]
     if args.frames == 1 and not args.animate:  # nothing lies between the frames of a picture
         chosen = [stage for stage in chosen if stage[1] is not interpolate.main]
-    missing = lambda name: name != "vae" and not (args.weights / f"{name}.pt").is_file()
-    lacking = [i for i, (_, _, weights, _) in enumerate(chosen) if missing(weights)]
+    missing = lambda name: not base.weights_in(args.weights, name).exists()
+    lacking = [i for i, (_, _, weights, _) in enumerate(chosen) if weights != "vae" and missing(weights)]
     if lacking and not args.until:  # as far as the weights go, and the decoder
         base.note(f"{args.weights / chosen[lacking[0]][2]}.pt is not there: stopping before {chosen[lacking[0]][0]}")
         chosen = [stage for i, stage in enumerate(chosen) if i < lacking[0] or stage[0] == "decode"]

@@ -154,6 +154,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
     device, (T, _, h, w), steps = next(unet.parameters()).device, small.shape, steps or stage.steps
     shape = (3, stage.scale * h, stage.scale * w)
     chunk = max(1, stage.halo, stage.pixels // (shape[1] * shape[2]))               # with less than a halo, most would be seen thrice
+    chunk += stage.blank and chunk % 2  # every other frame is blank, counted from where a chunk begins
     level = torch.tensor([stage.level if level is None else level], device=device)
     context, null_context = (None if tokens is None else tokens.to(device).float() for tokens in (context, null_context))
 

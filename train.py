@@ -248,8 +248,8 @@ def world_clips(count: int, seed: int, side: int):
 def folder_clips(folder, frames: int, side: int):
     """Clips of `frames` frames, cut to the middle square, from every video below a folder: yields (pixels, captions, fps).
 
-    The frame rate is the file's own, divided by a frame-skip of 1, 2 or 4 where the video is long enough. A file that
-    cannot be read, or is too short, is named and counted, never padded and never replaced by another."""
+    The frame rate is the file's own, divided by a frame-skip of 1, 2 or 4 where the video is long enough; of single frames, four
+    for each second. A file that cannot be read, or is too short, is named and counted, never padded and never replaced by another."""
     folder, skipped, used = Path(folder), [], 0
     captions = {}
     if (folder / "captions.csv").is_file():
@@ -269,8 +269,10 @@ def folder_clips(folder, frames: int, side: int):
             skipped.append(f"{path}: {len(video)} frames, where {frames} are wanted")
             continue
         H, W = video.shape[-2:]
-        square = video[..., (H - min(H, W)) // 2:, (W - min(H, W)) // 2:][..., :min(H, W), :min(H, W)].float()
-        square = F.interpolate(square, (side, side), mode="bilinear", antialias=True).round().byte()   # (T, 3, S, S)
+        video = video[::max(1, round(fps / 4))] if frames == 1 else video
+        square = video[..., (H - min(H, W)) // 2:, (W - min(H, W)) // 2:][..., :min(H, W), :min(H, W)]
+        square = torch.cat([F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True).round().byte()
+                            for part in square.split(64)])                          # (T, 3, S, S)
         beside = path.with_suffix(".txt")
         words = captions.get(str(path.relative_to(folder)), beside.read_text(errors="replace").strip() if beside.is_file() else "")
         used += 1
@@ -331,12 +333,12 @@ def latents(args, kind: str) -> tuple[dict, str]:
     autoencoder, weights = vae.load(weights_in(args.weights, "vae"), args.device)
 
     def groups():
-        if kind == "stills":
-            stills = pictures(args)
-            return zip(stills["pixels"].split(256), batches(stills["captions"], 256), stills["fps"].split(256))
         if args.data != "world":
-            return folder_clips(args.data, 16, args.side)
-        return world_clips(args.clips, args.seed, args.side)
+            return folder_clips(args.data, 1 if kind == "stills" else 16, args.side)
+        if kind == "clips":
+            return world_clips(args.clips, args.seed, args.side)
+        stills = pictures(args)
+        return zip(stills["pixels"].split(256), batches(stills["captions"], 256), stills["fps"].split(256))
 
     make = lambda: gather(groups(), lambda pixels: {"latents": vae.encode_video(autoencoder, pixels).half()})
     return cached(args, kind, args.stills if kind == "stills" else args.clips, make, weights["hash"]), weights["hash"]
@@ -652,7 +654,8 @@ def prepare_base(args) -> Stage:
 
     Every fourth step is of pictures, four for each clip. Differs: Imagen Video packs its pictures into clips."""
     data, facts = with_tokens(args, "clips")
-    stills, _ = with_tokens(args, "stills")
+    joint = args.joint and args.freeze == "none"  # a picture teaches what was added for video next to nothing
+    stills = with_tokens(args, "stills")[0] if joint else None
     image = parent(weights_in(args.weights, "image"), "image", facts)
     model, diffusion = base.build(image, args.weights, **inflation(args))
     if hasattr(model, "temporal_prior"):
@@ -663,7 +666,7 @@ def prepare_base(args) -> Stage:
         note("base: no prior.pt, so attention alone must find what a prompt means for a frame; `python train.py prior` makes one")
 
     def batch_of(step, samples):
-        if args.joint and step % 4 == 3:
+        if joint and step % 4 == 3:
             return diffusion_batch(args, stills, step, [4 * i + k for i in samples for k in range(4)])
         return diffusion_batch(args, data, step, samples, shifted_timesteps)
 
@@ -925,7 +928,10 @@ def dry_run(args):
         config, _ = base.read_config(base.load_weights(path, "image"), path)
     else:
         note(f"{args.weights} has no weights yet: reckoned with the numbers of Stable Diffusion 1.5")
-    batch, side = (args.batch or RECIPES["base"].batch) // (RANKS * args.accumulate), args.side // 8
+    whole = args.batch or RECIPES["base"].batch
+    if whole % args.accumulate:
+        raise UserError(f"a batch of {whole} cannot be cut into {args.accumulate} pieces")
+    batch, side = whole // args.accumulate, args.side // 8
     fast = base.has_fast_bf16(args.device)
     saved = {}
     with torch.device("meta"):
@@ -941,7 +947,8 @@ def dry_run(args):
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     activations = sum(n for key, n in saved.items() if key not in weights) * (2 if fast else 4)
     print(f"base: {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained")
-    print(f"a step on {batch} clips of 16 x {args.side} x {args.side}, forward and backward: {counter.get_total_flops() / 1e12:.2f} TFLOP")
+    print(f"a step on {whole} clips of 16 x {args.side} x {args.side}, {batch} at a time, forward and backward: "
+          f"{args.accumulate * counter.get_total_flops() / 1e12:.2f} TFLOP")
     for what, size in (("weights and their average, fp32", 8 * every), ("gradients and Adam's moments, fp32", 12 * trained),
                        (f"activations, {'bf16' if fast else 'fp32'}", activations)):
         print(f"  {what:36s} {size / 2 ** 30:6.2f} GiB")
@@ -949,6 +956,8 @@ def dry_run(args):
 
 
 def main(argv=None):
+    if RANKS > 1 and torch.cuda.is_available():  # a card for each process, before anything opens the first one
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     parser = Parser("Train one stage, or all of them in order.")
     parser.add_argument("stage", choices=[*PREPARE, "all"], help="what to train; a stage needs the weights of those before it")
     parser.add_argument("--data", default="world", help="'world', the built-in toy world, or a folder of clips")
@@ -960,7 +969,7 @@ def main(argv=None):
     parser.add_argument("--lr", type=positive(float), help="learning rate, instead of the recipe's")
     parser.add_argument("--freeze", choices=("none", "spatial", "encoder"), default="none",
                         help="spatial, of base: train the temporal layers and gates alone; encoder, of vae: the decoder alone, so that latents stay")
-    parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures")
+    parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures; not with --freeze spatial")
     parser.add_argument("--blank", action="store_true", help="tsr: show nothing between the frames that are given, not these again")
     parser.add_argument("--accumulate", type=positive(int), default=1,
                         help="cut each batch into this many pieces (clip contrasts within one)")
@@ -991,8 +1000,6 @@ def main(argv=None):
             raise UserError("--dry-run is for stage base")
         return dry_run(args)
     if RANKS > 1:  # one process waits for as long as another renders data
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(days=1))
     for stage in PREPARE if args.stage == "all" else [args.stage]:
         train(stage, args)
