@@ -101,7 +101,7 @@ def random_known(rng, frames: int = WINDOW) -> torch.Tensor:
     """A mask to train on, (T,) bool: every k-th frame, half the time behind frames that an earlier window made; or a beginning,
     an end, both ends, the first frame alone, or any one."""
     at, k, n = torch.arange(frames), rng.integers(2, 7), rng.integers(1, frames)
-    kind = rng.choice(["every", "beginning", "end", "ends", "first", "one"], p=[.4, .15, .1, .05, .25, .05])
+    kind = rng.choice(["every", "beginning", "end", "ends", "first", "one"], p=[.3, .3, .1, .05, .2, .05])
     if kind == "every":
         made = rng.integers(0, frames - 4) if rng.random() < .5 else 0
         return (at % k == rng.integers(k)) | (at < made)

@@ -80,7 +80,7 @@ TRIPLES = {split: [(c, s, m) for c in range(8) for s in range(6) for m in range(
 
 # How many times as often as others a motion is drawn in training: its frames must agree on a phase, and a turned shape is a new one.
 # Differs: data as it is found.
-OFTEN = {"bouncing": 2, "circling": 2, "spinning": 4}
+OFTEN = {"bouncing": 4, "circling": 2, "spinning": 4}
 HARD = re.compile("ring moving|spinning")  # and a still of what an autoencoder learns last: two edges at the border, shapes that are turned
 ANY = sum(TRIPLES.values(), [])
 DRAWN = TRIPLES | {"any": ANY,
@@ -453,14 +453,14 @@ RECIPES = {  # about as many steps in one run as the weights in weights/ had in 
     "image": Recipe(steps=4500, batch=128, lr=1e-3),
     "prior": Recipe(steps=2000, batch=64, lr=5e-3, warmup=50),
     "base": Recipe(steps=32000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
-    "interpolate": Recipe(steps=10000, batch=16, lr=8e-4),
-    "superres-low": Recipe(steps=4200, batch=4, lr=2e-3),
-    "superres-high": Recipe(steps=3700, batch=8, lr=2e-3),
+    "interpolate": Recipe(steps=10700, batch=16, lr=8e-4),
+    "superres-low": Recipe(steps=4900, batch=4, lr=2e-3),
+    "superres-high": Recipe(steps=4900, batch=8, lr=2e-3),
     "tsr-32": Recipe(steps=700, batch=4, lr=2e-3),
     "ssr-128": Recipe(steps=1700, batch=4, lr=2e-3),
-    "ssr-256": Recipe(steps=1000, batch=4, lr=2e-3),
+    "ssr-256": Recipe(steps=2000, batch=4, lr=2e-3),
     "tsr-128": Recipe(steps=1500, batch=8, lr=2e-3),
-    "ssr-768": Recipe(steps=2400, batch=8, lr=2e-3),
+    "ssr-768": Recipe(steps=3600, batch=8, lr=2e-3),
 }
 
 
