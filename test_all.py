@@ -571,11 +571,11 @@ def test_the_network_is_shown_known_frames_and_a_mask_that_is_one_there():
     batch = {"latents": x, "known": known, "noise": torch.randn_like(x), "t": torch.tensor([500]), "fps": torch.tensor([8.]),
              "context": torch.randn(1, 6, 8)}
     seen = []
-    hook = model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = model.register_forward_pre_hook(lambda module, args: seen.extend([args[0], args[-1]]))    # the noisy clip, and what is beside it
     interpolate.loss(model, Diffusion(), batch)
     hook.remove()
-    torch.testing.assert_close(seen[0][:, :, 4:], beside)
-    torch.testing.assert_close(seen[0][:, :, :4], Diffusion().add_noise(x, batch["noise"], batch["t"]))  # noise on all frames alike
+    torch.testing.assert_close(seen[1], beside)
+    torch.testing.assert_close(seen[0], Diffusion().add_noise(x, batch["noise"], batch["t"]))  # noise on all frames alike
 
 
 def test_the_interpolation_loss_is_of_unknown_frames_alone():
@@ -701,7 +701,7 @@ def test_doubling_the_rate_keeps_frames_where_they_belong():
     unet, diffusion, stage = small_upscaler("tsr-32")
     say = lambda stage: superres.upscale(unet, diffusion, stage, twice, 8., level=0., **prompt_for(stage))
     shown = []
-    hook = unet.register_forward_pre_hook(lambda module, args: shown.append(args[0][0, :, 3:]))     # (10, 6, 8, 8), beside the noisy clip
+    hook = unet.register_forward_pre_hook(lambda module, args: shown.append(args[-1][0]))           # (10, 6, 8, 8), beside the noisy clip
     made, blind = say(stage), say(replace(stage, blank=True))
     hook.remove()
     assert shown[0][1::2].any() and not shown[-1][1::2].any() and torch.equal(shown[0][::2], shown[-1][::2])
