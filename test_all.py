@@ -1866,10 +1866,10 @@ def evaluate_superres(which: str, clips: int = 16):
     for name, grounds in (("black", [0]), ("all grounds", range(5))):
         factors = factors_of(["held-out"], grounds, clips)
         scenes = [scene_of(f, i) for i, f in enumerate(factors)]
-        truth = torch.stack([train.render(s, times, size) for s in scenes])         # (N, T, 3, H, W)
+        truth, clean = (torch.stack([train.render(s, times, S) for s in scenes]) for S in (size, side))    # (N, T, 3, S, S)
         in_more_steps = ["8 steps"] * (grounds != [0] and which in ("low", "high"))                # of clean clips; the usual are 4
         for kind in ("clean", "as made", *in_more_steps):
-            small = as_made(which, scenes, factors, times, fps) if kind == "as made" else torch.stack([train.render(s, times, side) for s in scenes])
+            small = as_made(which, scenes, factors, times, fps) if kind == "as made" else clean
             ours, cubic = enlarged(which, small, factors, fps, 8 if kind == "8 steps" else None), bicubic(small, stage.scale)
             line = f"  {name:12s} {kind:8s} ours {psnr(ours, truth):5.2f} dB   bicubic {psnr(cubic, truth):5.2f} dB"
             if grounds != [0]:
