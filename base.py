@@ -503,6 +503,18 @@ class Diffusion:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
         return (sigma_s / sigma_t * z).addcmul_(alpha_s - sigma_s / sigma_t * alpha_t, x)
 
+    def x_of_walk(self, predict, z, walk):
+        """The x by which one step of DDIM ends where several do, those of predict(z, t) through the timesteps walk (B, K + 1): what a
+        student of fewer steps learns.
+
+        x = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)   Imagen Video section 2.7, after 2202.00512"""
+        t, s = walk[:, 0], walk[:, -1]
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
+        z_s = z
+        for here, there in zip(walk.unbind(1), walk[:, 1:].unbind(1)):
+            z_s = self.ddim_step(z_s, self.x_of(predict(z_s, here), z_s, here), here, there)
+        return (z_s - sigma_s / sigma_t * z) / (alpha_s - sigma_s / sigma_t * alpha_t)
+
     def ancestral_step(self, z, x, t, s, gamma: float, fresh):
         """z_s = r (alpha_s / alpha_t) z + (1 - r) alpha_s x + sqrt(lower^(1 - gamma) upper^gamma) n    Imagen Video, Eqs. 3-4
 
@@ -913,6 +925,7 @@ def configure(config_class, values: dict, path):
         raise UserError(f"{path} is of another config: {str(error).split('__init__() ')[-1]}") from error
 
 
+@torch.compiler.assume_constant_result  # else torch.compile stops to ask
 def has_fast_bf16(device) -> bool:
     """Does the hardware multiply bf16 natively? A CPU that does not is slower in bf16 than in fp32."""
     if torch.device(device).type == "cuda":

@@ -138,6 +138,23 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.T
     return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"])
 
 
+def teacher_walks(stage: Stage, steps: int) -> torch.Tensor:
+    """The timesteps that a teacher goes through, `steps` for each of its student's, which are stage.steps: (stage.steps, steps + 1)."""
+    return torch.tensor(base.walk(stage.steps * steps, stage.shift) + [-1]).unfold(0, steps + 1, steps)
+
+
+def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.Tensor:
+    """Loss per clip, (B,), of a student that is to do in one step what its teacher does in several, since each of many steps draws what
+    the next can see, and few draw less. batch as `loss` takes it, with walk (B, K + 1), the timesteps of the teacher, the first of
+    them t.                                                                             Imagen Video section 2.7"""
+    large = enlarge(batch["small"], stage.scale, batch["level"])
+    said, taught = (predict_with(model, stage, large, batch["level"], batch["fps"], batch.get("context")) for model in (unet, teacher))
+    z = diffusion.add_noise(batch["pixels"], batch["noise"], batch["t"])            # (B, T, 3, H, W)
+    with torch.no_grad():
+        x = diffusion.x_of_walk(taught, z, batch["walk"])                           # (B, T, 3, H, W)
+    return (said(z, batch["t"]) - x).float().pow(2).flatten(1).mean(1)
+
+
 # ------------------------------------------------------------------------------------------------
 # Sampling: the network sees chunks of frames. Frame by frame, memory does not grow with the length of the clip; over space and
 # time, the noisy clip itself is held whole.

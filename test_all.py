@@ -298,6 +298,13 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else():
     assert kept[1] < .5 * kept[0]
 
 
+def test_a_loss_is_one_graph_to_torch_compile():
+    model, (x, t, context, fps) = shaken(UNet(replace(SMALL, channels=(16,), attention=(True,)))).train(), inputs(frames=2)
+    loss = lambda batch: base.loss(model, Diffusion(), batch)
+    batch = {"latents": x, "t": t, "context": context, "fps": fps, "noise": x.flip(0)}
+    torch.testing.assert_close(torch.compile(loss, backend="eager", fullgraph=True)(batch), loss(batch))
+
+
 def test_the_prior_learns_the_mean_clip_of_each_prompt_and_frame_rate():
     torch.manual_seed(0)
     prior, (_, _, context, fps) = base.TemporalPrior(8, 4), inputs()
@@ -411,6 +418,19 @@ def test_the_exact_score_of_a_gaussian_mixture_gives_its_mean_and_variance(sampl
     truth = (WEIGHT * MEAN).sum()
     variance = (WEIGHT * (STD ** 2 + MEAN ** 2)).sum() - truth ** 2
     assert abs(x.mean() - truth) < .05 and abs(x.var() / variance - 1) < .05
+
+
+@pytest.mark.parametrize("each", [1, 2, 4])
+def test_a_student_that_has_learnt_all_walks_as_its_teacher_does(each):
+    diffusion, stage = Diffusion("cosine", "sample"), superres.STAGES["high"]
+    teacher, walks = mixture(diffusion), superres.teacher_walks(stage, each)
+    assert walks.shape == (stage.steps, each + 1) and walks[:, 0].tolist() == base.walk(stage.steps, stage.shift) and walks[-1, -1] == -1
+    student = lambda z, t: diffusion.x_of_walk(teacher, z, walks[walks[:, 0] == t[0]].expand(len(z), -1))
+    z = base.initial_noise((3, 50, 1), seed=2).double()
+    slow, fast, coarse = (diffusion.sample(predict, z, steps, "ddim", shift=stage.shift)
+                          for predict, steps in ((teacher, stage.steps * each), (student, stage.steps), (teacher, stage.steps)))
+    torch.testing.assert_close(fast, slow)
+    assert each == 1 or (fast - coarse).abs().max() > .01
 
 
 def test_an_ancestral_step_is_gaussian_conditioning():
@@ -792,6 +812,19 @@ def test_training_and_sampling_damage_their_input_by_the_same_function(monkeypat
     with torch.no_grad():  # and the network hears the level
         outputs = [superres.predict_with(unet, stage, batch["pixels"], torch.full((2,), level))(batch["noise"], batch["t"]) for level in (0., 1.)]
     assert not torch.allclose(*outputs)
+
+
+def test_a_student_starts_where_its_teacher_is():
+    unet, diffusion, stage = small_upscaler("high")
+    pixels, noise = torch.randn(2, 2, 1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    batch = {"pixels": pixels, "noise": noise, "small": torch.zeros(2, 1, 3, 8, 8), "level": torch.tensor([.5, .75]), "fps": torch.ones(2)}
+    def of(steps):
+        walks = superres.teacher_walks(stage, steps)[[0, 2]]
+        return superres.distillation_loss(unet, unet, diffusion, batch | {"t": walks[:, 0], "walk": walks}, stage)
+    torch.testing.assert_close(of(1), torch.zeros(2))                               # what it says already
+    assert of(4).min() > 1e-6
+    of(4).sum().backward()
+    assert all(p.grad is not None for p in unet.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("which", ["low", "high", "ssr-256", "tsr-32"])
@@ -1251,6 +1284,13 @@ def test_networks_between_pixels_train_and_load(which, tmp_path, monkeypatch):
     fresh = UNet(stage.config).state_dict()
     assert unet.config == stage.config and any((tensor != fresh[key]).any() for key, tensor in unet.state_dict().items() if "conv_out" in key)
     assert weights["made_by"]["vae"] and ("text" in weights["made_by"]) == stage.config.pooled
+    again = [name, "--init", str(tmp_path / f"weights/{name}.pt"), "--distill", "2", "--steps", "2", "--batch", "2", "--name", "student",
+             "--weights", str(tmp_path / "weights"), "--device", "cpu"]
+    if which in interpolate.TSR:
+        assert "--distill is for" in complaint(train.main, again)
+    elif which == "ssr-128":
+        train.main(again)
+        assert superres.load(which, tmp_path / f"weights/{name}.pt")[2]["made_by"]["distill"] == 2
 
 
 def test_a_decoder_trained_further_reads_the_same_latents(tmp_path, monkeypatch):
@@ -1644,6 +1684,8 @@ def test_a_camera_s_clip_goes_through_every_stage(tmp_path, all_weights, monkeyp
 
 GUIDANCE = base.GUIDANCE
 STEPS, SAMPLER = base.usual(16)
+READ_EVERY = {"make-a-video": 5, "imagen-video": 8}  # of 20 and 32 frames per second, the keyframes' own 4
+DEVICE = "cpu"  # until main is told another
 
 
 def have(*names: str) -> bool:
@@ -1677,7 +1719,7 @@ def in_words(factors: tuple) -> str:
 
 def evaluate_autoencoder(args, clips: int = 96):
     """PSNR, the object's colour and its place, after encoding and decoding rendered held-out clips."""
-    autoencoder = vae.load()[0]
+    autoencoder = vae.load(device=DEVICE)[0]
     print("\nAutoencoder: decode(encode(x)) against x, held-out triples at 4 fps")
     for name, grounds in (("black", [0]), ("all grounds", range(5))):
         scenes = [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], grounds, clips))]
@@ -1697,36 +1739,36 @@ def evaluate_autoencoder(args, clips: int = 96):
 def evaluate_hearing(args, clips: int = 64):
     """Does the video model hear the motion? Its loss on sliding clips with their own captions, and with left and right, up and
     down exchanged. Equal losses mean that the word is not used: this shows long before samples do."""
-    (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = base.load(args.weights), vae.load(), text.load()
+    (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = base.load(args.weights, DEVICE), vae.load(device=DEVICE), text.load()
     slides = [f for f in factors_of(["train"], [0], 20 * clips) if f[2] < 4][:clips]
     truth = torch.stack([train.render(scene_of(f, i), np.arange(16) / 4) for i, f in enumerate(slides)])
-    x, fps = vae.encode_video(autoencoder, truth), torch.full((clips,), 4.)
-    noise = base.initial_noise(x.shape, seed=0)
-    contexts = [text.encode(clip, tokenizer, [in_words(f) for f in words])["tokens"]
+    x, fps = vae.encode_video(autoencoder, truth).to(DEVICE), torch.full((clips,), 4., device=DEVICE)
+    noise = base.initial_noise(x.shape, seed=0).to(DEVICE)
+    contexts = [text.encode(clip, tokenizer, [in_words(f) for f in words])["tokens"].to(DEVICE)
                 for words in (slides, [(c, s, m ^ 1, g) for c, s, m, g in slides])]
     print("\nLoss with the right caption, and with the opposite direction (new scenes of trained triples on black)")
     def show(name: str, error):
-        with torch.no_grad(), base.fast_autocast("cpu"):
+        with torch.no_grad(), base.fast_autocast(DEVICE):
             right, wrong = (error(context).mean().item() for context in contexts)
         print(f"  {name:7s}   {right:.4f}   {wrong:.4f}   ({100 * (wrong / right - 1):+.1f} %)")
     for t in (500, 700, 900, 999):
-        show(f"t = {t}", lambda context: diffusion.loss(lambda z, t: unet(z, t, context, fps), x, noise, torch.full((clips,), t)))
+        show(f"t = {t}", lambda context: diffusion.loss(lambda z, t: unet(z, t, context, fps), x, noise, torch.full((clips,), t, device=DEVICE)))
     if hasattr(unet, "temporal_prior"):  # at t = 999 v is -x, and the mean clip is the least that is to be known
         show("prior", lambda context: (unet.temporal_prior(context, fps, 16, *x.shape[-2:]) - x).float().pow(2))
 
 
 def make(factors: list, fps: float = 4., guidance: float = GUIDANCE, steps: int = STEPS, weights=WEIGHTS / "base.pt", label: str = "", seed: int = 0,
          skip: int = 1):
-    """Videos of the prompts, uint8 (N, 15*skip + 1, 3, 64, 64), eight at a time: keyframes at `fps`, and `skip` times as many interpolated."""
+    """Videos of the prompts, uint8 (N, 15*skip + 1, 3, 64, 64), a few at a time: keyframes at `fps`, and `skip` times as many interpolated."""
     clip, tokenizer, _ = text.load()
-    (unet, diffusion, _), (autoencoder, _) = base.load(weights), vae.load()
-    between = interpolate.load()[:2] if skip > 1 else None
-    videos = []
-    for first in train.trange(0, len(factors), 8, desc=label, leave=False):
-        words = text.encode(clip, tokenizer, [in_words(f) for f in factors[first:first + 8]])
+    (unet, diffusion, _), (autoencoder, _) = base.load(weights, DEVICE), vae.load(device=DEVICE)
+    between = interpolate.load(device=DEVICE)[:2] if skip > 1 else None
+    videos, few = [], 8 if DEVICE == "cpu" else 64
+    for first in train.trange(0, len(factors), few, desc=label, leave=False):
+        words = text.encode(clip, tokenizer, [in_words(f) for f in factors[first:first + few]])
         latents = base.generate(unet, diffusion, words, 16, fps, steps=steps, guidance=guidance, seed=seed + first)
         if between:
-            latents = interpolate.fill_timeline(*between, *interpolate.timeline(latents, skip), words, fps * skip)
+            latents = interpolate.fill_timeline(*between, *interpolate.timeline(latents, skip), words, fps * skip, seed=seed + first)
         videos.append(vae.decode_video(autoencoder, latents))
     return torch.cat(videos)
 
@@ -1772,7 +1814,7 @@ def evaluate_interpolation(args, clips: int = 96):
     """Hidden frames of held-out clips against decode(encode(truth)), where anything moves; clips continued; stills animated."""
     if not have("interpolate"):
         return
-    (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = interpolate.load(), vae.load(), text.load()
+    (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = interpolate.load(device=DEVICE), vae.load(device=DEVICE), text.load()
     def latents(grounds, times, motions=range(9)):
         factors = [f for f in factors_of(["held-out"], grounds, 9 * clips) if f[2] in motions][:clips]
         truth = torch.stack([train.render(scene_of(f, i), times) for i, f in enumerate(factors)])   # (N, T, 3, H, W)
@@ -1819,7 +1861,7 @@ def spoken_to(which: str, factors: list) -> list:
 
 def enlarged(which: str, clips: torch.Tensor, factors: list, fps: float, steps: int | None = None) -> torch.Tensor:
     """Clips uint8 (N, T, 3, h, w) through a network of superres.py or of TSR, each with its prompt."""
-    unet, diffusion, _ = superres.load(which)
+    unet, diffusion, _ = superres.load(which, device=DEVICE)
     return torch.stack([superres.upscale(unet, diffusion, train.PIXELS[which], clip, fps, steps, **said)
                         for clip, said in zip(clips, spoken_to(which, factors))])
 
@@ -1830,7 +1872,7 @@ BEFORE = {"low": [], "high": ["low"], "tsr-32": [], "ssr-128": [], "ssr-256": ["
 
 def as_made(which: str, scenes: list, factors: list, times, fps: float) -> torch.Tensor:
     """Clips as the stages before make them, out of the autoencoder's reading of the truth: uint8 (N, T, 3, h, w)."""
-    autoencoder, _ = vae.load()
+    autoencoder, _ = vae.load(device=DEVICE)
     video = vae.decode_video(autoencoder, vae.encode_video(autoencoder, torch.stack([train.render(s, times) for s in scenes])))
     for earlier in BEFORE[which]:
         video = enlarged(earlier, video, factors, fps)
@@ -1880,7 +1922,7 @@ def evaluate_superres(which: str, clips: int = 16):
             print(line, flush=True)
     if which not in ("low", "high"):
         return
-    unet, diffusion, _ = superres.load(which)
+    unet, diffusion, _ = superres.load(which, device=DEVICE)
     scenes = [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], range(1, 5), 4))]
     still = torch.stack([train.render(s | {"ground": 0}, times, size) for s in scenes]).amax((1, 2)) < 8
     small = torch.stack([train.render(s, times, side) for s in scenes])
@@ -1940,13 +1982,36 @@ def evaluate_rate(args):
           f"   ({len(slides)} clips; the world's own: {.14 * 64 / 4:.2f}, {.14 * 64 / 8:.2f}, {.14 * 64 / 16:.2f})")
 
 
+def at_a_glance(video: torch.Tensor, skip: int) -> torch.Tensor:
+    """A cascade's video uint8 (T, 3, S, S) as `describe` reads keyframes: every skip-th frame, at 64 x 64."""
+    return F.interpolate(video[::skip].float(), (SIZE, SIZE), mode="area").round().byte()          # (T', 3, SIZE, SIZE)
+
+
+def evaluate_cascades(args):
+    """What the prompt says, in what the last stage of either cascade makes of the same keyframes."""
+    factors, first, few = factors_of(["held-out"], range(5), max(1, args.prompts // 4)), [], 4 if DEVICE == "cpu" else 16
+    print("\nPrompt fidelity of a cascade, in %          prompts  colour  shape   motion (nearest)  ground  first three")
+    for cascade, skip in READ_EVERY.items():
+        last, stages = [], sample.CASCADES[cascade]
+        for i in train.trange(0, len(factors), few, desc=cascade, leave=False):
+            with tempfile.TemporaryDirectory() as folder:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    sample.main([*map(in_words, factors[i:i + few]), "--cascade", cascade, "--keep", folder, "-o", folder, "--seed", str(i), "--device", DEVICE])
+                if cascade == "imagen-video":  # which decodes the keyframes themselves
+                    first.append(base.load_stage(f"{folder}/decode.pt", "pixels")["data"])
+                last += [at_a_glance(video, skip) for video in base.load_stage(f"{folder}/{stages[-1][0]}.pt", "pixels")["data"]]
+        print_fidelity(f"{cascade}, last stage", factors, torch.stack(last))
+    print_fidelity("the keyframes of both", factors, torch.cat(first))
+
+
 PARTS = {"reader": evaluate_reader, "autoencoder": evaluate_autoencoder, "hearing": evaluate_hearing, "interpolation": evaluate_interpolation,
-         "pixels": evaluate_pixels, "fidelity": evaluate_fidelity, "rate": evaluate_rate}
+         "pixels": evaluate_pixels, "fidelity": evaluate_fidelity, "rate": evaluate_rate, "cascades": evaluate_cascades}
 
 
 def evaluate(args):
-    print(f"seed {args.seed}, guidance {args.guidance:g}, {args.steps} {SAMPLER} steps, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for part in args.part or PARTS:
+    where = f"{torch.get_num_threads()} threads" if DEVICE == "cpu" else torch.cuda.get_device_name(DEVICE)
+    print(f"seed {args.seed}, guidance {args.guidance:g}, {args.steps} {SAMPLER} steps, {where}, torch {torch.__version__}")
+    for part in args.part or [part for part in PARTS if part != "cascades"]:  # which takes two cores minutes for each prompt
         PARTS[part](args)
 
 
@@ -2000,7 +2065,7 @@ def compare(args):
     factors = factors_of(["held-out"], range(5), args.prompts)
     evaluations = {"vae": 0, "interpolate": 16 * len(interpolate.windows(76, 10))} | {superres.name_of(which): stage.steps for which, stage in train.PIXELS.items()}
     rows = {}
-    for cascade, skip in (("make-a-video", 5), ("imagen-video", 8)):                # 20 and 32 frames per second, read at 4
+    for cascade, skip in READ_EVERY.items():
         stages = sample.CASCADES[cascade]
         weights = [base.read_pt(WEIGHTS / f"{name}.pt") for name in dict.fromkeys(["base", *(own for _, _, own, _ in stages)])]
         begun, ended, flicker, independent, seconds, memory = [], [], [], [], [], []
@@ -2008,7 +2073,7 @@ def compare(args):
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
                 process = subprocess.Popen([sys.executable, HERE / "sample.py", in_words(f), "--cascade", cascade, "--keep", folder, "--seed", str(i),
-                                            "-o", f"{folder}/video.mp4", "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                                            "-o", f"{folder}/video.mp4", "--device", DEVICE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
                 said = process.stdout.read()
                 _, status, usage = os.wait4(process.pid, 0)
                 if status:
@@ -2016,16 +2081,16 @@ def compare(args):
                 seconds.append(time.perf_counter() - start)
                 # What the system remembers ends at the last stage, since each begins a new measurement.
                 memory += [usage.ru_maxrss / 2 ** 20, *map(float, re.findall(r"peak ([\d.]+) GiB", said))]
-                vae.main(["decode", f"{folder}/base.pt", "-o", f"{folder}/first.pt", "--device", "cpu"])
+                vae.main(["decode", f"{folder}/base.pt", "-o", f"{folder}/first.pt", "--device", DEVICE])
                 begun.append(base.load_stage(f"{folder}/first.pt", "pixels")["data"][0])
                 video = base.load_stage(f"{folder}/{stages[-1][0]}.pt", "pixels")["data"][0]        # (T, 3, 768, 768)
                 if f[3]:  # black does not flicker
                     still = still_ground(video[::skip])
                     flicker.append(flicker_of(video, still))
                     if cascade == "make-a-video":
-                        superres.main(["high", f"{folder}/low.pt", "-o", f"{folder}/own.pt", "--independent-noise", "--device", "cpu"])
+                        superres.main(["high", f"{folder}/low.pt", "-o", f"{folder}/own.pt", "--independent-noise", "--device", DEVICE])
                         independent.append(flicker_of(base.load_stage(f"{folder}/own.pt", "pixels")["data"][0], still))
-            ended.append(F.interpolate(video[::skip].float(), (SIZE, SIZE), mode="area").round().byte())
+            ended.append(at_a_glance(video, skip))
         both = [fidelity(torch.stack(videos), factors) for videos in (begun, ended)]
         rows[cascade] = {
             "": cascade,
@@ -2056,6 +2121,8 @@ def benchmark(args):
         for _ in range(1 + repeats):
             start = time.perf_counter()
             function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
             if times[0] > 5:
                 return times[0]
@@ -2066,13 +2133,13 @@ def benchmark(args):
             function()
         return counter.get_total_flops()
 
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, bf16 {'on' if base.has_fast_bf16('cpu') else 'off'}; median of 3")
-    layer, x = torch.nn.Conv2d(128, 128, 3, padding=1), torch.randn(64, 128, 32, 32).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode(), base.fast_autocast("cpu"):
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, bf16 {'on' if base.has_fast_bf16(DEVICE) else 'off'}; median of 3")
+    layer, x = torch.nn.Conv2d(128, 128, 3, padding=1, device=DEVICE), torch.randn(64, 128, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), base.fast_autocast(DEVICE):
         peak = flops(lambda: layer(x)) / seconds(lambda: layer(x), 9) / 1e9
     print(f"  {'convolution 128 -> 128, 3 x 3':34s} {peak:8.0f} GFLOP/s")
     clip, tokenizer, _ = text.load()
-    (unet, diffusion, _), (autoencoder, _) = base.load(args.weights), vae.load()
+    (unet, diffusion, _), (autoencoder, _) = base.load(args.weights, DEVICE), vae.load(device=DEVICE)
     words = text.encode(clip, tokenizer, ["a red star moving left"])
     latents = base.generate(unet, diffusion, words, 16, 4., steps=1)
     blank = lambda frames, side: torch.zeros(frames, 3, side, side, dtype=torch.uint8)
@@ -2081,11 +2148,11 @@ def benchmark(args):
             "vae encode: 16 frames": lambda: vae.encode_video(autoencoder, blank(16, 64)[None]),
             "vae decode: 16 frames": lambda: vae.decode_video(autoencoder, latents)}
     if have("interpolate"):
-        between, x = interpolate.load()[:2], interpolate.timeline(latents, skip=5)
+        between, x = interpolate.load(device=DEVICE)[:2], interpolate.timeline(latents, skip=5)
         rows["interpolate: 16 to 76 frames"] = lambda: interpolate.fill_timeline(*between, *x, words, 20.)
     for which, side, frames in (("low", 64, 76), ("high", 256, 76), ("high", 256, 304)):
         if have(f"superres-{which}"):
-            stage, (larger, way, _) = superres.STAGES[which], superres.load(which)
+            stage, (larger, way, _) = superres.STAGES[which], superres.load(which, device=DEVICE)
             rows[f"{which}: {frames} frames to {stage.scale * side} px"] = partial(superres.upscale, larger, way, stage, blank(frames, side), 20.)
     for name, function in rows.items():
         sample.forget_peak()
@@ -2177,8 +2244,8 @@ def close_up(picture: torch.Tensor, at, side: int = 384) -> torch.Tensor:
 def draw_cascade(assets: Path, prompt: str = "a red star moving left on sand"):
     """One video through Make-A-Video's four stages, the same moment at each; and the end of it as a gif."""
     with tempfile.TemporaryDirectory() as folder:
-        sample.main([prompt, "--until", "high", "--keep", folder, "-o", f"{folder}/video.mp4", "--device", "cpu"])
-        vae.main(["decode", f"{folder}/base.pt", "-o", f"{folder}/first.pt", "--device", "cpu"])
+        sample.main([prompt, "--until", "high", "--keep", folder, "-o", f"{folder}/video.mp4", "--device", DEVICE])
+        vae.main(["decode", f"{folder}/base.pt", "-o", f"{folder}/first.pt", "--device", DEVICE])
         videos = {name: base.load_stage(f"{folder}/{name}.pt", "pixels")["data"][0] for name in ("first", "decode", "low", "high")}
     moments = [video[6 * (5 if len(video) > 16 else 1)] for video in videos.values()]
     at = describe(videos["first"])["centroids"][6] / 64
@@ -2189,7 +2256,7 @@ def draw_cascade(assets: Path, prompt: str = "a red star moving left on sand"):
 
 def draw_between(assets: Path):
     """Held-out clips of which every fifth frame is known: that frame again and again, linear blends, ours, the truth."""
-    (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = interpolate.load(), vae.load(), text.load()
+    (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = interpolate.load(device=DEVICE), vae.load(device=DEVICE), text.load()
     factors, rows = factors_of(["held-out"], [0], 200), []
     for f in [next(f for f in factors if f[2] == motion) for motion in (1, 7)]:
         z = vae.encode_video(autoencoder, train.render(scene_of(f, 3), np.arange(16) / 10)[None])
@@ -2205,7 +2272,7 @@ def draw_enlarged(assets: Path):
     on a still ground, 24 times as bright, with shared and with independent noise."""
     changes, scenes = [], [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], range(5), 4))]
     for which, side in (("low", 64), ("high", 256)):
-        unet, diffusion, _ = superres.load(which)
+        unet, diffusion, _ = superres.load(which, device=DEVICE)
         stage, columns = superres.STAGES[which], []
         for scene in scenes:
             small, large = (train.render(scene, [1., 1.05], size) for size in (side, stage.scale * side))
@@ -2223,10 +2290,10 @@ def draw_enlarged(assets: Path):
 def draw_camera(assets: Path):
     """A real camera's clip; what the toy world's autoencoder makes of it; and the frames between every second one."""
     video = vae.read_video(camera_clip())[0][:16:2]                                 # (8, 3, 144, 176)
-    autoencoder = vae.load()[0]
+    autoencoder = vae.load(device=DEVICE)[0]
     z = vae.encode_video(autoencoder, video[None])
     x, known = interpolate.timeline(z[:, ::2], 2)
-    unet, diffusion, _ = interpolate.load()
+    unet, diffusion, _ = interpolate.load(device=DEVICE)
     said = text.unprompted(WEIGHTS / "text.pt", 1)
     made = vae.decode_video(autoencoder, interpolate.fill_timeline(unet, diffusion, x, known, said, 15.))[0]
     again = vae.decode_video(autoencoder, z)[0]
@@ -2236,7 +2303,7 @@ def draw_camera(assets: Path):
 
 def pictures(args):
     assets = HERE / "assets"
-    sample.main([*SHOWN, "--until", "base", "-o", str(assets / "results.png"), "--device", "cpu"])
+    sample.main([*SHOWN, "--until", "base", "-o", str(assets / "results.png"), "--device", DEVICE])
     if have("interpolate"):
         draw_between(assets)
     if have("superres-low", "superres-high"):
@@ -2254,12 +2321,15 @@ def main(argv=None):
     parser = base.Parser("Measure the shipped weights: what they make (evaluate, compare), how fast (benchmark), and how it looks (pictures).")
     parser.add_argument("what", choices=COMMANDS, help="which tables to print, or pictures to draw")
     parser.add_argument("--prompts", type=base.positive(int), default=480, help="prompts per row of held-out triples; a quarter of them in the rows after")
-    parser.add_argument("--part", nargs="+", choices=PARTS, help="evaluate: these parts alone")
+    parser.add_argument("--part", nargs="+", choices=PARTS, help="evaluate: these parts alone; cascades, the longest by far, wants to be asked for")
     parser.add_argument("--guidance", type=base.finite, default=GUIDANCE, help="classifier-free guidance scale")
     parser.add_argument("--steps", type=base.positive(int), default=STEPS, help="sampling steps")
     parser.add_argument("--weights", type=Path, default=WEIGHTS / "base.pt", help="base weights to evaluate; curve: or a folder of snapshots")
     parser.add_argument("--seed", type=base.seed, default=0, help="of the sampled videos")
+    parser.add_device()
     args = parser.parse_args(argv)
+    global DEVICE
+    DEVICE = args.device
     COMMANDS[args.what](args)
 
 

@@ -541,7 +541,7 @@ def prepare_clip(args) -> Stage:
 def caption_tokens(args, captions: list):
     """Tokens (K, L, D) of every distinct caption, the row of each caption in them (N,), the null prompt's tokens (L, D),
     and the hash of the text encoder."""
-    clip, tokenizer, weights = text.load(weights_in(args.weights, "text"))
+    clip, tokenizer, weights = text.load(weights_in(args.weights, "text"), args.device)
     distinct = sorted(set(captions))
 
     def make():
@@ -710,7 +710,11 @@ def prepare_pixels(args, which: str) -> Stage:
         config = replace(config, context_dim=tokens.shape[-1])
     if doubles:
         facts["blank"] = args.blank
-    model = UNet(config)
+    model, loss_of = UNet(config), partial(superres.loss, diffusion=diffusion, stage=stage)
+    if args.distill:
+        teacher, _, _ = superres.load(which, args.init, args.device)
+        loss_of = partial(superres.distillation_loss, teacher=teacher, diffusion=diffusion, stage=stage)
+        walks, facts["distill"] = superres.teacher_walks(stage, args.distill), args.distill         # (steps, K + 1)
 
     def batch_of(step, samples):
         rngs = [sample_rng(args.seed, step, i) for i in samples]
@@ -725,6 +729,9 @@ def prepare_pixels(args, which: str) -> Stage:
         batch = {"pixels": x, "small": vae.to_float(small), "level": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
                  "fps": data["fps"][picks].float(), "noise": noise,
                  "t": shifted_timesteps(rngs, stage.shift), "captions": [data["captions"][i] for i in picks]}
+        if args.distill:
+            batch["walk"] = walks[[int(rng.integers(len(walks))) for rng in rngs]]  # (N, K + 1)
+            batch["t"] = batch["walk"][:, 0]
         if config.pooled:
             batch["context"], batch["captions"] = spoken(rngs, tokens[rows[picks]], null, batch["captions"])
         return batch
@@ -737,8 +744,7 @@ def prepare_pixels(args, which: str) -> Stage:
         plain = vae.to_uint8(superres.enlarge(vae.to_float(small[:, :, :3]), stage.scale, torch.zeros(len(small))))
         return vae.contact_sheet(torch.stack([v[:, moment] for v in (plain, ours, truth)]), columns=8)
 
-    return Stage(model, batch_of, lambda model, batch: superres.loss(model, diffusion, batch, stage), preview,
-                 diffusion_config(diffusion), facts)
+    return Stage(model, batch_of, lambda model, batch: loss_of(model, batch=batch), preview, diffusion_config(diffusion), facts)
 
 
 PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image, "prior": prepare_prior, "base": prepare_base,
@@ -918,7 +924,8 @@ def train(stage: str, args):
         show()
     if RANKS > 1:
         dist.barrier()  # the next stage reads what this one wrote
-    say(f"{stage}: {minutes:.1f} minutes, loss {running:.4f}; wrote {args.weights / OUTPUT[stage]}; look at {folder / 'preview.png'}")
+    memory = f", GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most" if "cuda" in args.device else ""
+    say(f"{stage}: {minutes:.1f} minutes{memory}, loss {running:.4f}; wrote {args.weights / OUTPUT[stage]}; look at {folder / 'preview.png'}")
 
 
 def dry_run(args):
@@ -971,6 +978,7 @@ def main(argv=None):
                         help="spatial, of base: train the temporal layers and gates alone; encoder, of vae: the decoder alone, so that latents stay")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures; not with --freeze spatial")
     parser.add_argument("--blank", action="store_true", help="tsr: show nothing between the frames that are given, not these again")
+    parser.add_argument("--distill", type=positive(int), metavar="N", help="superres, ssr: learn to do in each step what --init does in N")
     parser.add_argument("--accumulate", type=positive(int), default=1,
                         help="cut each batch into this many pieces (clip contrasts within one)")
     parser.add_argument("--checkpointing", action="store_true", help="U-Nets: recompute activations backwards, to save memory")
@@ -991,6 +999,8 @@ def main(argv=None):
         raise UserError("--freeze spatial is for stage base, which has layers that its image model had not")
     if args.freeze == "encoder" and not (args.stage == "vae" and args.init):
         raise UserError("--freeze encoder is for stage vae, and for weights that --init names: a decoder trained further")
+    if args.distill and not (args.init and args.stage in map(superres.name_of, superres.STAGES)):
+        raise UserError("--distill is for the super-resolution stages, and for weights that --init names, which are the teacher")
     if args.blank and not args.stage.startswith("tsr"):
         raise UserError("--blank is for the stages tsr-32 and tsr-128")
     if args.side % 8:
