@@ -1023,7 +1023,7 @@ def remark_rate(fps: float):
 
 def check_sampling(args):
     """Refuse flags of a sampler that do not go together."""
-    if args.steps > 1000:
+    if args.steps and args.steps > 1000:
         raise UserError(f"--steps is {args.steps}, where 1000 noise levels are all there is")
     if args.oscillate is not None and args.sampler == "dpmpp":
         raise UserError("--oscillate wants --sampler ddim, not dpmpp, which extrapolates from step to step across the change of scale")

@@ -224,7 +224,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     base.check_out(args.out, (".pt",))
     args.guidance = args.guidance if args.guidance is not None else base.GUIDANCE if args.animate else 1.
-    args.steps, args.sampler = args.steps or (TSR[args.double].steps if args.double else 16), args.sampler or ("ddim" if args.double else "dpmpp")
+    args.steps, args.sampler = args.steps or (None if args.double else 16), args.sampler or ("ddim" if args.double else "dpmpp")
     if args.oscillate is not None and not args.double:
         raise UserError("--oscillate is for --double")
     if args.fps and not args.animate:
@@ -236,8 +236,7 @@ def main(argv=None):
         path = args.weights / f"{args.double}.pt"
         clips, loaded = superres.read_pixels(args.input), superres.load(args.double, path, args.device)
         clips |= {"data": double(clips["data"]), "fps": 2 * clips["fps"]}
-        stage = replace(TSR[args.double], blank=loaded[2]["made_by"]["blank"])
-        return superres.process(clips, args.double, stage, loaded, path, args)
+        return superres.process(clips, args.double, TSR[args.double], loaded, path, args)
     unet, diffusion, weights = load(args.weights / "interpolate.pt", args.device)
     made_by = weights["made_by"]
     if args.animate:

@@ -66,7 +66,7 @@ class Stage:
     config: UNetConfig
     level: float         # of augmentation, when sampling
     pixels: int          # that are made at once, of as many frames as have them, when sampling
-    steps: int = 4       # of sampling
+    steps: int = 4       # of sampling; a student's weights want fewer
     blank: bool = False  # TSR: show nothing between the frames that are given
 
     @property
@@ -138,9 +138,15 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.T
     return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"])
 
 
-def teacher_walks(stage: Stage, steps: int) -> torch.Tensor:
-    """The timesteps that a teacher goes through, `steps` for each of its student's, which are stage.steps: (stage.steps, steps + 1)."""
-    return torch.tensor(base.walk(stage.steps * steps, stage.shift) + [-1]).unfold(0, steps + 1, steps)
+def teacher_walks(stage: Stage, teacher: int, student: int) -> torch.Tensor:
+    """The timesteps through which each step of a student of so many steps is taught, by a teacher of more: (student, K + 1), -1 the last."""
+    return torch.tensor(base.walk(teacher, stage.shift) + [-1]).unfold(0, teacher // student + 1, teacher // student)
+
+
+def fitted(stage: Stage, weights: dict) -> Stage:
+    """The stage as these weights want it: a student's in the steps that it was taught, and for TSR blank or not."""
+    made_by = weights["made_by"]
+    return replace(stage, steps=made_by.get("distill", [stage.steps])[-1], blank=made_by.get("blank", False))
 
 
 def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.Tensor:
@@ -235,6 +241,8 @@ def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, ar
     """Put clips, as `read_pixels` gave them, through a network, as `load` gave it from `path`, and write args.out. args are a
     script's own: input, out, steps, sampler, guidance, oscillate, seed. Raises UserError."""
     unet, diffusion, weights = loaded
+    stage = fitted(stage, weights)
+    args.steps = args.steps or stage.steps
     B, words, heard = len(clips["data"]), [{}] * len(clips["data"]), unet.config.pooled and clips["text"] is not None
     if (args.guidance != 1 or args.oscillate is not None) and not heard:
         raise UserError(f"{args.input} came without a prompt, or {which} does not hear it: there is nothing to guide")
@@ -264,7 +272,7 @@ def main(argv=None):
     parser.add_argument("input", help="pixels from `vae.py decode` or the stage before, or any video")
     parser.add_argument("-o", "--out", default="large.pt", help=".pt of pixels, or .mp4, .gif, .png to look at")
     parser.add_argument("--weights", type=Path, help="weights, written by train.py; those in weights/ if not given")
-    parser.add_argument("--steps", type=positive(int), help="sampling steps, 1000 at most; 4 if not given")
+    parser.add_argument("--steps", type=positive(int), help="sampling steps, 1000 at most; 4 if not given, or as many as the weights were distilled to")
     parser.add_argument("--guidance", type=base.finite, default=1., help="ssr: classifier-free guidance scale; 1 is none")
     parser.add_argument("--oscillate", type=base.finite, metavar="LOW", help="ssr-128: in the second half, guide every other step by this "
                         "scale; on larger pictures Imagen Video saw artifacts")
@@ -275,7 +283,6 @@ def main(argv=None):
     parser.add_device()
     args = parser.parse_args(argv)
     base.check_out(args.out, (*vae.WRITTEN, ".pt"))
-    args.steps = args.steps or STAGES[args.which].steps
     base.check_sampling(args)
     if args.level is not None and not 0 <= args.level <= 1:
         raise UserError(f"--level is {args.level:g}, where 0 to 1 is wanted")

@@ -713,8 +713,9 @@ def prepare_pixels(args, which: str) -> Stage:
     model, loss_of = UNet(config), partial(superres.loss, diffusion=diffusion, stage=stage)
     if args.distill:
         teacher, _, _ = superres.load(which, args.init, args.device)
+        stage = replace(stage, steps=args.distill[1])
         loss_of = partial(superres.distillation_loss, teacher=teacher, diffusion=diffusion, stage=stage)
-        walks, facts["distill"] = superres.teacher_walks(stage, args.distill), args.distill         # (steps, K + 1)
+        walks, facts["distill"] = superres.teacher_walks(stage, *args.distill), args.distill        # (steps, K + 1)
 
     def batch_of(step, samples):
         rngs = [sample_rng(args.seed, step, i) for i in samples]
@@ -978,7 +979,8 @@ def main(argv=None):
                         help="spatial, of base: train the temporal layers and gates alone; encoder, of vae: the decoder alone, so that latents stay")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures; not with --freeze spatial")
     parser.add_argument("--blank", action="store_true", help="tsr: show nothing between the frames that are given, not these again")
-    parser.add_argument("--distill", type=positive(int), metavar="N", help="superres, ssr: learn to do in each step what --init does in N")
+    parser.add_argument("--distill", type=positive(int), nargs=2, metavar=("TEACHER", "STUDENT"),
+                        help="superres, ssr: learn to do in so many steps of sampling what --init does in more; 4 1, say")
     parser.add_argument("--accumulate", type=positive(int), default=1,
                         help="cut each batch into this many pieces (clip contrasts within one)")
     parser.add_argument("--checkpointing", action="store_true", help="U-Nets: recompute activations backwards, to save memory")
@@ -1001,6 +1003,8 @@ def main(argv=None):
         raise UserError("--freeze encoder is for stage vae, and for weights that --init names: a decoder trained further")
     if args.distill and not (args.init and args.stage in map(superres.name_of, superres.STAGES)):
         raise UserError("--distill is for the super-resolution stages, and for weights that --init names, which are the teacher")
+    if args.distill and args.distill[0] % args.distill[1]:
+        raise UserError(f"--distill: {args.distill[1]} steps of a student cannot share {args.distill[0]} of its teacher's alike")
     if args.blank and not args.stage.startswith("tsr"):
         raise UserError("--blank is for the stages tsr-32 and tsr-128")
     if args.side % 8:
