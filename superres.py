@@ -7,7 +7,8 @@ all of which hear the prompt, the first two with attention within a frame. Its f
 convolution makes them agree.
 
 All see the small clip, enlarged, beside the noisy large one; in training the enlarged clip is damaged by a random amount that
-the network is told (conditioning augmentation), so that it forgives the faults of the stage before.
+the network is told (conditioning augmentation), so that it forgives the faults of the stage before. And each is distilled, when it
+has learned to denoise in several steps, into a student that does so in one (Imagen Video, section 2.7).
 
     in    pixels.pt   uint8 (B, T, 3, h, w), from vae.py decode or from the stage before
     out   large.pt    uint8 (B, T, 3, k*h, k*w), k = 4 for low, 3 for high and ssr-768, 2 for ssr-128 and ssr-256
@@ -150,9 +151,12 @@ def fitted(stage: Stage, weights: dict) -> Stage:
 
 
 def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.Tensor:
-    """Loss per clip, (B,), of a student that is to do in one step what its teacher does in several, since each of many steps draws what
-    the next can see, and few draw less. batch as `loss` takes it, with walk (B, K + 1), the timesteps of the teacher, the first of
-    them t.                                                                             Imagen Video section 2.7"""
+    """Loss per clip, (B,), of a student that is to do in one step what its teacher does in several. batch: as for `loss`, and walk
+    (B, K + 1), the timesteps of the teacher, the first of them t.                       Imagen Video section 2.7
+
+    A step says the mean of what may be there; the next sees a little of it, and says more. So few steps draw less texture than many;
+    but a student's step is told what many say. Differs: the paper halves the steps again and again, from hundreds to eight. From the
+    four or sixteen here one or two times do, and each may be by more than half."""
     large = enlarge(batch["small"], stage.scale, batch["level"])
     said, taught = (predict_with(model, stage, large, batch["level"], batch["fps"], batch.get("context")) for model in (unet, teacher))
     z = diffusion.add_noise(batch["pixels"], batch["noise"], batch["t"])            # (B, T, 3, H, W)
