@@ -504,8 +504,8 @@ class Diffusion:
         return (sigma_s / sigma_t * z).addcmul_(alpha_s - sigma_s / sigma_t * alpha_t, x)
 
     def x_of_walk(self, predict, z, walk):
-        """The x by which one step of DDIM ends where several do, those of predict(z, t) through the timesteps walk (B, K + 1): what a
-        student of fewer steps learns.
+        """The x with which a single step of DDIM ends where the several do that predict(z, t) takes through the timesteps walk (B, K + 1):
+        what a student of fewer steps learns.
 
         x = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)   Imagen Video section 2.7, after 2202.00512"""
         t, s = walk[:, 0], walk[:, -1]
@@ -925,7 +925,6 @@ def configure(config_class, values: dict, path):
         raise UserError(f"{path} is of another config: {str(error).split('__init__() ')[-1]}") from error
 
 
-@torch.compiler.assume_constant_result  # else torch.compile stops to ask
 def has_fast_bf16(device) -> bool:
     """Does the hardware multiply bf16 natively? A CPU that does not is slower in bf16 than in fp32."""
     if torch.device(device).type == "cuda":

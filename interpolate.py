@@ -224,7 +224,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     base.check_out(args.out, (".pt",))
     args.guidance = args.guidance if args.guidance is not None else base.GUIDANCE if args.animate else 1.
-    args.steps, args.sampler = args.steps or (None if args.double else 16), args.sampler or ("ddim" if args.double else "dpmpp")
+    args.sampler = args.sampler or ("ddim" if args.double else "dpmpp")
+    if not args.double:  # whose weights say how many they want
+        args.steps = args.steps or 16
     if args.oscillate is not None and not args.double:
         raise UserError("--oscillate is for --double")
     if args.fps and not args.animate:

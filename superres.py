@@ -7,8 +7,8 @@ all of which hear the prompt, the first two with attention within a frame. Its f
 convolution makes them agree.
 
 All see the small clip, enlarged, beside the noisy large one; in training the enlarged clip is damaged by a random amount that
-the network is told (conditioning augmentation), so that it forgives the faults of the stage before. And each is distilled, when it
-has learned to denoise in several steps, into a student that does so in one (Imagen Video, section 2.7).
+the network is told (conditioning augmentation), so that it forgives the faults of the stage before. One that has learned to denoise in
+several steps can be distilled into a student that does so in one (Imagen Video, section 2.7).
 
     in    pixels.pt   uint8 (B, T, 3, h, w), from vae.py decode or from the stage before
     out   large.pt    uint8 (B, T, 3, k*h, k*w), k = 4 for low, 3 for high and ssr-768, 2 for ssr-128 and ssr-256
@@ -140,8 +140,13 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.T
 
 
 def teacher_walks(stage: Stage, teacher: int, student: int) -> torch.Tensor:
-    """The timesteps through which each step of a student of so many steps is taught, by a teacher of more: (student, K + 1), -1 the last."""
-    return torch.tensor(base.walk(teacher, stage.shift) + [-1]).unfold(0, teacher // student + 1, teacher // student)
+    """The timesteps of a teacher of so many steps, those that each of its student's stands for in a row: (student, K + 1), -1 the last.
+    Raises UserError."""
+    timesteps = torch.tensor(base.walk(teacher, stage.shift) + [-1])
+    if teacher % student or teacher <= student or len(timesteps) != teacher + 1:  # of very many steps, some are the same
+        raise UserError(f"--distill {teacher} {student}: each of a student's {student} steps must stand for as many of its teacher's {teacher}, "
+                        "two or more, all of them at noise levels of their own")
+    return timesteps.unfold(0, teacher // student + 1, teacher // student)
 
 
 def fitted(stage: Stage, weights: dict) -> Stage:
@@ -155,14 +160,15 @@ def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: di
     (B, K + 1), the timesteps of the teacher, the first of them t.                       Imagen Video section 2.7
 
     A step says the mean of what may be there; the next sees a little of it, and says more. So few steps draw less texture than many;
-    but a student's step is told what many say. Differs: the paper halves the steps again and again, from hundreds to eight. From the
-    four or sixteen here one or two times do, and each may be by more than half."""
+    but a student's step is taught what many say. Differs: the paper halves the steps again and again, from hundreds to eight; from four or
+    sixteen one or two rounds suffice, and a round may leave less than half. Its student samples with fresh noise, ours by DDIM; and
+    it weighs by the signal-to-noise ratio, where here all levels count alike, as in `loss`."""
     large = enlarge(batch["small"], stage.scale, batch["level"])
     said, taught = (predict_with(model, stage, large, batch["level"], batch["fps"], batch.get("context")) for model in (unet, teacher))
     z = diffusion.add_noise(batch["pixels"], batch["noise"], batch["t"])            # (B, T, 3, H, W)
     with torch.no_grad():
         x = diffusion.x_of_walk(taught, z, batch["walk"])                           # (B, T, 3, H, W)
-    return (said(z, batch["t"]) - x).float().pow(2).flatten(1).mean(1)
+    return (diffusion.x_of(said(z, batch["t"]), z, batch["t"]) - x).float().pow(2).flatten(1).mean(1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -247,6 +253,8 @@ def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, ar
     unet, diffusion, weights = loaded
     stage = fitted(stage, weights)
     args.steps = args.steps or stage.steps
+    if "distill" in weights["made_by"] and (args.steps, args.sampler) != (stage.steps, "ddim"):
+        base.note(f"{path} was distilled to {stage.steps} step{'s' * (stage.steps > 1)} of ddim, and gains nothing from others")
     B, words, heard = len(clips["data"]), [{}] * len(clips["data"]), unet.config.pooled and clips["text"] is not None
     if (args.guidance != 1 or args.oscillate is not None) and not heard:
         raise UserError(f"{args.input} came without a prompt, or {which} does not hear it: there is nothing to guide")

@@ -712,8 +712,11 @@ def prepare_pixels(args, which: str) -> Stage:
         facts["blank"] = args.blank
     model, loss_of = UNet(config), partial(superres.loss, diffusion=diffusion, stage=stage)
     if args.distill:
-        teacher, _, _ = superres.load(which, args.init, args.device)
+        teacher, _, weights = superres.load(which, args.init, args.device)
         stage = replace(stage, steps=args.distill[1])
+        taught = weights["made_by"].get("distill", args.distill[::-1])[1]
+        if taught != args.distill[0]:
+            raise UserError(f"{args.init} was distilled to {taught} step{'s' * (taught > 1)}, and cannot teach what {args.distill[0]} do")
         loss_of = partial(superres.distillation_loss, teacher=teacher, diffusion=diffusion, stage=stage)
         walks, facts["distill"] = superres.teacher_walks(stage, *args.distill), args.distill        # (steps, K + 1)
 
@@ -728,11 +731,10 @@ def prepare_pixels(args, which: str) -> Stage:
             x, small = x[:, :1], small[:, :1]
         noise = normal(rngs, (1 if stage.shared_noise else x.shape[1], *x.shape[2:])).expand_as(x)  # (N, T, 3, S, S)
         batch = {"pixels": x, "small": vae.to_float(small), "level": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
-                 "fps": data["fps"][picks].float(), "noise": noise,
-                 "t": shifted_timesteps(rngs, stage.shift), "captions": [data["captions"][i] for i in picks]}
+                 "fps": data["fps"][picks].float(), "noise": noise, "captions": [data["captions"][i] for i in picks]}
         if args.distill:
             batch["walk"] = walks[[int(rng.integers(len(walks))) for rng in rngs]]  # (N, K + 1)
-            batch["t"] = batch["walk"][:, 0]
+        batch["t"] = batch["walk"][:, 0] if args.distill else shifted_timesteps(rngs, stage.shift)
         if config.pooled:
             batch["context"], batch["captions"] = spoken(rngs, tokens[rows[picks]], null, batch["captions"])
         return batch
@@ -807,6 +809,8 @@ def train(stage: str, args):
     if recipe.batch % (RANKS * args.accumulate):
         raise UserError(f"a batch of {recipe.batch} cannot be shared by {RANKS} processes in {args.accumulate} pieces each")
     torch.manual_seed(args.seed)
+    if "cuda" in args.device:
+        torch.cuda.reset_peak_memory_stats(args.device)
     setup = PREPARE[stage](args)
     model = setup.model.to(args.device, memory_format=torch.channels_last).train()
     if hasattr(model, "gradient_checkpointing"):
@@ -819,6 +823,8 @@ def train(stage: str, args):
     start, minutes = 0, 0.
     if args.init:  # go on from finished weights of this very stage
         weights = parent(args.init, stage, setup.facts)
+        if "distill" in weights["made_by"] and not args.distill:
+            raise UserError(f"{args.init} was distilled, and knows few noise levels; its teacher can be trained further, it cannot")
         base.fill(model, weights, args.init)
         setup.facts |= {"init": weights["own"], "init_steps": weights["made_by"]["steps"], "init_minutes": weights["made_by"]["minutes"]}
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -840,6 +846,7 @@ def train(stage: str, args):
     if RANKS > 1:  # steps on pictures, where there are such, leave the temporal layers unused
         loss_of = DistributedDataParallel(loss_of, find_unused_parameters=hasattr(model, "fps_embedding"))
     if args.compile:
+        torch.compiler.assume_constant_result(base.has_fast_bf16)  # which it cannot look into
         loss_of = torch.compile(loss_of)
     say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe}")
 
@@ -925,7 +932,7 @@ def train(stage: str, args):
         show()
     if RANKS > 1:
         dist.barrier()  # the next stage reads what this one wrote
-    memory = f", GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most" if "cuda" in args.device else ""
+    memory = f", GPU memory {torch.cuda.max_memory_allocated(args.device) / 2 ** 30:.2f} GiB at most" if "cuda" in args.device else ""
     say(f"{stage}: {minutes:.1f} minutes{memory}, loss {running:.4f}; wrote {args.weights / OUTPUT[stage]}; look at {folder / 'preview.png'}")
 
 
@@ -980,7 +987,7 @@ def main(argv=None):
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures; not with --freeze spatial")
     parser.add_argument("--blank", action="store_true", help="tsr: show nothing between the frames that are given, not these again")
     parser.add_argument("--distill", type=positive(int), nargs=2, metavar=("TEACHER", "STUDENT"),
-                        help="superres, ssr: learn to do in so many steps of sampling what --init does in more; 4 1, say")
+                        help="superres, ssr: learn to do in STUDENT steps of sampling what --init does in TEACHER; 4 1, say")
     parser.add_argument("--accumulate", type=positive(int), default=1,
                         help="cut each batch into this many pieces (clip contrasts within one)")
     parser.add_argument("--checkpointing", action="store_true", help="U-Nets: recompute activations backwards, to save memory")
@@ -1003,8 +1010,6 @@ def main(argv=None):
         raise UserError("--freeze encoder is for stage vae, and for weights that --init names: a decoder trained further")
     if args.distill and not (args.init and args.stage in map(superres.name_of, superres.STAGES)):
         raise UserError("--distill is for the super-resolution stages, and for weights that --init names, which are the teacher")
-    if args.distill and args.distill[0] % args.distill[1]:
-        raise UserError(f"--distill: {args.distill[1]} steps of a student cannot share {args.distill[0]} of its teacher's alike")
     if args.blank and not args.stage.startswith("tsr"):
         raise UserError("--blank is for the stages tsr-32 and tsr-128")
     if args.side % 8:
