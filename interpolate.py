@@ -117,7 +117,10 @@ def windows(frames: int, stride: int) -> list:
     return list(range(0, last, stride)) + [last]
 
 
-def fill(unet: UNet, diffusion: Diffusion, x, known, noise, said: dict, fps, steps: int = 16, guidance: float = 1.,
+STEPS = 8  # of sampling a window: a blend is nearly right to begin with, and 16 are no better
+
+
+def fill(unet: UNet, diffusion: Diffusion, x, known, noise, said: dict, fps, steps: int = STEPS, guidance: float = 1.,
          sampler: str = "dpmpp", label: str = ""):
     """Fill in the unknown frames of windows. x and noise (B, T, 4, h, w), known (B, T) bool, fps (B,); returns x, filled in."""
     at = known[:, :, None, None, None]                                              # (B, T, 1, 1, 1)
@@ -215,7 +218,7 @@ def main(argv=None):
     parser.add_argument("--fps", type=positive(float), help="--animate: frame rate; 4 to 30 were trained")
     parser.add_argument("--parallel", action="store_true", help="all windows at once, sharing keyframes alone")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, as written by train.py")
-    parser.add_argument("--steps", type=positive(int), help="sampling steps per window, 1000 at most; 16; for --double 4, or 2 for large pixels")
+    parser.add_argument("--steps", type=positive(int), help=f"sampling steps per window, 1000 at most; {STEPS}; for --double 4, or 2 for large pixels")
     parser.add_argument("--guidance", type=finite, help=f"classifier-free guidance scale; 1, which is none, or {base.GUIDANCE:g} for --animate")
     parser.add_argument("--oscillate", type=finite, metavar="LOW", help="tsr-32: in the second half, guide every other step by this scale")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim"), help="DPM-Solver++(2M) or DDIM; dpmpp, or ddim for --double")
@@ -226,7 +229,7 @@ def main(argv=None):
     args.guidance = args.guidance if args.guidance is not None else base.GUIDANCE if args.animate else 1.
     args.sampler = args.sampler or ("ddim" if args.double else "dpmpp")
     if not args.double:  # whose weights say how many they want
-        args.steps = args.steps or 16
+        args.steps = args.steps or STEPS
     if args.oscillate is not None and not args.double:
         raise UserError("--oscillate is for --double")
     if args.fps and not args.animate:

@@ -824,7 +824,7 @@ def train(stage: str, args):
     if args.init:  # go on from finished weights of this very stage
         weights = parent(args.init, stage, setup.facts)
         if "distill" in weights["made_by"] and not args.distill:
-            raise UserError(f"{args.init} was distilled, and knows few noise levels; its teacher can be trained further, it cannot")
+            note(f"{args.init} was distilled, and has to learn anew all noise levels but those of its steps")
         base.fill(model, weights, args.init)
         setup.facts |= {"init": weights["own"], "init_steps": weights["made_by"]["steps"], "init_minutes": weights["made_by"]["minutes"]}
     ema = copy.deepcopy(model).eval().requires_grad_(False)
