@@ -132,7 +132,7 @@ def main(argv=None):
     parser.add_argument("--frames", type=positive(int), default=16, help="frames per video; 1 gives a picture")
     parser.add_argument("--fps", type=positive(float), default=4., help="frame rate, of the motion and of the file alike")
     parser.add_argument("--steps", type=positive(int), help="sampling steps of the first stage; 48 if not given, or 16 for a picture and with "
-                        "--shared-noise, 8 with --animate")
+                        f"--shared-noise, {interpolate.STEPS} with --animate")
     parser.add_argument("--guidance", type=base.finite, default=base.GUIDANCE, help="classifier-free guidance scale; 1 is none")
     parser.add_argument("-o", "--out", default="out", help="a folder, or a file: .mp4, .gif, or .png for one contact sheet of all")
     parser.add_argument("--cascade", choices=CASCADES, default="make-a-video", help="whose design goes on from the keyframes of base")

@@ -1296,7 +1296,7 @@ def test_networks_between_pixels_train_and_load(which, tmp_path, monkeypatch, ca
         assert "--distill is for" in complaint(train.main, again)
     elif which == "high":
         seen, loss = [], superres.distillation_loss
-        monkeypatch.setattr(superres, "distillation_loss", lambda *a, batch, **k: seen.append(batch["walk"]) or loss(*a, batch=batch, **k))
+        monkeypatch.setattr(superres, "distillation_loss", lambda *a: seen.append(a[3]["walk"]) or loss(*a))
         train.main(again)
         assert len(seen) == 2 and all(walk.tolist() == superres.teacher_walks(stage, 2, 1).repeat(2, 1).tolist() for walk in seen)
         student = str(tmp_path / f"weights/{name}.pt")
@@ -2089,11 +2089,12 @@ def compare(args):
     """Both cascades on the same held-out prompts, each video by the reader's own command, one after the other."""
     factors = factors_of(["held-out"], range(5), args.prompts)
     evaluations = {"vae": 0, "interpolate": interpolate.STEPS * len(interpolate.windows(76, 10))}
-    evaluations |= {(name := superres.name_of(which)): superres.fitted(stage, base.read_pt(WEIGHTS / f"{name}.pt")).steps for which, stage in train.PIXELS.items()}
     rows = {}
     for cascade, skip in READ_EVERY.items():
         stages = sample.CASCADES[cascade]
-        weights = [base.read_pt(WEIGHTS / f"{name}.pt") for name in dict.fromkeys(["base", *(own for _, _, own, _ in stages)])]
+        weights = {name: base.read_pt(WEIGHTS / f"{name}.pt") for name in dict.fromkeys(["base", *(own for _, _, own, _ in stages)])}
+        evaluations |= {name: superres.fitted(stage, weights[name]).steps for which, stage in train.PIXELS.items() for name in [superres.name_of(which)]
+                        if name in weights}
         begun, ended, flicker, independent, seconds, memory = [], [], [], [], [], []
         for i, f in enumerate(train.tqdm(factors, desc=cascade)):
             with tempfile.TemporaryDirectory() as folder:
@@ -2120,8 +2121,8 @@ def compare(args):
         both = [fidelity(torch.stack(videos), factors) for videos in (begun, ended)]
         rows[cascade] = {
             "": cascade,
-            "parameters": f"{sum(t.numel() for w in weights for t in w['model'].values()) / 1e6:.1f} M",
-            "minutes of its last two trainings": f"{sum(w['made_by'].get('minutes', 0) + w['made_by'].get('init_minutes', 0) for w in weights):.0f}",
+            "parameters": f"{sum(t.numel() for w in weights.values() for t in w['model'].values()) / 1e6:.1f} M",
+            "minutes of its last two trainings": f"{sum(w['made_by'].get('minutes', 0) + w['made_by'].get('init_minutes', 0) for w in weights.values()):.0f}",
             "denoising steps, guided ones twice": str(2 * STEPS + sum(evaluations[own] for _, _, own, _ in stages)),
             "seconds per video": f"{np.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})",
             "peak memory": f"{max(memory):.1f} GiB"}

@@ -710,15 +710,15 @@ def prepare_pixels(args, which: str) -> Stage:
         config = replace(config, context_dim=tokens.shape[-1])
     if doubles:
         facts["blank"] = args.blank
-    model, loss_of = UNet(config), partial(superres.loss, diffusion=diffusion, stage=stage)
+    model, loss_of = UNet(config), lambda model, batch: superres.loss(model, diffusion, batch, stage)
     if args.distill:
         teacher, _, weights = superres.load(which, args.init, args.device)
-        stage = replace(stage, steps=args.distill[1])
-        taught = weights["made_by"].get("distill", args.distill[::-1])[1]
-        if taught != args.distill[0]:
+        taught = superres.fitted(stage, weights).steps
+        if "distill" in weights["made_by"] and taught != args.distill[0]:
             raise UserError(f"{args.init} was distilled to {taught} step{'s' * (taught > 1)}, and cannot teach what {args.distill[0]} do")
-        loss_of = partial(superres.distillation_loss, teacher=teacher, diffusion=diffusion, stage=stage)
         walks, facts["distill"] = superres.teacher_walks(stage, *args.distill), args.distill        # (steps, K + 1)
+        stage = replace(stage, steps=args.distill[1])  # to preview
+        loss_of = lambda model, batch: superres.distillation_loss(model, teacher, diffusion, batch, stage)
 
     def batch_of(step, samples):
         rngs = [sample_rng(args.seed, step, i) for i in samples]
@@ -734,7 +734,9 @@ def prepare_pixels(args, which: str) -> Stage:
                  "fps": data["fps"][picks].float(), "noise": noise, "captions": [data["captions"][i] for i in picks]}
         if args.distill:
             batch["walk"] = walks[[int(rng.integers(len(walks))) for rng in rngs]]  # (N, K + 1)
-        batch["t"] = batch["walk"][:, 0] if args.distill else shifted_timesteps(rngs, stage.shift)
+            batch["t"] = batch["walk"][:, 0]
+        else:
+            batch["t"] = shifted_timesteps(rngs, stage.shift)
         if config.pooled:
             batch["context"], batch["captions"] = spoken(rngs, tokens[rows[picks]], null, batch["captions"])
         return batch
@@ -747,7 +749,7 @@ def prepare_pixels(args, which: str) -> Stage:
         plain = vae.to_uint8(superres.enlarge(vae.to_float(small[:, :, :3]), stage.scale, torch.zeros(len(small))))
         return vae.contact_sheet(torch.stack([v[:, moment] for v in (plain, ours, truth)]), columns=8)
 
-    return Stage(model, batch_of, lambda model, batch: loss_of(model, batch=batch), preview, diffusion_config(diffusion), facts)
+    return Stage(model, batch_of, loss_of, preview, diffusion_config(diffusion), facts)
 
 
 PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image, "prior": prepare_prior, "base": prepare_base,
