@@ -17,6 +17,7 @@ Shapes: (B, T, C, H, W) is a video, (B*T, C, H, W) are its frames, (B, L, D) is 
 import argparse
 import ctypes
 import hashlib
+import io
 import json
 import math
 import os
@@ -741,12 +742,17 @@ def check_folder(folder):
         raise UserError(f"cannot write into {folder}: permission denied")
 
 
-def write_pt(path, content: dict):
+def write_pt(path, content: dict, deflate: bool = False):
     """torch.save of plain tensors and values. Through an open handle, since torch.save(path) stores the file's own name
-    inside: this way equal content gives equal bytes."""
+    inside: this way equal content gives equal bytes. `deflate` packs it, as any zip can be: fp16 weights by a twelfth."""
     try:
         with atomic(path) as temporary, open(temporary, "wb") as handle:
-            torch.save(content, handle)
+            stored = io.BytesIO() if deflate else handle
+            torch.save(content, stored)
+            if deflate:
+                with zipfile.ZipFile(stored) as whole, zipfile.ZipFile(handle, "w") as packed:
+                    for name in whole.namelist():
+                        packed.writestr(zipfile.ZipInfo(name), whole.read(name), zipfile.ZIP_DEFLATED)
     except RuntimeError as error:  # torch's own word, when the disk is full
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
@@ -816,7 +822,7 @@ def load_stage(path, kind: str) -> dict:
 def save_weights(path, stage: str, config: dict, model: nn.Module, **made_by):
     """Weights of one model: its config, its tensors in fp16, and how they came to be."""
     tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_pt(path, {"format": 1, "config": config, "model": tensors, "made_by": {"stage": stage, **made_by}})
+    write_pt(path, {"format": 1, "config": config, "model": tensors, "made_by": {"stage": stage, **made_by}}, deflate=True)
 
 
 def load_weights(path, *stages: str) -> dict:

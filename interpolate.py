@@ -172,9 +172,9 @@ def timeline(latents, skip: int = 1, before: int = 0, after: int = 0):
 # ------------------------------------------------------------------------------------------------
 # Imagen Video's way: TSR. Loss and sampling are those of superres.py.
 
-DOUBLE = replace(superres.SSR, in_channels=3 + 6)
-TSR = {"tsr-32": superres.Stage(1, replace(DOUBLE, patch_size=1), level=0., pixels=32 * 64 ** 2),
-       "tsr-128": superres.Stage(1, DOUBLE, level=0., pixels=128 * 256 ** 2, steps=2)}
+DOUBLE = replace(superres.SSR, in_channels=3 + 6, channels=(16, 32, 48))
+TSR = {"tsr-32": superres.Stage(1, replace(DOUBLE, patch_size=1), level=0., pixels=32 * 64 ** 2, steps=1),
+       "tsr-128": superres.Stage(1, DOUBLE, level=0., pixels=128 * 256 ** 2, steps=1)}
 
 
 def double(video):
@@ -218,7 +218,7 @@ def main(argv=None):
     parser.add_argument("--fps", type=positive(float), help="--animate: frame rate; 4 to 30 were trained")
     parser.add_argument("--parallel", action="store_true", help="all windows at once, sharing keyframes alone")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, as written by train.py")
-    parser.add_argument("--steps", type=positive(int), help=f"sampling steps per window, 1000 at most; {STEPS}; for --double 4, or 2 for large pixels")
+    parser.add_argument("--steps", type=positive(int), help=f"sampling steps per window, 1000 at most; {STEPS}, or 1 for --double")
     parser.add_argument("--guidance", type=finite, help=f"classifier-free guidance scale; 1, which is none, or {base.GUIDANCE:g} for --animate")
     parser.add_argument("--oscillate", type=finite, metavar="LOW", help="tsr-32: in the second half, guide every other step by this scale")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim"), help="DPM-Solver++(2M) or DDIM; dpmpp, or ddim for --double")

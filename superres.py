@@ -93,7 +93,7 @@ class Stage:
 # Small patches and narrow levels: behind patches of 8 x 8, a network twice as wide could not place an edge.
 PIXELS = UNetConfig(in_channels=6, out_channels=3, channels=(24, 48, 64), attention=(False, False, False), context_dim=None,
                     temporal="conv", patch_size=4, level=True)
-SSR = replace(PIXELS, channels=(16, 32, 48), context_dim=128, pooled=True)
+SSR = replace(PIXELS, context_dim=128, pooled=True)
 STAGES = {"low": Stage(4, replace(PIXELS, patch_size=2), level=.3, pixels=76 * 256 ** 2),
           "high": Stage(3, replace(PIXELS, temporal="none", gates=False), level=.3, pixels=4 * 768 ** 2),
           "ssr-128": Stage(2, replace(SSR, attention=(False, False, True), patch_size=2), level=.2, pixels=32 * 128 ** 2),
@@ -119,7 +119,7 @@ def predict_with(unet: UNet, stage: Stage, large, level, fps=None, context=None,
         shown[:, 1::2] = 0
     said = base.guided(unet, context, null_context, fps, guidance_scale, shown, level)
     if large.shape[2] == 3:
-        return lambda z, t: large + said(z, t)
+        return lambda z, t: said(z, t).float().add_(large)  # in place: of a long clip, each of these fills memory
     before, after = large.chunk(2, dim=2)                                           # (B, T, 3, H, W)
     def between(z, t):
         share = .5 + said(z, t)
@@ -172,8 +172,7 @@ def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: di
 
 
 # ------------------------------------------------------------------------------------------------
-# Sampling: the network sees chunks of frames. Frame by frame, memory does not grow with the length of the clip; over space and
-# time, the noisy clip itself is held whole.
+# Sampling: the network sees chunks of frames, so that memory does not grow with the length of the clip.
 
 def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, steps: int | None = None, sampler: str = "ddim",
             seed: int = 0, independent: bool = False, level: float | None = None, label: str = "",
@@ -181,51 +180,32 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
     """A clip uint8 (T, C, h, w) at `stage.scale` times the size, uint8 (T, 3, H, W); C is 3, and 6 for TSR, which is given two. SSR
     and TSR also want the tokens of the prompt, and of the null prompt, both (1, L, D).
 
-    Frame by frame (no halo): chunks of frames, each a batch of pictures, denoised from start to end before the next. Over space
-    and time: every denoising step goes through the clip in chunks, with `halo` frames on either side, as many as the temporal
-    convolutions reach, so that the chunks of a step say what one call on the whole clip would."""
+    Chunk by chunk, each denoised from start to end before the next. Over space and time a chunk has on either side the frames that
+    reach into it, `halo` for each step, so that chunks say what one call on the whole clip would; guided, the clip is one chunk, as
+    dynamic thresholding wants it. Frame by frame nothing reaches in, and the chunk is a batch of pictures."""
     device, (T, _, h, w), steps = next(unet.parameters()).device, small.shape, steps or stage.steps
-    shape = (3, stage.scale * h, stage.scale * w)
-    chunk = max(1, stage.halo, stage.pixels // (shape[1] * shape[2]))               # with less than a halo, most would be seen thrice
+    shape, reach = (3, stage.scale * h, stage.scale * w), stage.halo * steps
+    chunk = T if guidance_scale != 1 else max(1, reach, stage.pixels // (shape[1] * shape[2]))      # shorter than reach, most would be seen thrice
     chunk += stage.blank and chunk % 2  # every other frame is blank, counted from where a chunk begins
     level = torch.tensor([stage.level if level is None else level], device=device)
     context, null_context = (None if tokens is None else tokens.to(device).float() for tokens in (context, null_context))
+    shared, one = stage.shared_noise and not independent, base.initial_noise((1, *shape), seed)[0]    # (3, H, W)
 
-    def condition(first: int, last: int, batch: int):
-        """The enlarged frames from first to last, as `batch` videos."""
-        piece = vae.to_float(small[first:last]).unflatten(0, (batch, -1)).to(device)               # (B, T', C, h, w)
-        return enlarge(piece, stage.scale, level.expand(batch))                     # (B, T', C, H, W)
+    def denoised(first: int, last: int):
+        """Frames first to last - 1, from noise to data at once, (T', 3, H, W). Their condition and noise, which fill memory, are fp16."""
+        large, z = (torch.empty(last - first, channels, *shape[1:], dtype=torch.half, device=device) for channels in (small.shape[1], 3))
+        for i in range(first, last):
+            large[i - first] = enlarge(vae.to_float(small[None, None, i]).to(device), stage.scale, level)[0, 0]
+            z[i - first] = one if shared else base.initial_noise((1, *shape), 1000003 * (seed + 1) + i)[0]
+        large, z = (frames.unflatten(0, (1, -1) if stage.halo else (-1, 1)) for frames in (large, z))   # (B, T', C, H, W)
+        rates = torch.full((len(z),), float(fps), device=device)
+        predict = predict_with(unet, stage, large, level.expand(len(z)), rates, context, null_context, guidance_scale)
+        return diffusion.sample(predict, z, steps, sampler, threshold=guidance_scale != 1, shift=stage.shift).flatten(0, 1)
 
-    def denoiser(large):
-        """A predict(z, t) of clips whose enlarged frames are `large` (B, T', C, H, W)."""
-        rates = torch.full((len(large),), float(fps), device=device)
-        return predict_with(unet, stage, large, level.expand(len(large)), rates, context, null_context, guidance_scale)
-
-    shared = stage.shared_noise and not independent
-    if stage.halo:
-        # A long clip at 768 x 768 fills memory: what is held whole is held in fp16.
-        large = torch.cat([condition(i, i + 8, 1).half() for i in range(0, T, 8)], dim=1)
-
-        def over_time(z, t):
-            x = torch.empty_like(z)                                                 # (1, T, 3, H, W)
-            for start in range(0, T, chunk):
-                here = slice(max(0, start - stage.halo), start + chunk + stage.halo)
-                x[:, start:start + chunk] = denoiser(large[:, here])(z[:, here], t)[:, start - here.start:][:, :chunk]
-            return x
-
-        # The noise has no name here, which would keep it until the end.
-        x = diffusion.sample(over_time, base.initial_noise((1, 1 if shared else T, *shape), seed).to(device).half().expand(1, T, -1, -1, -1),
-                             steps, sampler, label=label, threshold=guidance_scale != 1, shift=stage.shift)
-        return torch.stack([vae.to_uint8(frame).cpu() for frame in x[0]])           # (T, 3, H, W)
     out = torch.empty(T, *shape, dtype=torch.uint8)
-    one = base.initial_noise((1, 1, *shape), seed)                                  # (1, 1, 3, H, W)
     for start in tqdm(range(0, T, chunk), desc=label, disable=not label, leave=False):
-        end = min(T, start + chunk)
-        noise = one.expand(end - start, -1, -1, -1, -1)                             # (T', 1, 3, H, W)
-        if not shared:
-            noise = base.initial_noise(noise.shape, 1000003 * (seed + 1) + start)
-        x = diffusion.sample(denoiser(condition(start, end, end - start)), noise.to(device), steps, sampler, shift=stage.shift)
-        out[start:end] = vae.to_uint8(x.flatten(0, 1)).cpu()
+        first, last = max(0, start - reach), min(T, start + chunk + reach)
+        out[start:start + chunk] = vae.to_uint8(denoised(first, last)[start - first:][:chunk]).cpu()   # (T', 3, H, W)
     return out
 
 

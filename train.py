@@ -23,7 +23,9 @@ import os
 import re
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -365,8 +367,8 @@ class Pairs:
 
 PIXELS = superres.STAGES | interpolate.TSR
 PAIRS = {"low": Pairs(8, 64, 32, 1200), "high": Pairs(1, 256, 64, 4800),
-         "tsr-32": Pairs(16, 64, 48, 800, (8.,)), "ssr-128": Pairs(8, 64, 48, 800, (8.,)), "ssr-256": Pairs(8, 128, 48, 800, (8.,)),
-         "tsr-128": Pairs(16, 256, 64, 800, (16., 32.)), "ssr-768": Pairs(8, 256, 32, 1000, (32.,))}  # tsr-128 serves twice
+         "tsr-32": Pairs(16, 64, 48, 3200, (8.,)), "ssr-128": Pairs(8, 64, 48, 1600, (8.,)), "ssr-256": Pairs(8, 128, 48, 1600, (8.,)),
+         "tsr-128": Pairs(16, 256, 64, 1600, (16., 32.)), "ssr-768": Pairs(8, 256, 32, 1000, (32.,))}  # tsr-128 serves twice
 
 
 def pairs(args, which: str) -> dict:
@@ -448,7 +450,7 @@ class Recipe:
 
 
 RECIPES = {  # about as many steps in one run as the weights in weights/ had in several; the README has the commands
-    "vae": Recipe(steps=14500, batch=32, lr=1.5e-3),
+    "vae": Recipe(steps=32000, batch=32, lr=1.5e-3),
     "clip": Recipe(steps=700, batch=128, lr=1e-3),
     "image": Recipe(steps=4500, batch=128, lr=1e-3),
     "prior": Recipe(steps=2000, batch=64, lr=5e-3, warmup=50),
@@ -456,11 +458,11 @@ RECIPES = {  # about as many steps in one run as the weights in weights/ had in 
     "interpolate": Recipe(steps=10700, batch=16, lr=8e-4),
     "superres-low": Recipe(steps=4900, batch=4, lr=2e-3),
     "superres-high": Recipe(steps=4900, batch=8, lr=2e-3),
-    "tsr-32": Recipe(steps=700, batch=4, lr=2e-3),
-    "ssr-128": Recipe(steps=1700, batch=4, lr=2e-3),
-    "ssr-256": Recipe(steps=2000, batch=4, lr=2e-3),
-    "tsr-128": Recipe(steps=1500, batch=8, lr=2e-3),
-    "ssr-768": Recipe(steps=3600, batch=8, lr=2e-3),
+    "tsr-32": Recipe(steps=3200, batch=16, lr=2e-3),
+    "ssr-128": Recipe(steps=1750, batch=32, lr=2e-3),
+    "ssr-256": Recipe(steps=1750, batch=32, lr=2e-3),
+    "tsr-128": Recipe(steps=2600, batch=16, lr=2e-3),
+    "ssr-768": Recipe(steps=3300, batch=32, lr=2e-3),
 }
 
 
@@ -777,6 +779,18 @@ class Loss(torch.nn.Module):
         return self.loss_of(self.model, batch)                                      # (N,)
 
 
+def ahead(make: Callable, of, threads: int = 4):
+    """make(*each) for each of `of`, in order, made by threads before it is asked for, so that a GPU need not wait."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for each in of:
+            waiting.append(pool.submit(make, *each))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def gathered(values: torch.Tensor) -> torch.Tensor:
     """The values (N,) of every process, one after the other. (RANKS * N,)"""
     if RANKS == 1:
@@ -872,14 +886,16 @@ def train(stage: str, args):
         dump_first_batch(folder, setup.batch_of(0, range(min(8, recipe.batch))), args)
     stop = []  # Ctrl-C lets the step end, and saves; a second one does not wait
     before = signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    mine = list(range(RANK, recipe.batch, RANKS))
+    parts = batches(mine, len(mine) // args.accumulate)
+    ready = ahead(setup.batch_of, ((step, part) for step in range(start, recipe.steps) for part in parts))
     bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=stage, unit="step", disable=RANK > 0)
     window, running, step, last_save, last_step = [], math.nan, start, time.time(), time.time()
     try:
         for step in bar:
             losses, levels = [], []
-            mine = list(range(RANK, recipe.batch, RANKS))
-            for part in batches(mine, len(mine) // args.accumulate):
-                batch = {key: value.to(args.device) for key, value in setup.batch_of(step, part).items() if key != "captions"}
+            for _ in parts:
+                batch = {key: value.to(args.device) for key, value in next(ready).items() if key != "captions"}
                 with fast_autocast(args.device):
                     each = loss_of(batch)                                           # (N,)
                 (each.mean() / args.accumulate).backward()
