@@ -185,7 +185,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
     dynamic thresholding wants it. Frame by frame nothing reaches in, and the chunk is a batch of pictures."""
     device, (T, _, h, w), steps = next(unet.parameters()).device, small.shape, steps or stage.steps
     shape, reach = (3, stage.scale * h, stage.scale * w), stage.halo * steps
-    chunk = T if guidance_scale != 1 else max(1, reach, stage.pixels // (shape[1] * shape[2]))      # shorter than reach, most would be seen thrice
+    chunk = T if guidance_scale != 1 else max(1, reach, stage.pixels // (shape[1] * shape[2]))      # shorter, most would be seen thrice
     chunk += stage.blank and chunk % 2  # every other frame is blank, counted from where a chunk begins
     level = torch.tensor([stage.level if level is None else level], device=device)
     context, null_context = (None if tokens is None else tokens.to(device).float() for tokens in (context, null_context))
