@@ -623,11 +623,18 @@ class UserError(Exception):
     """Something only the user can mend; `run` prints it as one line on stderr and exits with code 2."""
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default not in (None, False, "") else action.help
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse that shows every default, knows the flags that stages share, and errs in one line."""
+    """argparse that shows defaults, knows the flags that stages share, and errs in one line."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, formatter_class=Defaults)
 
     def add_device(self):
         self.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
@@ -742,17 +749,22 @@ def check_folder(folder):
         raise UserError(f"cannot write into {folder}: permission denied")
 
 
-def write_pt(path, content: dict, deflate: bool = False):
+def deflate(stored, handle):
+    """Copy a .pt, which is a zip of plain bytes, into a packed one, which torch reads as well. fp16 weights shrink by a twelfth."""
+    with zipfile.ZipFile(stored) as plain, zipfile.ZipFile(handle, "w") as packed:
+        for name in plain.namelist():
+            packed.writestr(zipfile.ZipInfo(name), plain.read(name), zipfile.ZIP_DEFLATED)
+
+
+def write_pt(path, content: dict, packed: bool = False):
     """torch.save of plain tensors and values. Through an open handle, since torch.save(path) stores the file's own name
-    inside: this way equal content gives equal bytes. `deflate` packs it, as any zip can be: fp16 weights by a twelfth."""
+    inside: this way equal content gives equal bytes."""
     try:
         with atomic(path) as temporary, open(temporary, "wb") as handle:
-            stored = io.BytesIO() if deflate else handle
+            stored = io.BytesIO() if packed else handle
             torch.save(content, stored)
-            if deflate:
-                with zipfile.ZipFile(stored) as whole, zipfile.ZipFile(handle, "w") as packed:
-                    for name in whole.namelist():
-                        packed.writestr(zipfile.ZipInfo(name), whole.read(name), zipfile.ZIP_DEFLATED)
+            if packed:
+                deflate(stored, handle)
     except RuntimeError as error:  # torch's own word, when the disk is full
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
@@ -822,7 +834,7 @@ def load_stage(path, kind: str) -> dict:
 def save_weights(path, stage: str, config: dict, model: nn.Module, **made_by):
     """Weights of one model: its config, its tensors in fp16, and how they came to be."""
     tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_pt(path, {"format": 1, "config": config, "model": tensors, "made_by": {"stage": stage, **made_by}}, deflate=True)
+    write_pt(path, {"format": 1, "config": config, "model": tensors, "made_by": {"stage": stage, **made_by}}, packed=True)
 
 
 def load_weights(path, *stages: str) -> dict:

@@ -104,19 +104,19 @@ def forget_peak():
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    for card in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(card)
 
 
 def peak_memory() -> str:
-    """Most memory held since `forget_peak`: of this process, and of the GPU where there is one."""
+    """Most memory held since `forget_peak`: of this process, and of the GPU if one was used."""
     try:
         kilobytes = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     except (OSError, TypeError):
         import resource  # which Windows has not
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    gpu = f", GPU {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB" if torch.cuda.is_available() else ""
-    return f"{kilobytes / 2 ** 20:.2f} GiB{gpu}"
+    held = sum(torch.cuda.max_memory_allocated(card) for card in range(torch.cuda.device_count()))
+    return f"{kilobytes / 2 ** 20:.2f} GiB" + f", GPU {held / 2 ** 30:.2f} GiB" * (held > 0)
 
 
 def file_names(prompts: list, suffix: str) -> list:
@@ -129,8 +129,8 @@ def main(argv=None):
     parser = Parser("Turn prompts into videos.")
     parser.add_argument("prompts", nargs="+", help="what to show, such as 'a red star moving left'")
     parser.add_argument("--samples", type=positive(int), default=1, help="videos per prompt")
-    parser.add_argument("--frames", type=positive(int), default=16, help="frames per video; 1 gives a picture")
-    parser.add_argument("--fps", type=positive(float), default=4., help="frame rate, of the motion and of the file alike")
+    parser.add_argument("--frames", type=positive(int), default=16, help="keyframes per video; 1 gives a picture")
+    parser.add_argument("--fps", type=positive(float), default=4., help="frame rate of the keyframes")
     parser.add_argument("--steps", type=positive(int), help="sampling steps of the first stage; 48 if not given, or 16 for a picture and with "
                         f"--shared-noise, {interpolate.STEPS} with --animate")
     parser.add_argument("--guidance", type=base.finite, default=base.GUIDANCE, help="classifier-free guidance scale; 1 is none")

@@ -150,9 +150,9 @@ def teacher_walks(stage: Stage, teacher: int, student: int) -> torch.Tensor:
 
 
 def fitted(stage: Stage, weights: dict) -> Stage:
-    """The stage as these weights want it: a student's in the steps that it was taught, and for TSR blank or not."""
-    made_by = weights["made_by"]
-    return replace(stage, steps=made_by.get("distill", [stage.steps])[-1], blank=made_by.get("blank", False))
+    """The stage as these weights want it: with their own network, a student's in the steps that it was taught, TSR blank or not."""
+    (config, _), made_by = base.read_config(weights, "its weights"), weights["made_by"]
+    return replace(stage, config=config, steps=made_by.get("distill", [stage.steps])[-1], blank=made_by.get("blank", False))
 
 
 def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.Tensor:
@@ -182,7 +182,8 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
 
     Chunk by chunk, each denoised from start to end before the next. Over space and time a chunk has on either side the frames that
     reach into it, `halo` for each step, so that chunks say what one call on the whole clip would; guided, the clip is one chunk, as
-    dynamic thresholding wants it. Frame by frame nothing reaches in, and the chunk is a batch of pictures."""
+    dynamic thresholding wants it. Frame by frame nothing reaches in, and the chunk is a batch of pictures. So memory grows with the
+    size of a frame, not with their number: over space and time some 66 are held at once, at 300 bytes a pixel."""
     device, (T, _, h, w), steps = next(unet.parameters()).device, small.shape, steps or stage.steps
     shape, reach = (3, stage.scale * h, stage.scale * w), stage.halo * steps
     chunk = T if guidance_scale != 1 else max(1, reach, stage.pixels // (shape[1] * shape[2]))      # shorter, most would be seen thrice
@@ -269,7 +270,7 @@ def main(argv=None):
     parser.add_argument("--oscillate", type=base.finite, metavar="LOW", help="ssr-128: in the second half, guide every other step by this "
                         "scale; on larger pictures Imagen Video saw artifacts")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim"), default="ddim", help="DPM-Solver++(2M) or DDIM")
-    parser.add_argument("--level", type=base.finite, help="how much to mistrust the input's detail, 0 to 1")
+    parser.add_argument("--level", type=base.finite, help="how much to mistrust the input's detail, 0 to 1; .3 if not given, for ssr .2")
     parser.add_argument("--independent-noise", action="store_true", help="low, high: a noise of its own for every frame; watch it flicker")
     parser.add_seed()
     parser.add_device()

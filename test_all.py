@@ -10,6 +10,7 @@
 
 Prompt fidelity is read from pixels by `describe`, which has no learned part, so that nothing marks its own homework.
 """
+import argparse
 import contextlib
 import copy
 import importlib.util
@@ -682,7 +683,7 @@ def test_a_fresh_interpolator_says_the_blend(how):
 
 
 def small_upscaler(which: str, context_dim: int = 8):
-    stage = train.PIXELS[which]
+    stage = train.NETWORKS[which]
     small = replace(stage.config, channels=(8, 8, 8), groups=4, context_dim=stage.config.context_dim and context_dim)
     return shaken(UNet(small), scale=.1), superres.diffusion_of(), replace(stage, config=small)
 
@@ -708,7 +709,7 @@ def test_which_model_of_which_cascade_has_which_layers():
     with torch.device("meta"):
         assert layers(base.TINY) == (True, True, True, True)
         for which in ("low", "high", "tsr-32", "ssr-128", "ssr-256", "tsr-128", "ssr-768"):
-            assert layers(train.PIXELS[which].config) == (
+            assert layers(train.NETWORKS[which].config) == (
                 False, which != "high", which in ("ssr-128", "ssr-256"), which not in ("low", "high")), which
     shapes = [(16, 64)]
     for name, *_ in sample.CASCADES["imagen-video"][1:]:
@@ -1205,6 +1206,23 @@ def test_ctrl_c_saves_the_step_it_fell_in(tmp_path, monkeypatch):
     assert all(equal(whole[key], resumed[key]) for key in ("model", "ema", "optimizer", "step"))
 
 
+def test_a_run_is_not_done_before_its_weights_are_written(tmp_path, monkeypatch):
+    def fail(*a, **k):
+        raise UserError("the disk is full")
+    whole = tiny_run(tmp_path / "whole", monkeypatch)["ema"]
+    (tmp_path / "parts/weights").mkdir(parents=True)
+    shutil.copy(WEIGHTS / "vae.pt", tmp_path / "parts/weights")  # those of another run are no proof of this one's end
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="the disk is full"):
+        patch.setattr(train, "save_weights", fail)
+        tiny_run(tmp_path / "parts", patch, "--save-minutes", "1e-9")
+    with monkeypatch.context() as patch:
+        learning_rate = train.learning_rate
+        patch.setattr(train, "learning_rate", lambda step, recipe: step < 5 or os.kill(os.getpid(), signal.SIGINT) or learning_rate(step, recipe))
+        tiny_run(tmp_path / "parts", patch)                                         # Ctrl-C in the last step comes too late
+    written = base.read_pt(tmp_path / "parts/weights/vae.pt")["model"]
+    assert all(torch.equal(tensor, whole[name].half()) for name, tensor in written.items())
+
+
 def script_of(folder, *flags) -> list:
     """The command line of tiny_run as a process of its own, in `folder`."""
     argv = ["vae", "--stills", "24", "--steps", "6", "--batch", "4", "--weights", "weights", "--device", "cpu", *flags]
@@ -1298,16 +1316,17 @@ def test_two_processes_wait_for_the_data_that_one_makes(tmp_path):
     assert done.returncode == 0 and done.stdout.count("wrote weights/image.pt") == 1, done.stderr
 
 
-@pytest.mark.parametrize("which", train.PIXELS)
+@pytest.mark.parametrize("which", train.NETWORKS)
 def test_networks_between_pixels_train_and_load(which, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(train, "PAIRS", {key: replace(pair, count=8, inner=min(pair.inner, 32)) for key, pair in train.PAIRS.items()})
-    stage = train.PIXELS[which]
+    stage = train.NETWORKS[which]
     stage = replace(stage, config=replace(stage.config, channels=(8, 8, 8), groups=4))
-    monkeypatch.setattr(train, "PIXELS", train.PIXELS | {which: stage})
+    monkeypatch.setattr(train, "NETWORKS", train.NETWORKS | {which: stage})
     (tmp_path / "weights").mkdir()
-    for name in ("vae", "text"):
-        (tmp_path / f"weights/{name}.pt").symlink_to(WEIGHTS / f"{name}.pt")
+    for name in ("vae", "text", "ssr-128"):
+        if name != which:
+            (tmp_path / f"weights/{name}.pt").symlink_to(WEIGHTS / f"{name}.pt")
     name = superres.name_of(which)
     train.main([name, "--steps", "4", "--batch", "2", "--weights", str(tmp_path / "weights"), "--device", "cpu"])
     unet, _, weights = superres.load(which, tmp_path / f"weights/{name}.pt")
@@ -1330,6 +1349,21 @@ def test_networks_between_pixels_train_and_load(which, tmp_path, monkeypatch, ca
         assert "cannot teach" in complaint(train.main, [*again, "--fresh"])
         train.main([name, *again[1:3], *again[6:], "--fresh"])                      # a student goes to school again
         assert "has to learn anew" in capsys.readouterr().err and superres.fitted(stage, superres.load(which, student)[2]).steps == 4
+
+
+def test_a_network_behind_another_learns_from_what_that_makes(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "RUNS", tmp_path)
+    args = argparse.Namespace(weights=WEIGHTS, device="cpu", data="world", seed=0, side=64)
+    for which, behind in (("ssr-256", True), ("ssr-768", False)):
+        monkeypatch.setattr(train, "PAIRS", train.PAIRS | {which: replace(train.PAIRS[which], count=2, frames=2)})
+        data, makers = train.pairs(args, which)
+        made, small, pixels = (data[key] for key in ("made", "small", "pixels"))
+        assert pixels.shape[-1] == superres.STAGES[which].scale * small.shape[-1] and made.shape == small.shape
+        assert 25 < psnr(made, small) < 45 if behind else torch.equal(made, small)  # nearly what it should be
+        assert makers.get("ssr-128") == (base.load_weights(WEIGHTS / "ssr-128.pt", "ssr-128")["own"] if behind else None)
+    for name in ("vae", "text"):
+        shutil.copy(WEIGHTS / f"{name}.pt", tmp_path)
+    assert "ssr-128.pt" in complaint(train.main, ["ssr-256", "--weights", str(tmp_path), "--device", "cpu"])
 
 
 def test_a_decoder_trained_further_reads_the_same_latents(tmp_path, monkeypatch):
@@ -1582,7 +1616,7 @@ def all_weights(tmp_path):
     model = shaken(UNet(replace(base.TINY, **interpolate.CHANGES, channels=(16, 32), groups=4)), scale=.05)
     config = lambda model, diffusion: {"unet": asdict(model.config), "diffusion": diffusion.config}
     base.save_weights(folder / "interpolate.pt", "interpolate", config(model, Diffusion()), model, **made_by)
-    for which in train.PIXELS:
+    for which in train.NETWORKS:
         (model, diffusion, _), name = small_upscaler(which, context_dim=128), superres.name_of(which)
         base.save_weights(folder / f"{name}.pt", name, config(model, diffusion), model, **made_by, **{"blank": False} if "tsr" in which else {})
     return folder
@@ -1893,7 +1927,7 @@ def moving(truth: torch.Tensor) -> torch.Tensor:
 
 def spoken_to(which: str, factors: list) -> list:
     """What superres.upscale wants to know of each prompt, for the stages that hear one."""
-    if not train.PIXELS[which].config.pooled:
+    if not train.NETWORKS[which].config.pooled:
         return [{}] * len(factors)
     clip, tokenizer, _ = text.load()
     said = text.encode(clip, tokenizer, [in_words(f) for f in factors])
@@ -1903,7 +1937,7 @@ def spoken_to(which: str, factors: list) -> list:
 def upscaler(which: str):
     """A network between pixels, its Diffusion, and its stage as the weights want it."""
     unet, diffusion, weights = superres.load(which, device=DEVICE)
-    return unet, diffusion, superres.fitted(train.PIXELS[which], weights)
+    return unet, diffusion, superres.fitted(train.NETWORKS[which], weights)
 
 
 def enlarged(which: str, clips: torch.Tensor, factors: list, fps: float) -> torch.Tensor:
@@ -2117,7 +2151,7 @@ def compare(args):
     for cascade, skip in READ_EVERY.items():
         stages = sample.CASCADES[cascade]
         weights = {name: base.read_pt(WEIGHTS / f"{name}.pt") for name in dict.fromkeys(["base", *(own for _, _, own, _ in stages)])}
-        evaluations |= {name: superres.fitted(stage, weights[name]).steps for which, stage in train.PIXELS.items() for name in [superres.name_of(which)]
+        evaluations |= {name: superres.fitted(stage, weights[name]).steps for which, stage in train.NETWORKS.items() for name in [superres.name_of(which)]
                         if name in weights}
         begun, ended, flicker, independent, seconds, memory = [], [], [], [], [], []
         for i, f in enumerate(train.tqdm(factors, desc=cascade)):
@@ -2154,7 +2188,7 @@ def compare(args):
             rows[cascade] |= {f"{what}, after the {part}": f"{100 * share[what]:.0f} %" for what in ("colour", "shape", "motion", "nearest", "ground")}
         rows[cascade] |= {"flicker of still ground": f"{np.mean(flicker):.2f}/255",
                           "and with --independent-noise": f"{np.mean(independent):.2f}/255" if independent else "as it is"}
-    print(f"Both cascades on {args.prompts} prompts of held-out triples, all grounds; seed 0, guidance {GUIDANCE:g}, {here()}")
+    print(f"Both cascades on {args.prompts} prompt{'s' * (args.prompts > 1)} of held-out triples, all grounds; seed 0, guidance {GUIDANCE:g}, {here()}")
     for name in rows["make-a-video"]:
         print(f"  {name:36s} {rows['make-a-video'][name]:>20s} {rows['imagen-video'][name]:>20s}")
 

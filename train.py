@@ -363,21 +363,41 @@ class Pairs:
     inner: int           # and of the window that is cut from it
     count: int
     rates: tuple = ()    # frames per second; none: any from 4 to 30
+    before: tuple | None = None  # what half of what is given went through, behind the autoencoder, at 64 pixels; None: it is clean
 
 
-PIXELS = superres.STAGES | interpolate.TSR
-PAIRS = {"low": Pairs(8, 64, 32, 1200), "high": Pairs(1, 256, 64, 4800),
-         "tsr-32": Pairs(16, 64, 48, 3200, (8.,)), "ssr-128": Pairs(8, 64, 48, 1600, (8.,)), "ssr-256": Pairs(8, 128, 48, 1600, (8.,)),
-         "tsr-128": Pairs(16, 256, 64, 1600, (16., 32.)), "ssr-768": Pairs(8, 256, 32, 1000, (32.,))}  # tsr-128 serves twice
+NETWORKS = superres.STAGES | interpolate.TSR  # those between pixels
+PAIRS = {"low": Pairs(8, 64, 32, 1200, before=()), "high": Pairs(1, 256, 64, 4800),
+         "tsr-32": Pairs(16, 64, 48, 3200, (8.,), ()), "ssr-128": Pairs(8, 64, 48, 1600, (8.,), ()),
+         "ssr-256": Pairs(8, 128, 48, 1600, (8.,), ("ssr-128",)), "ssr-768": Pairs(8, 256, 32, 1000, (32.,)),
+         "tsr-128": Pairs(16, 256, 64, 1600, (16., 32.))}  # it serves twice
 
 
-def pairs(args, which: str) -> dict:
-    """Windows of clips at two sizes: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (the small ones after a round trip
-    through our autoencoder, at the size at which it makes pictures; else small again), captions, fps.
+def pairs(args, which: str) -> tuple[dict, dict]:
+    """Windows of clips at two sizes: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), made (the small ones as decoded, and enlarged
+    by the networks `before`; or small again), captions, fps. And the hashes of what made them. Raises UserError.
 
     Seven in ten are about the object's place; the rest of a picture is ground."""
-    p, scale = PAIRS[which], PIXELS[which].scale
+    p, scale = PAIRS[which], NETWORKS[which].scale
     autoencoder, weights = vae.load(weights_in(args.weights, "vae"), args.device)
+    makers, enlarge = {"vae": weights["hash"], "decoder": weights["own"]}, []
+    for earlier in p.before or ():
+        path = weights_in(args.weights, superres.name_of(earlier))
+        clip, tokenizer, encoder = text.load(weights_in(args.weights, "text"), args.device)
+        its = parent(path, path.stem, {"vae": weights["hash"], "text": encoder["hash"]})
+        unet, diffusion, _ = superres.load(earlier, path, args.device)
+        enlarge.append(partial(superres.upscale, unet, diffusion, superres.fitted(NETWORKS[earlier], its)))
+        makers[earlier] = its["own"]
+
+    def as_made(small, line, fps, seed):                                            # (T, 3, s, s)
+        if p.before is None:
+            return small
+        first = F.interpolate(small.float(), (64, 64), mode="area").round().byte()[None]           # (1, T, 3, 64, 64)
+        made = vae.decode_video(autoencoder, vae.encode_video(autoencoder, first))[0]
+        for network in enlarge:
+            said = text.encode(clip, tokenizer, [line])
+            made = network(made, fps, seed=seed, context=said["tokens"], null_context=said["null_tokens"])
+        return made                                                                 # (T, 3, s, s)
 
     def world():
         for i in trange(p.count, desc=f"rendering pairs for {which}"):
@@ -398,8 +418,8 @@ def pairs(args, which: str) -> dict:
     def make():
         blocks, captions = [], []
         for i, (small, large, place, line, fps) in enumerate(world() if args.data == "world" else folder()):
-            again = vae.decode_video(autoencoder, vae.encode_video(autoencoder, small[None]))[0] if p.side == 64 else small
-            item = dict(zip(("small", "decoded", "pixels"), crop([small, again, large], p.inner, *place))) | {"fps": torch.tensor(fps)}
+            given = {"small": small, "made": as_made(small, line, fps, i + 1), "pixels": large}
+            item = dict(zip(given, crop(list(given.values()), p.inner, *place))) | {"fps": torch.tensor(fps)}
             if i % 256 == 0:  # small tensors kept one by one between large ones that come and go would fragment all memory
                 blocks.append({key: torch.empty(256, *part.shape, dtype=part.dtype) for key, part in item.items()})
             for key, part in item.items():
@@ -407,7 +427,7 @@ def pairs(args, which: str) -> dict:
             captions.append(line)
         return {key: torch.cat([block[key] for block in blocks])[:len(captions)] for key in blocks[0]} | {"captions": captions}
 
-    return cached(args, f"pairs-{which}", p.count, make, weights["own"])
+    return cached(args, f"windows-{which}", p.count, make, "-".join(list(makers.values())[1:])), makers
 
 
 def batches(items: list, size: int) -> list:
@@ -467,7 +487,7 @@ RECIPES = {  # about as many steps in one run as the weights in weights/ had in 
 
 
 @dataclass
-class Stage:
+class Setup:
     model: torch.nn.Module
     batch_of: Callable       # (step, samples) -> tensors, and "captions" for people to read
     loss_of: Callable        # (model, batch) -> loss of each sample (N,)
@@ -476,7 +496,7 @@ class Stage:
     facts: dict              # hashes of the weights it stands on
 
 
-def prepare_vae(args) -> Stage:
+def prepare_vae(args) -> Setup:
     data, side = pictures(args), args.side
     model, facts = vae.AutoencoderKL(vae.VAEConfig()), {}
     if args.freeze == "encoder":  # latents stay what they are, their scale, and the name by which all other weights know them
@@ -502,7 +522,7 @@ def prepare_vae(args) -> Stage:
             model.config.scaling_factor = (1 / raw.std()).item()
         return asdict(model.config)
 
-    return Stage(model, batch_of, vae.loss, preview, config_of, facts)
+    return Setup(model, batch_of, vae.loss, preview, config_of, facts)
 
 
 def training_captions() -> list:
@@ -511,7 +531,7 @@ def training_captions() -> list:
                    for c, s, m in TRIPLES["train"] for g in range(len(GROUNDS))})
 
 
-def prepare_clip(args) -> Stage:
+def prepare_clip(args) -> Setup:
     data = pictures(args)
     captions = training_captions() if args.data == "world" else sorted(set(data["captions"]))
     vocab, merges = text.learn_tokenizer(captions + data["captions"])
@@ -537,7 +557,7 @@ def prepare_clip(args) -> Stage:
     def config_of(model):
         return {"clip": asdict(model.config), "tokenizer": {"vocab": vocab, "merges": merges}, "words": words}
 
-    return Stage(model, batch_of, text.loss, preview, config_of, {})
+    return Setup(model, batch_of, text.loss, preview, config_of, {})
 
 
 def caption_tokens(args, captions: list):
@@ -596,7 +616,7 @@ def diffusion_config(diffusion: base.Diffusion):
     return lambda model: {"unet": asdict(model.config), "diffusion": diffusion.config}
 
 
-def prepare_image(args) -> Stage:
+def prepare_image(args) -> Setup:
     data, facts = with_tokens(args, "stills")
     width = data["tokens"].shape[-1]
     model, diffusion = UNet(replace(base.TINY, temporal="none", gates=False, context_dim=width)), base.Diffusion()
@@ -604,7 +624,7 @@ def prepare_image(args) -> Stage:
     if args.data == "world":
         factors = zip(list(COLOURS) * 4, SHAPES * 6, GROUNDS * 7)
         prompts = [f"a {colour} {shape} {ground}".strip() for colour, shape, ground in factors]
-    return Stage(model, lambda step, samples: diffusion_batch(args, data, step, samples),
+    return Setup(model, lambda step, samples: diffusion_batch(args, data, step, samples),
                  lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 1, diffusion),
                  diffusion_config(diffusion), facts)
 
@@ -621,7 +641,7 @@ VIDEO_PROMPTS = ["a red star moving left", "a cyan circle bouncing on sand", "a 
                  "a green triangle growing at night", "a pink ring circling", "a blue cross moving up on bricks"]
 
 
-def prepare_prior(args) -> Stage:
+def prepare_prior(args) -> Setup:
     """The mean clip of every prompt and frame rate, which the video model is handed."""
     data, facts = with_tokens(args, "clips")
     model = base.TemporalPrior(data["tokens"].shape[-1], data["latents"].shape[2])
@@ -634,7 +654,7 @@ def prepare_prior(args) -> Stage:
         mean = model(context, torch.full((len(prompts),), 4., device=args.device), *data["latents"][0, :, 0].shape)
         return vae.contact_sheet(vae.decode_video(autoencoder, mean.cpu()), columns=16)
 
-    return Stage(model, lambda step, samples: diffusion_batch(args, data, step, samples), base.prior_loss, preview,
+    return Setup(model, lambda step, samples: diffusion_batch(args, data, step, samples), base.prior_loss, preview,
                  lambda model: {"context_dim": data["tokens"].shape[-1]}, facts)
 
 
@@ -651,7 +671,7 @@ def freeze(model, args):
         parameter.requires_grad_(trained(name))
 
 
-def prepare_base(args) -> Stage:
+def prepare_base(args) -> Setup:
     """Make-A-Video, section 3.4: the image model, inflated, goes on to learn from video.
 
     Every fourth step is of pictures, four for each clip. Differs: Imagen Video packs its pictures into clips."""
@@ -673,11 +693,11 @@ def prepare_base(args) -> Stage:
         return diffusion_batch(args, data, step, samples, shifted_timesteps)
 
     prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
-    return Stage(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 16, diffusion),
+    return Setup(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 16, diffusion),
                  diffusion_config(diffusion), facts | {"image": image["hash"]})
 
 
-def prepare_interpolate(args) -> Stage:
+def prepare_interpolate(args) -> Setup:
     """Make-A-Video, section 3.3: the video model goes on to learn from clips some of whose frames it is shown."""
     data, facts = with_tokens(args, "clips")
     weights = parent(args.weights / "base.pt", "base", facts)
@@ -696,36 +716,39 @@ def prepare_interpolate(args) -> Stage:
         both = torch.stack([x, made], dim=1).flatten(0, 1)                          # (8, T, 4, h, w)
         return vae.contact_sheet(vae.decode_video(vae.load(weights_in(args.weights, "vae"), args.device)[0], both), columns=16)
 
-    return Stage(model, batch_of, lambda model, batch: interpolate.loss(model, diffusion, batch), preview,
+    return Setup(model, batch_of, lambda model, batch: interpolate.loss(model, diffusion, batch), preview,
                  diffusion_config(diffusion), facts | {"base": weights["hash"]})
 
 
-def prepare_pixels(args, which: str) -> Stage:
+def prepare_pixels(args, which: str) -> Setup:
     """A network between pixels, on windows of clips, from nothing. Every fourth step is of pictures; but TSR has nothing to double
     in one."""
-    autoencoder = base.load_weights(weights_in(args.weights, "vae"), "vae")
-    data, facts = pairs(args, which), {"vae": autoencoder["hash"], "decoder": autoencoder["own"]}
-    stage, doubles = replace(PIXELS[which], blank=args.blank), which in interpolate.TSR
+    stage, doubles, taught = replace(NETWORKS[which], blank=args.blank), which in interpolate.TSR, {}
+    if args.distill:
+        teacher, _, weights = superres.load(which, args.init, args.device)
+        own = superres.fitted(stage, weights).steps
+        if "distill" in weights["made_by"] and own != args.distill[0]:
+            raise UserError(f"{args.init} was distilled to {own} step{'s' * (own > 1)}, and cannot teach what {args.distill[0]} do")
+        walks, taught = superres.teacher_walks(stage, *args.distill), {"distill": args.distill}     # (steps, K + 1)
+        stage = replace(stage, steps=args.distill[1])  # to preview
+    data, facts = pairs(args, which)
     config, diffusion = stage.config, superres.diffusion_of()
     if config.pooled:
         tokens, rows, null, facts["text"] = caption_tokens(args, data["captions"])
         config = replace(config, context_dim=tokens.shape[-1])
     if doubles:
         facts["blank"] = args.blank
-    model, loss_of = UNet(config), lambda model, batch: superres.loss(model, diffusion, batch, stage)
-    if args.distill:
-        teacher, _, weights = superres.load(which, args.init, args.device)
-        taught = superres.fitted(stage, weights).steps
-        if "distill" in weights["made_by"] and taught != args.distill[0]:
-            raise UserError(f"{args.init} was distilled to {taught} step{'s' * (taught > 1)}, and cannot teach what {args.distill[0]} do")
-        walks, facts["distill"] = superres.teacher_walks(stage, *args.distill), args.distill        # (steps, K + 1)
-        stage = replace(stage, steps=args.distill[1])  # to preview
-        loss_of = lambda model, batch: superres.distillation_loss(model, teacher, diffusion, batch, stage)
+    model = UNet(config)
+
+    def loss_of(model, batch):
+        if args.distill:
+            return superres.distillation_loss(model, teacher, diffusion, batch, stage)
+        return superres.loss(model, diffusion, batch, stage)
 
     def batch_of(step, samples):
         rngs = [sample_rng(args.seed, step, i) for i in samples]
         picks = [int(rng.integers(len(data["pixels"]))) for rng in rngs]
-        small = torch.stack([data["decoded" if rng.random() < .5 else "small"][i] for i, rng in zip(picks, rngs)])
+        small = torch.stack([data["made" if rng.random() < .5 else "small"][i] for i, rng in zip(picks, rngs)])
         x = vae.to_float(data["pixels"][picks])                                     # (N, T, 3, S, S)
         if doubles:
             small = interpolate.double(small[:, ::2])                               # (N, T, 6, s, s)
@@ -744,18 +767,18 @@ def prepare_pixels(args, which: str) -> Stage:
         return batch
 
     def preview(model):  # what is given, ours, truth
-        small, truth, moment = data["decoded"][:8], data["pixels"][:8], int(doubles)
+        small, truth, moment = data["made"][:8], data["pixels"][:8], int(doubles)
         small = interpolate.double(small[:, ::2]) if doubles else small  # (8, T, C, s, s)
         said = lambda i: {"context": tokens[rows[i]][None], "null_context": null[None]} if config.pooled else {}
         ours = torch.stack([superres.upscale(model, diffusion, stage, clip, data["fps"][i].item(), **said(i)) for i, clip in enumerate(small)])
         plain = vae.to_uint8(superres.enlarge(vae.to_float(small[:, :, :3]), stage.scale, torch.zeros(len(small))))
         return vae.contact_sheet(torch.stack([v[:, moment] for v in (plain, ours, truth)]), columns=8)
 
-    return Stage(model, batch_of, loss_of, preview, diffusion_config(diffusion), facts)
+    return Setup(model, batch_of, loss_of, preview, diffusion_config(diffusion), facts | taught)
 
 
 PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image, "prior": prepare_prior, "base": prepare_base,
-           "interpolate": prepare_interpolate} | {superres.name_of(which): partial(prepare_pixels, which=which) for which in PIXELS}
+           "interpolate": prepare_interpolate} | {superres.name_of(which): partial(prepare_pixels, which=which) for which in NETWORKS}
 OUTPUT = {stage: f"{stage}.pt" for stage in PREPARE} | {"clip": "text.pt"}  # each stage's file in weights/
 
 
@@ -827,6 +850,8 @@ def train(stage: str, args):
     torch.manual_seed(args.seed)
     if "cuda" in args.device:
         torch.cuda.reset_peak_memory_stats(args.device)
+    if args.init:
+        base.load_weights(args.init, stage)  # what cannot be read is refused before an hour of making data
     setup = PREPARE[stage](args)
     model = setup.model.to(args.device, memory_format=torch.channels_last).train()
     if hasattr(model, "gradient_checkpointing"):
@@ -915,14 +940,15 @@ def train(stage: str, args):
                     average.lerp_(parameter, 1 - decay)
             minutes += (time.time() - last_step) / 60
             last_step = time.time()
-            if gathered(torch.tensor([len(stop)], device=args.device)).any():  # all processes stop at the same step
+            last = step + 1 == recipe.steps  # after which weights are written before a checkpoint says that all is done
+            if gathered(torch.tensor([len(stop)], device=args.device)).any() and not last:  # all processes stop at the same step
                 if RANK == 0:
                     save(step + 1)
                 raise KeyboardInterrupt
             if RANK > 0:
                 continue
             window.append((losses, levels))
-            if (step + 1) % 25 == 0 or step + 1 == recipe.steps:
+            if (step + 1) % 25 == 0 or last:
                 losses, levels = (torch.cat(column) for column in zip(*window))
                 running = losses.mean().item()
                 quartiles = [losses[(levels * 4).long() == q].mean().item() for q in range(4)]
@@ -933,7 +959,7 @@ def train(stage: str, args):
                     csv.writer(file).writerows([["step", "minutes", "loss", "t<1/4", "t<1/2", "t<3/4", "t<1"]] * new
                                                + [[step + 1, round(minutes, 2), *(round(x, 5) for x in (running, *quartiles))]])
                 window = []
-            if time.time() - last_save > 60 * args.save_minutes:
+            if time.time() - last_save > 60 * args.save_minutes and not last:
                 save(step + 1)
                 show()
                 last_save = time.time()
@@ -945,8 +971,8 @@ def train(stage: str, args):
     finally:
         signal.signal(signal.SIGINT, before)
     if RANK == 0:
-        save(recipe.steps)
         export(args.weights / OUTPUT[stage], recipe.steps)
+        save(recipe.steps)
         show()
     if RANKS > 1:
         dist.barrier()  # the next stage reads what this one wrote
@@ -994,9 +1020,9 @@ def main(argv=None):
     parser = Parser("Train one stage, or all of them in order.")
     parser.add_argument("stage", choices=[*PREPARE, "all"], help="what to train; a stage needs the weights of those before it")
     parser.add_argument("--data", default="world", help="'world', the built-in toy world, or a folder of clips")
-    parser.add_argument("--stills", type=positive(int), default=64000, help="pictures of the world to make")
-    parser.add_argument("--clips", type=positive(int), default=16000, help="clips of the world to make")
-    parser.add_argument("--side", type=positive(int), default=64, help="side of the training pictures, in pixels")
+    parser.add_argument("--stills", type=positive(int), default=64000, help="pictures of the world to make; networks between pixels make their own")
+    parser.add_argument("--clips", type=positive(int), default=16000, help="clips of the world to make, likewise")
+    parser.add_argument("--side", type=positive(int), default=64, help="side of these, in pixels")
     parser.add_argument("--steps", type=positive(int), help="steps, instead of the recipe's")
     parser.add_argument("--batch", type=positive(int), help="samples per step, instead of the recipe's")
     parser.add_argument("--lr", type=positive(float), help="learning rate, instead of the recipe's")
