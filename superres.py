@@ -236,24 +236,25 @@ def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, ar
     args.steps = args.steps or stage.steps
     if "distill" in weights["made_by"] and (args.steps, args.sampler) != (stage.steps, "ddim"):
         base.note(f"{path} was distilled to {stage.steps} step{'s' * (stage.steps > 1)} of ddim, and gains nothing from others")
-    B, words, heard = len(clips["data"]), [{}] * len(clips["data"]), unet.config.pooled and clips["text"] is not None
+    heard = unet.config.pooled and clips["text"] is not None
     if (args.guidance != 1 or args.oscillate is not None) and not heard:
         raise UserError(f"{args.input} came without a prompt, or {which} does not hear it: there is nothing to guide")
+    told = [{}] * len(clips["data"])                                                # of each clip
     if unet.config.pooled:
-        said = clips["text"] or text.unprompted(base.weights_in(path.parent, "text"), B)
+        said = clips["text"] or text.unprompted(base.weights_in(path.parent, "text"), len(told))
         base.check_encoder(args.input, said, path, weights["made_by"])
         guidance = base.oscillating(args.guidance, args.oscillate, args.steps, stage.shift)
-        words = [{"context": one[None], "null_context": said["null_tokens"], "guidance_scale": guidance} for one in said["tokens"]]
+        told = [{"context": one[None], "null_context": said["null_tokens"], "guidance_scale": guidance} for one in said["tokens"]]
     if which == "low":  # high does not hear it, and those of Imagen Video have theirs fixed
         base.remark_rate(clips["fps"])
     how |= {"steps": args.steps, "sampler": args.sampler, "label": which}
-    made = torch.stack([upscale(unet, diffusion, stage, clip, clips["fps"], seed=args.seed + i, **words[i], **how)
+    made = torch.stack([upscale(unet, diffusion, stage, clip, clips["fps"], seed=args.seed + i, **told[i], **how)
                         for i, clip in enumerate(clips["data"])])                   # (B, T, 3, H, W)
     if Path(args.out).suffix.lower() != ".pt":
         return vae.write_videos(args.out, made, clips["fps"])
-    told = {"level": how.get("level"), "guidance": args.guidance if heard else None, "oscillate": args.oscillate}
+    remarks = {"level": how.get("level"), "guidance": args.guidance if heard else None, "oscillate": args.oscillate}
     done = f"{name_of(which)} {weights['hash']} {args.sampler} steps {args.steps}" + " independent noise" * how.get("independent", False)
-    done += "".join(f" {key} {value:g}" for key, value in told.items() if value is not None)
+    done += "".join(f" {key} {value:g}" for key, value in remarks.items() if value is not None)
     save_stage(args.out, "pixels", made, text=clips["text"], prompts=clips["prompts"], fps=clips["fps"],
                seed=args.seed, history=clips["history"] + [done], vae=clips["vae"])
 

@@ -367,7 +367,7 @@ class Pairs:
 
 
 NETWORKS = superres.STAGES | interpolate.TSR  # those between pixels
-PAIRS = {"low": Pairs(8, 64, 32, 1200, before=()), "high": Pairs(1, 256, 64, 4800),
+PAIRS = {"low": Pairs(8, 64, 32, 1200, before=()), "high": Pairs(1, 256, 64, 4800, before=("low",)),
          "tsr-32": Pairs(16, 64, 48, 3200, (8.,), ()), "ssr-128": Pairs(8, 64, 48, 1600, (8.,), ()),
          "ssr-256": Pairs(8, 128, 48, 1600, (8.,), ("ssr-128",)), "ssr-768": Pairs(8, 256, 32, 1000, (32.,)),
          "tsr-128": Pairs(16, 256, 64, 1600, (16., 32.))}  # it serves twice
@@ -632,7 +632,7 @@ def prepare_image(args) -> Setup:
 def parent(path, stage: str, facts: dict) -> dict:
     """The weights to start from, of `stage`, if they stand on the same autoencoder and text encoder."""
     weights = base.load_weights(path, stage)
-    if any(weights["made_by"][key] != facts[key] for key in ("vae", "text") if key in facts):
+    if any(weights["made_by"].get(key, facts[key]) != facts[key] for key in ("vae", "text") if key in facts):
         raise UserError(f"{path} is of another autoencoder or text encoder; train it anew with `python train.py {stage} --fresh`")
     return weights
 
