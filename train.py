@@ -363,41 +363,21 @@ class Pairs:
     inner: int           # and of the window that is cut from it
     count: int
     rates: tuple = ()    # frames per second; none: any from 4 to 30
-    before: tuple | None = None  # what half of what is given went through, behind the autoencoder, at 64 pixels; None: it is clean
 
 
 NETWORKS = superres.STAGES | interpolate.TSR  # those between pixels
-PAIRS = {"low": Pairs(8, 64, 32, 1200, before=()), "high": Pairs(1, 256, 64, 4800, before=("low",)),
-         "tsr-32": Pairs(16, 64, 48, 3200, (8.,), ()), "ssr-128": Pairs(8, 64, 48, 1600, (8.,), ()),
-         "ssr-256": Pairs(8, 128, 48, 1600, (8.,), ("ssr-128",)), "ssr-768": Pairs(8, 256, 32, 1000, (32.,)),
-         "tsr-128": Pairs(16, 256, 64, 1600, (16., 32.))}  # it serves twice
+PAIRS = {"low": Pairs(8, 64, 32, 1200), "high": Pairs(1, 256, 64, 4800),
+         "tsr-32": Pairs(16, 64, 48, 3200, (8.,)), "ssr-128": Pairs(8, 64, 48, 1600, (8.,)), "ssr-256": Pairs(8, 128, 48, 1600, (8.,)),
+         "tsr-128": Pairs(16, 256, 64, 1600, (16., 32.)), "ssr-768": Pairs(8, 256, 32, 1000, (32.,))}  # tsr-128 serves twice
 
 
 def pairs(args, which: str) -> tuple[dict, dict]:
-    """Windows of clips at two sizes: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), made (the small ones as decoded, and enlarged
-    by the networks `before`; or small again), captions, fps. And the hashes of what made them. Raises UserError.
+    """Windows of clips at two sizes: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (the small ones after a round trip
+    through our autoencoder, at the size at which it makes pictures; else small again), captions, fps. And the hashes of that autoencoder.
 
     Seven in ten are about the object's place; the rest of a picture is ground."""
     p, scale = PAIRS[which], NETWORKS[which].scale
     autoencoder, weights = vae.load(weights_in(args.weights, "vae"), args.device)
-    makers, enlarge = {"vae": weights["hash"], "decoder": weights["own"]}, []
-    for earlier in p.before or ():
-        path = weights_in(args.weights, superres.name_of(earlier))
-        clip, tokenizer, encoder = text.load(weights_in(args.weights, "text"), args.device)
-        its = parent(path, path.stem, {"vae": weights["hash"], "text": encoder["hash"]})
-        unet, diffusion, _ = superres.load(earlier, path, args.device)
-        enlarge.append(partial(superres.upscale, unet, diffusion, superres.fitted(NETWORKS[earlier], its)))
-        makers[earlier] = its["own"]
-
-    def as_made(small, line, fps, seed):                                            # (T, 3, s, s)
-        if p.before is None:
-            return small
-        first = F.interpolate(small.float(), (64, 64), mode="area").round().byte()[None]           # (1, T, 3, 64, 64)
-        made = vae.decode_video(autoencoder, vae.encode_video(autoencoder, first))[0]
-        for network in enlarge:
-            said = text.encode(clip, tokenizer, [line])
-            made = network(made, fps, seed=seed, context=said["tokens"], null_context=said["null_tokens"])
-        return made                                                                 # (T, 3, s, s)
 
     def world():
         for i in trange(p.count, desc=f"rendering pairs for {which}"):
@@ -418,8 +398,8 @@ def pairs(args, which: str) -> tuple[dict, dict]:
     def make():
         blocks, captions = [], []
         for i, (small, large, place, line, fps) in enumerate(world() if args.data == "world" else folder()):
-            given = {"small": small, "made": as_made(small, line, fps, i + 1), "pixels": large}
-            item = dict(zip(given, crop(list(given.values()), p.inner, *place))) | {"fps": torch.tensor(fps)}
+            again = vae.decode_video(autoencoder, vae.encode_video(autoencoder, small[None]))[0] if p.side == 64 else small
+            item = dict(zip(("small", "decoded", "pixels"), crop([small, again, large], p.inner, *place))) | {"fps": torch.tensor(fps)}
             if i % 256 == 0:  # small tensors kept one by one between large ones that come and go would fragment all memory
                 blocks.append({key: torch.empty(256, *part.shape, dtype=part.dtype) for key, part in item.items()})
             for key, part in item.items():
@@ -427,7 +407,7 @@ def pairs(args, which: str) -> tuple[dict, dict]:
             captions.append(line)
         return {key: torch.cat([block[key] for block in blocks])[:len(captions)] for key in blocks[0]} | {"captions": captions}
 
-    return cached(args, f"windows-{which}", p.count, make, "-".join(list(makers.values())[1:])), makers
+    return cached(args, f"pairs-{which}", p.count, make, weights["own"]), {"vae": weights["hash"], "decoder": weights["own"]}
 
 
 def batches(items: list, size: int) -> list:
@@ -632,7 +612,7 @@ def prepare_image(args) -> Setup:
 def parent(path, stage: str, facts: dict) -> dict:
     """The weights to start from, of `stage`, if they stand on the same autoencoder and text encoder."""
     weights = base.load_weights(path, stage)
-    if any(weights["made_by"].get(key, facts[key]) != facts[key] for key in ("vae", "text") if key in facts):
+    if any(weights["made_by"][key] != facts[key] for key in ("vae", "text") if key in facts):
         raise UserError(f"{path} is of another autoencoder or text encoder; train it anew with `python train.py {stage} --fresh`")
     return weights
 
@@ -748,7 +728,7 @@ def prepare_pixels(args, which: str) -> Setup:
     def batch_of(step, samples):
         rngs = [sample_rng(args.seed, step, i) for i in samples]
         picks = [int(rng.integers(len(data["pixels"]))) for rng in rngs]
-        small = torch.stack([data["made" if rng.random() < .5 else "small"][i] for i, rng in zip(picks, rngs)])
+        small = torch.stack([data["decoded" if rng.random() < .5 else "small"][i] for i, rng in zip(picks, rngs)])
         x = vae.to_float(data["pixels"][picks])                                     # (N, T, 3, S, S)
         if doubles:
             small = interpolate.double(small[:, ::2])                               # (N, T, 6, s, s)
@@ -767,7 +747,7 @@ def prepare_pixels(args, which: str) -> Setup:
         return batch
 
     def preview(model):  # what is given, ours, truth
-        small, truth, moment = data["made"][:8], data["pixels"][:8], int(doubles)
+        small, truth, moment = data["decoded"][:8], data["pixels"][:8], int(doubles)
         small = interpolate.double(small[:, ::2]) if doubles else small  # (8, T, C, s, s)
         said = lambda i: {"context": tokens[rows[i]][None], "null_context": null[None]} if config.pooled else {}
         ours = torch.stack([superres.upscale(model, diffusion, stage, clip, data["fps"][i].item(), **said(i)) for i, clip in enumerate(small)])
