@@ -57,8 +57,9 @@ def zeroed(layer: nn.Module) -> nn.Module:
 class PseudoConv3d(nn.Conv2d):
     """Conv_P3D(h) = Conv1D( Conv2D(h) . T ) . T                                       Make-A-Video, Eq. 2
 
-    A Conv2d of Stable Diffusion, parameter names included, and a convolution over frames that starts as the identity.
-    (B*T, C, H, W) -> (B*T, C', H', W')."""
+    A Conv2d of Stable Diffusion, parameter names included, and `over_time`, a convolution over frames that starts as the identity: two
+    calls, so that what the first was given, which of a large clip fills memory, is gone before the second begins.
+    (B*T, C, H, W) -> (B*T, C', H', W'), and (B*T, C', H', W') as it is."""
 
     def __init__(self, in_channels: int, out_channels: int, temporal: bool):
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -67,8 +68,7 @@ class PseudoConv3d(nn.Conv2d):
             nn.init.dirac_(self.temporal.weight)
             nn.init.zeros_(self.temporal.bias)
 
-    def forward(self, x, frames: int = 1):                                          # (B*T, C, H, W)
-        x = super().forward(x)
+    def over_time(self, x, frames: int = 1):                                        # (B*T, C, H, W)
         if frames == 1 or not hasattr(self, "temporal"):
             return x
         N, C, H, W = x.shape
@@ -194,10 +194,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x, emb=None, frames: int = 1):                                # (B*T, C, H, W), (B*T, E)
         in_place = not torch.is_grad_enabled()  # large clips fill memory, and nobody else holds what a norm has made
-        h = self.conv1(F.silu(self.norm1(x), in_place), frames)
+        h = self.conv1.over_time(self.conv1(F.silu(self.norm1(x), in_place)), frames)
         if emb is not None:
             h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h), in_place), frames)
+        h = self.conv2.over_time(self.conv2(F.silu(self.norm2(h), in_place)), frames)
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)  # (B*T, C', H, W)
 
 
