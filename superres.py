@@ -183,7 +183,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
     Chunk by chunk, each denoised from start to end before the next. Over space and time a chunk has on either side the frames that
     reach into it, `halo` for each step, so that chunks say what one call on the whole clip would; guided, the clip is one chunk, as
     dynamic thresholding wants it. Frame by frame nothing reaches in, and the chunk is a batch of pictures. So memory grows with the
-    size of a frame, not with their number: over space and time some 66 are held at once, at 300 bytes a pixel."""
+    size of a frame, not with their number; but over space and time, however large they are, a step wants 66 at once, at some 300 bytes a pixel."""
     device, (T, _, h, w), steps = next(unet.parameters()).device, small.shape, steps or stage.steps
     shape, reach = (3, stage.scale * h, stage.scale * w), stage.halo * steps
     chunk = T if guidance_scale != 1 else max(1, reach, stage.pixels // (shape[1] * shape[2]))      # shorter, most would be seen thrice
