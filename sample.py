@@ -120,9 +120,12 @@ def peak_memory() -> str:
 
 
 def file_names(prompts: list, suffix: str) -> list:
-    """A file name per video, after its prompt."""
+    """A file name per video, after its prompt; numbered where a prompt comes several times."""
     slugs = [re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] or "unconditional" for prompt in prompts]
-    return [f"{slug}{f'-{slugs[:i].count(slug)}' * (slugs.count(slug) > 1)}{suffix}" for i, slug in enumerate(slugs)]
+    names = [f"{slug}-{slugs[:i].count(slug)}" if slugs.count(slug) > 1 else slug for i, slug in enumerate(slugs)]
+    if len(set(names)) < len(names):  # a prompt that itself ends in such a number
+        names = [f"{slug}-{i}" for i, slug in enumerate(slugs)]
+    return [name + suffix for name in names]
 
 
 def main(argv=None):

@@ -1494,6 +1494,13 @@ def test_pictures_samples_and_folders_of_one_command(tmp_path):
     assert vae.read_video(tmp_path / "sheet.png")[0].shape == (1, 3, 2 * 64, 3 * 64)
 
 
+def test_every_video_has_a_file_of_its_own():
+    assert sample.file_names(["a red star", "A blue ring!"], ".mp4") == ["a-red-star.mp4", "a-blue-ring.mp4"]
+    assert sample.file_names(["x", "x", ""], ".mp4") == ["x-0.mp4", "x-1.mp4", "unconditional.mp4"]
+    for prompts in (["x", "x", "x 0"], ["x 1", "x", "x"], ["x", "x", "x 1", "x 1"], ["", "?!", "unconditional"]):
+        assert len(set(sample.file_names(prompts, ".png"))) == len(prompts)
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("bombed",)
