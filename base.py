@@ -563,7 +563,7 @@ class Diffusion:
 
 def dynamic_threshold(x, share: float = .995):
     """clip(x, -s, s) / s, where s is the 99.5-th percentile of |x|, or 1 if that is more: what guidance drives out of range comes
-    back without saturating.                                                         Imagen Video section 2.6.1
+    back without saturating.                                                         Imagen Video section 2.6.2
 
     x (B, T, C, H, W) in -1...1: one s for all frames of a video, so that none of them flickers."""
     def percentile(video):  # torch.quantile ends at 2^24 numbers, and sorting 10^8 takes long: the bits of floats >= 0 are in

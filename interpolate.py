@@ -4,9 +4,9 @@ Make-A-Video (2209.14792) section 3.3: the video model, fine-tuned to fill in th
 input gains the known frames and the mask as channels, and which frames are known decides what it does: keyframes are
 interpolated, a clip is continued either way, a picture comes to life.
 
-Imagen Video (2210.02303) sections 2.2-2.3 have another design for the same job, TSR: the clip at twice the rate, each frame repeated, is
-what a network in pixels is shown, and it says all frames in one block. No mask, no windows, and nothing else that it can do. The
-network is that of superres.py, at a scale of one.
+Imagen Video (2210.02303) sections 2.2-2.3 have another design for the same job, TSR: a network in pixels is shown the clip at twice
+the rate, each frame repeated, and makes all frames in one block. No mask, no windows, and nothing else that it can do. The network
+is that of superres.py, at a scale of one.
 
     in    base.pt     latents (B, T, 4, h, w), as base.py or `vae.py encode` made them
     out   frames.pt   latents (B, k*(T-1) + 1, 4, h, w) at k times the frame rate; the known ones unchanged to the bit
@@ -74,11 +74,10 @@ def given(x, known):
 
 
 def predict_with(unet: UNet, beside, context, null_context, fps, guidance_scale=1.):
-    """A predict(z, t) of the clean clip, from what is `given` (B, T, 4 + 1, h, w): the blends in it, and what the network says is to be
-    added to them.
+    """A predict(z, t) of the clean clip, from what is `given` (B, T, 4 + 1, h, w): the blends in it, plus the network's output.
 
-    Differs: Make-A-Video's network says noise, as its base does. But a blend of latents is nearly right already: decoded, it is some
-    6 dB above the blend of the decoded frames. A fresh network, which says nothing, starts there."""
+    Differs: Make-A-Video's network predicts noise, as its base does. But a blend of latents is nearly right already: decoded, it is some
+    6 dB above the blend of the decoded frames. A fresh network, whose output is zero, starts there."""
     said = base.guided(unet, context, null_context, fps, guidance_scale, beside)
     return lambda z, t: beside[:, :, :-1] + said(z, t)                              # (B, T, 4, h, w)
 
@@ -86,9 +85,9 @@ def predict_with(unet: UNet, beside, context, null_context, fps, guidance_scale=
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
     """Loss per video over its unknown frames, (B,). batch: as for base.loss, and known (B, T), 1 where a frame is given.
 
-    |x - x'|^2 / |x - blend|. Differs: from plain squares. What a blend leaves to be said is ten times as large where a clip is
-    continued as where every other frame is known, and squared, the one would drown the other. So both pull alike.
-    Known frames stay among the noisy ones too, as alpha_t known + sigma_t eps, here and in `fill` alike."""
+    |x - x'|^2 / rms(x - blend). Differs: from plain squares. What a blend leaves to predict is ten times as large where a clip is
+    continued as where every other frame is known, and squared, the one would drown the other. So their gradients are alike.
+    Known frames are among the noisy ones too, as alpha_t known + sigma_t eps, here and in `fill`."""
     x, known = batch["latents"], batch["known"].to(batch["latents"])
     unknown = ((1 - known) / (1 - known).mean(1, keepdim=True))[:, :, None, None, None]            # (B, T, 1, 1, 1), of mean one
     beside = given(x, known)
@@ -133,8 +132,8 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, said: dict, fps: f
                   label: str = "", **sampling):
     """Fill in timelines of any length. x (B, T, 4, h, w) holds the known frames in place, known (T,) bool says where.
 
-    One window after another, away from what is known, each shown the frames made before it; or in parallel all at once, shown
-    the known frames alone: where two then made the same frame, the first counts."""
+    One window after another, away from what is known, each shown the frames that those before it made; or all at once, in parallel,
+    shown the known frames alone: where two then make the same frame, the first is kept."""
     device = next(unet.parameters()).device
     B, T = x.shape[:2]
     noise = base.initial_noise(x.shape, seed).to(device)  # of the timeline: windows that share a frame share its noise
@@ -178,10 +177,10 @@ TSR = {"tsr-32": superres.Stage(1, replace(DOUBLE, patch_size=1), level=0., pixe
 
 
 def double(video):
-    """A clip uint8 (..., T, 3, H, W) at twice the rate, twice: (..., 2*T, 6, H, W). Frame i is at 2i; at 2i + 1 are, in the first three
-    channels, frame i again, and in the last three frame i + 1. (Behind the last frame it stands still.)
+    """A clip uint8 (..., T, 3, H, W) at twice the rate, twice: (..., 2*T, 6, H, W). At 2i, both halves of the channels are frame i; at
+    2i + 1, the first three are frame i, the last three frame i + 1 (behind the last frame, that again).
 
-    Differs: Imagen Video repeats the frame before alone."""
+    Differs: Imagen Video repeats frame i alone."""
     after = torch.cat([video[..., 1:, :, :, :], video[..., -1:, :, :, :]], dim=-4)  # (..., T, 3, H, W)
     at, between = torch.cat([video, video], dim=-3), torch.cat([video, after], dim=-3)             # (..., T, 6, H, W)
     return torch.stack([at, between], dim=-4).flatten(-5, -4)
@@ -210,7 +209,7 @@ def main(argv=None):
     parser.add_argument("input", help="latents from base.py or `vae.py encode`; --animate: the text file of its prompt; --double: pixels")
     parser.add_argument("-o", "--out", default="frames.pt", help=".pt to write, of latents; --double: of pixels")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--skip", type=positive(int), help="make of each step between frames this many: 5 makes 76 frames of 16")
+    what.add_argument("--skip", type=positive(int), help="multiply the frame rate by this: 5 makes 76 frames of 16")
     what.add_argument("--extend", type=positive(int), metavar="N", help="add N frames after the last")
     what.add_argument("--extend-before", type=positive(int), metavar="N", help="add N frames before the first")
     what.add_argument("--animate", metavar="PICTURE", help="bring a picture to life: its first 16 frames at --fps, 4 if not given")

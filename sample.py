@@ -3,7 +3,7 @@
     python sample.py "a red star moving left"
     python sample.py "a blue ring bouncing on sand" "a pink cross spinning" --samples 2 --out videos/ --keep stages/
     python sample.py "a yellow star moving up" --animate picture.png
-    python sample.py "a red star moving left" --cascade imagen-video --until ssr-768
+    python sample.py "a red star moving left" --cascade imagen-video
 
 Runs the stages' own programs one after the other, through the .pt files they exchange: Make-A-Video's cascade (Eq. 1), or Imagen
 Video's (section 2.2). `--keep` leaves those files for a look, with the commands that made them in stages.txt; the same call then
@@ -44,7 +44,7 @@ UNTIL = ["base", *dict.fromkeys(name for stages in CASCADES.values() for name, *
 
 def cascade(args, prompts: list, folder: Path) -> list:
     """The pipeline to run: (stage, its main, its arguments, the file it writes, what it reads beside the stage before). Raises UserError
-    at once if weights are missing that only a late stage would have missed."""
+    if weights are missing, before an early stage has run in vain."""
     following = CASCADES[args.cascade]
     names = ["base", *(name for name, *_ in following)]
     if args.until and args.until not in names:

@@ -50,8 +50,8 @@ def enlarge(small, scale: int, level):
     """The condition: a clip (B, T, C, h, w) in -1...1, bilinearly `scale` times as large and blurred by level (B,) in 0...1.
     Level 0 is the enlarged clip itself.
 
-    Differs: Imagen Video (section 2.5) adds Gaussian noise. What this network says is added to the enlarged clip, and it is too
-    narrow to take noise back out of every pixel; blur is what unCLIP (2204.06125) gave its upsamplers."""
+    Differs: Imagen Video (section 2.5) adds Gaussian noise. Here the network's output is added to the enlarged clip, and it is too
+    narrow to take noise back out of every pixel; blur is what unCLIP (2204.06125) gave its first upsampler."""
     B, T, C, h, w = small.shape
     large = F.interpolate(small.flatten(0, 1), scale_factor=scale, mode="bilinear").unflatten(0, (B, T))   # (B, T, C, H, W)
     level = level.view(-1, 1, 1, 1, 1).to(large)
@@ -66,7 +66,7 @@ class Stage:
     scale: int           # times as many pixels each way
     config: UNetConfig
     level: float         # of augmentation, when sampling
-    pixels: int          # that are made at once, of as many frames as have them, when sampling
+    pixels: int          # per chunk, over all of its frames, when sampling
     steps: int = 4       # of sampling; a student's weights want fewer
     blank: bool = False  # TSR: show nothing between the frames that are given
 
@@ -78,14 +78,14 @@ class Stage:
 
     @property
     def shift(self) -> float:
-        """Where most steps of training and sampling are: see base.shifted. An enlarged picture is right but for its detail, which is
-        faint, the fainter the finer, and drowns in little noise; there it is decided, and a uniform walk of four steps never comes by.
-        TSR invents none."""
+        """Where most timesteps of training and sampling lie: see base.shifted. An enlarged picture lacks only detail, which is faint, the
+        fainter the finer: it is decided at low noise, where a uniform walk of four steps never gets. TSR invents none."""
         return 1 / (2 * self.scale) if self.scale > 1 else 1.
 
     @property
     def shared_noise(self) -> bool:
-        """Do all frames of a clip have one noise? Make-A-Video's do; those of Imagen Video, whose networks hear the prompt, do not."""
+        """Do all frames of a clip share one noise? In low and high they do (the paper says so of SR_h), in Imagen Video's networks, which
+        hear the prompt, not."""
         return not self.config.pooled
 
 
@@ -110,9 +110,9 @@ def diffusion_of() -> Diffusion:
 def predict_with(unet: UNet, stage: Stage, large, level, fps=None, context=None, null_context=None, guidance_scale=1.):
     """A predict(z, t) of the clean clip, from the condition `large` (B, T, 3, H, W), and for SSR the prompt's tokens (B, L, D).
 
-    To TSR, `large` is two clips (B, T, 6, H, W), of the frames before and after each; what its network says is where between the two
-    a pixel lies. Differs: Imagen Video's says the pixel. That is a harder thing to learn: where an object passes in front of a still
-    ground, what one sees is always one of the two, in whatever colours."""
+    For TSR, `large` is two clips (B, T, 6, H, W), of the frames before and after each; its network predicts where between the two a
+    pixel lies. Differs: Imagen Video's predicts the pixel, which is harder: where an object passes in front of a still ground, a
+    pixel is always one of the two, whatever the colours."""
     shown = large
     if stage.blank:
         shown = large.clone()
@@ -123,7 +123,7 @@ def predict_with(unet: UNet, stage: Stage, large, level, fps=None, context=None,
     before, after = large.chunk(2, dim=2)                                           # (B, T, 3, H, W)
     def between(z, t):
         share = .5 + said(z, t)
-        share = share if unet.training else share.clamp(0, 1)  # in training, what overshoots has to hear that it does
+        share = share if unet.training else share.clamp(0, 1)  # in training, a clamp would stop the gradient of overshoots
         return before + share * (after - before)
     return between
 
@@ -132,16 +132,16 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.T
     """Loss per clip, (B,). batch: pixels (B, T, 3, H, W), small (B, T, C, h, w) as `upscale` is given it, level (B,), fps (B,), noise
     like pixels, t (B,), and for SSR and TSR context (B, L, D).
 
-    |x - x'|^2, alike at all noise levels. Differs: from v, |x - x'|^2 / sigma^2, which counts most next to no noise, where z shows
-    what is to be said; but an edge is learnt from the small clip, and detail from a z that shows it faintly."""
+    |x - x'|^2, weighted alike at all noise levels. Differs: v implies |x - x'|^2 / sigma^2, which counts most next to no noise, where z
+    gives the answer away; but edges are learnt from the small clip, and detail from a z that shows it faintly."""
     large = enlarge(batch["small"], stage.scale, batch["level"])
     predict = predict_with(unet, stage, large, batch["level"], batch["fps"], batch.get("context"))
     return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"])
 
 
 def teacher_walks(stage: Stage, teacher: int, student: int) -> torch.Tensor:
-    """The timesteps of a teacher of so many steps, those that each of its student's stands for in a row: (student, K + 1), -1 the last.
-    Raises UserError."""
+    """The teacher's timesteps, a row for each step of the student: the K steps that it replaces, and where they end. (student, K + 1), the
+    last of all is -1, no noise. Raises UserError."""
     timesteps = torch.tensor(base.walk(teacher, stage.shift) + [-1])
     if teacher % student or teacher <= student or len(timesteps) != teacher + 1:  # of very many steps, some are the same
         raise UserError(f"--distill {teacher} {student}: each of a student's {student} steps must stand for as many of its teacher's {teacher}, "
@@ -159,10 +159,10 @@ def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: di
     """Loss per clip, (B,), of a student that is to do in one step what its teacher does in several. batch: as for `loss`, and walk
     (B, K + 1), the timesteps of the teacher, the first of them t.                       Imagen Video section 2.7
 
-    A step says the mean of what may be there; the next sees a little of it, and says more. So few steps draw less texture than many;
-    but a student's step is taught what many say. Differs: the paper halves the steps again and again, from hundreds to eight; from four or
-    sixteen one or two rounds suffice, and a round may leave less than half. Its student samples with fresh noise, ours by DDIM; and
-    it weighs by the signal-to-noise ratio, where here all levels count alike, as in `loss`."""
+    One step predicts the mean of what may be there; each next one sees a little of it, and adds more. So few steps draw less texture
+    than many; but the student is taught what many draw. Differs: the paper halves the steps again and again, from hundreds to eight;
+    from four or sixteen, one to three rounds suffice, and a round may leave less than half. Its student samples with fresh noise,
+    ours by DDIM; it weights by the signal-to-noise ratio, where here all levels count alike, as in `loss`."""
     large = enlarge(batch["small"], stage.scale, batch["level"])
     said, taught = (predict_with(model, stage, large, batch["level"], batch["fps"], batch.get("context")) for model in (unet, teacher))
     z = diffusion.add_noise(batch["pixels"], batch["noise"], batch["t"])            # (B, T, 3, H, W)
@@ -180,13 +180,13 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
     """A clip uint8 (T, C, h, w) at `stage.scale` times the size, uint8 (T, 3, H, W); C is 3, and 6 for TSR, which is given two. SSR
     and TSR also want the tokens of the prompt, and of the null prompt, both (1, L, D).
 
-    Chunk by chunk, each denoised from start to end before the next. Over space and time a chunk has on either side the frames that
-    reach into it, `halo` for each step, so that chunks say what one call on the whole clip would; guided, the clip is one chunk, as
+    Chunk by chunk, each denoised from start to end before the next. A chunk of space and time is given the frames on either side that
+    reach into it, `halo` for each step, so that the result is that of one call on the whole clip; guided, the clip is one chunk, as
     dynamic thresholding wants it. Frame by frame nothing reaches in, and the chunk is a batch of pictures. So memory grows with the
-    size of a frame, not with their number; but over space and time, however large they are, a step wants 66 at once, at some 300 bytes a pixel."""
+    size of a frame, not with their number; but over space and time a single step holds 66 of them, at some 300 bytes a pixel."""
     device, (T, _, h, w), steps = next(unet.parameters()).device, small.shape, steps or stage.steps
     shape, reach = (3, stage.scale * h, stage.scale * w), stage.halo * steps
-    chunk = T if guidance_scale != 1 else max(1, reach, stage.pixels // (shape[1] * shape[2]))      # shorter, most would be seen thrice
+    chunk = T if guidance_scale != 1 else max(1, reach, stage.pixels // (shape[1] * shape[2]))      # in a shorter one most frames would be halo
     chunk += stage.blank and chunk % 2  # every other frame is blank, counted from where a chunk begins
     level = torch.tensor([stage.level if level is None else level], device=device)
     context, null_context = (None if tokens is None else tokens.to(device).float() for tokens in (context, null_context))

@@ -1,4 +1,4 @@
-"""text.py - from a prompt to the tokens that every later stage attends to.
+"""text.py - from a prompt to the tokens that tell later stages what to draw.
 
 CLIP (2103.00020): a causal text transformer and a picture transformer, trained to agree about which caption belongs to
 which picture. Stable Diffusion reads the text half's last hidden states, token by token; so do our stages.
@@ -148,7 +148,7 @@ class TextTransformer(nn.Module):
         self.embeddings.position_embedding = nn.Embedding(c.context, c.width)
         self.encoder = Encoder(c.width, c.layers, c.heads, causal=True)
         self.final_layer_norm = nn.LayerNorm(c.width)
-        nn.init.normal_(self.embeddings.token_embedding.weight, std=.1)  # small, since it also reads the next token
+        nn.init.normal_(self.embeddings.token_embedding.weight, std=.1)  # small: it is the output layer of the next-token loss too
         nn.init.normal_(self.embeddings.position_embedding.weight, std=.05)
 
     def forward(self, ids):
@@ -209,7 +209,7 @@ def loss(clip: CLIP, batch: dict) -> torch.Tensor:
     """Symmetric contrastive loss of pictures and captions, plus the language loss of captions with motion; (N,).
     batch: pixels (N, 3, H, W), ids (N, L) of their captions, motion_ids (N, L) of other captions.
 
-    Differs: in so small a world many pictures of a batch have the same caption, and each of them is right for each."""
+    Differs: in so small a world many pictures of a batch share a caption, and all that are equal count as right."""
     logits, ids = clip.similarity(batch["pixels"], batch["ids"]), batch["ids"]
     same = (ids[:, None] == ids[None]).all(-1).float()                              # (N, N)
     target = same / same.sum(1, keepdim=True)
@@ -272,7 +272,7 @@ def remark(prompts: list, words: list):
 
 
 def main(argv=None):
-    parser = Parser("Encode prompts into the tokens that every later stage attends to.")
+    parser = Parser("Encode prompts into the tokens that tell later stages what to draw.")
     parser.add_argument("prompts", nargs="+", help="what the videos should show, one prompt each")
     parser.add_argument("--weights", default=WEIGHTS / "text.pt", help="text encoder weights, written by train.py, or a Stable Diffusion 1.x folder")
     parser.add_argument("-o", "--out", default="text.pt", help="file of tokens to write")

@@ -1,7 +1,7 @@
 """vae.py - the autoencoder between pixels and latents, and the border where video files are read and written.
 
-Latent diffusion (2112.10752) section 3.1 compresses each picture eightfold per side before any diffusion happens:
-the U-Nets then work on 8 x 8 x 4 numbers instead of 64 x 64 x 3. Frames are coded one by one; time is base.py's affair.
+Latent diffusion (2112.10752) section 3.1 compresses pictures before any diffusion happens, here eightfold per side: base.py and
+interpolate.py see 8 x 8 x 4 numbers instead of 64 x 64 x 3. Frames are coded one by one; time is theirs.
 
     encode   clip.mp4 .gif .webm .png .jpg          ->  latents (1, T, 4, H/8, W/8) of unit variance
     decode   latents (B, T, 4, h, w)                ->  video .mp4 .gif, contact sheet .png, or pixels .pt (B, T, 3, 8h, 8w)
