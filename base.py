@@ -48,7 +48,7 @@ def sinusoid(position: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with every parameter zero: what stands behind it starts as nothing, and a residual around it as the identity."""
+    """The layer with all parameters zero: its output is 0 at first, so a residual branch that ends in it starts as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -58,7 +58,7 @@ class PseudoConv3d(nn.Conv2d):
     """Conv_P3D(h) = Conv1D( Conv2D(h) . T ) . T                                       Make-A-Video, Eq. 2
 
     A Conv2d of Stable Diffusion, parameter names included, and `over_time`, a convolution over frames that starts as the identity: two
-    calls, so that what the first was given, which of a large clip fills memory, is gone before the second begins.
+    calls, so that the input of the first, which is large for a large clip, can be freed before the second.
     (B*T, C, H, W) -> (B*T, C', H', W'), and (B*T, C', H', W') as it is."""
 
     def __init__(self, in_channels: int, out_channels: int, temporal: bool):
@@ -94,13 +94,13 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(self, x, context=None):
         context = x if context is None else context
         split = lambda h: h.unflatten(-1, (self.heads, -1)).transpose(1, 2)         # (B, heads, N, C/heads)
         h = attend(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
-        return self.to_out[0](h.transpose(1, 2).flatten(2))                         # (B, N, C)
+        return self.to_out(h.transpose(1, 2).flatten(2))                            # (B, N, C)
 
 
 class GEGLU(nn.Module):
@@ -110,9 +110,9 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, 2 * inner)
 
-    def forward(self, x):  # in two calls: on a CPU, gelu of half a tensor takes ten times as long as of a whole one
-        value, gate = (F.linear(x, *half) for half in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
-        return value * F.gelu(gate)
+    def forward(self, x):  # two products: on a CPU, gelu of a half of one, which is not contiguous, is ten times slower
+        weight, bias = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+        return F.linear(x, weight[0], bias[0]) * F.gelu(F.linear(x, weight[1], bias[1]))
 
 
 class TransformerBlock(nn.Module):
@@ -124,17 +124,14 @@ class TransformerBlock(nn.Module):
         if context_dim:
             self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, context_dim)
         self.norm3, self.ff = nn.LayerNorm(dim), nn.Module()
-        self.ff.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+        self.ff.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x, context=None):                                             # (B*T, H*W, C), (B, L, D)
         x = x + self.attn1(self.norm1(x))
         if context is not None:
             queries = self.norm2(x).reshape(len(context), -1, x.shape[-1])          # (B, T*H*W, C): one prompt per clip
             x = x + self.attn2(queries, context).view_as(x)
-        h = self.norm3(x)
-        for layer in self.ff.net:
-            h = layer(h)
-        return x + h                                                                # (B*T, H*W, C)
+        return x + self.ff.net(self.norm3(x))                                       # (B*T, H*W, C)
 
 
 class SpatialTransformer(nn.Module):
@@ -254,10 +251,10 @@ class Embedding(nn.Module):
 class TemporalPrior(nn.Module):
     """The mean of all clips that a prompt describes, frame by frame: (B, L, D), (B,) -> (B, T, C, H, W).
 
-    Differs: the papers let attention find out how prompt, moment and place belong together. Averaged over clips, "left" says
-    nothing about a frame; nor does a frame's number, averaged over prompts; only their product tells where in the picture a
-    thing that moves left should be by now. Here that product is a feature, and the mean is regressed before the U-Net learns
-    from video: at the noisiest timesteps, where motion is decided, it is all that can be known, and the U-Net is handed it."""
+    Differs: in the papers attention has to find out how prompt, moment and place belong together. Neither "left" nor the number of a
+    frame tells where in the picture a thing is; only their product does. Here that product is a feature, and the mean is regressed
+    before the U-Net learns from video: at the noisiest timesteps, where motion is decided, it is the best possible prediction, and
+    the U-Net gets it as an input."""
 
     def __init__(self, context_dim: int, channels: int, dim: int = 128):
         super().__init__()
@@ -292,8 +289,8 @@ class UNetConfig:
     temporal: str = "prior+attention+conv"  # or fewer of them, or "none": an image model
     gates: bool = True                    # attention gates on the skips
     patch_size: int = 1                   # fold patches into channels around the network: what makes 256 px affordable
-    level: bool = False                   # told how much its input was augmented: super-resolution
-    pooled: bool = False                  # told the prompt by its last token too: all that a network without attention hears
+    level: bool = False                   # level of conditioning augmentation as an input: super-resolution
+    pooled: bool = False                  # last token as a further embedding: the only text that a network without attention gets
 
 
 class Level(nn.Module):
@@ -323,8 +320,8 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """What Diffusion.target asks of a noisy video, (B, T, C, H, W) -> (B, T, C', H, W), at noise level t, for a prompt and a frame rate.
-    What it is `given` are further input channels.
+    """Predicts Diffusion.target from a noisy video, (B, T, C, H, W) -> (B, T, C', H, W), at noise level t, for a prompt and a frame rate.
+    `given` are further input channels.
 
     Names are Stable Diffusion's: its weights load as they are, and all that is missing then is `is_inflation(name)`."""
 
@@ -394,7 +391,7 @@ class UNet(nn.Module):
         through = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False) if recompute else layer(*args)
 
         shown = [video.flatten(0, 1) for video in (x, given) if video is not None]  # (B*T, C, H, W) each
-        few = max(1, 2 ** 24 // shown[0][0].numel())  # frames at once, at both ends: a copy of a long clip would be what fills memory
+        few = max(1, 2 ** 24 // shown[0][0].numel())  # frames at once in conv_in and conv_out: copies of a long clip would fill memory
         x = torch.cat([self.conv_in(torch.cat([self.fold(video[i:i + few]) for video in shown], dim=1))
                        for i in range(0, B * T, few)])                              # (B*T, C, H/p, W/p)
         if T > 1 and hasattr(self, "temporal_prior"):
@@ -414,7 +411,7 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
                 skip = skips.pop()
-                if not recompute:  # joined out here, the two are held no longer
+                if not recompute:  # joined out here, both are freed before the layer runs
                     x, skip = block.join(i, x, skip), None
                 x = through(block.layer, i, x, skip, emb, context, T)
             for upsample in block.upsamplers:
@@ -427,19 +424,19 @@ class UNet(nn.Module):
 # Diffusion: z_t = alpha_t x + sigma_t eps, with alpha^2 + sigma^2 = 1 and alpha_bar = alpha^2.
 
 def shifted(u: float, shift: float) -> float:
-    """A share u of the way into noise, moved to where the cosine schedule's sigma / alpha is `shift` times as large: steps, of training
-    and of sampling alike, are worth most where there is most to decide. simple diffusion (2301.11093), section 3.1, does so for larger
-    pictures.
+    """u in 0...1, the share of the way into noise, moved to where the cosine schedule's sigma / alpha is `shift` times as large: training
+    and sampling both spend their steps at the noise levels that decide most. simple diffusion (2301.11093), section 3.1, does so for
+    larger pictures.
 
-    Frames with noises of their own show the same thing again: of a clip of 16, as much is left to be seen at t = 844 as of a picture
-    at t = 500, and which way a thing goes is decided among the noisiest levels. So shift is sqrt(frames). Why it may be below 1,
-    superres.py says. On another schedule than the cosine the same timesteps do, if not exactly."""
+    Frames with independent noise show the same thing again and again: 16 of them at t = 844 reveal as much as one picture at t = 500,
+    and which way a thing goes is decided among the noisiest levels. So shift is sqrt(frames). superres.py explains shifts below 1.
+    On other schedules than the cosine this is approximate."""
     return 2 / math.pi * math.atan(shift * math.tan(math.pi / 2 * u))
 
 
 def walk(steps: int, shift: float = 1.) -> list:
-    """The timesteps of a walk from noise to data. Trailing: the first is the noisiest that was trained, the last step ends at no noise.
-    Where moving puts several on one timestep, it is walked once."""
+    """The timesteps of a walk from noise to data. Trailing: it starts at 999, and its last step ends at no noise. Timesteps that coincide
+    after the shift are walked once."""
     return list(dict.fromkeys(max(0, round(1000 * shifted(1 - i / steps, shift)) - 1) for i in range(steps)))
 
 
@@ -472,16 +469,16 @@ class Diffusion:
         return alpha * x + sigma * noise
 
     def target_of(self, x, noise, t):
-        """What the network should say, having seen add_noise(x, noise, t)."""
+        """What the network should predict from add_noise(x, noise, t)."""
         alpha, sigma = self.alpha_sigma(t, x)
         return {"v": alpha * noise - sigma * x, "epsilon": noise, "sample": x}[self.target]
 
     def x_of(self, prediction, z, t):
         """The clean x that a prediction at z implies."""
         alpha, sigma = self.alpha_sigma(t, z)
-        if self.target == "v":
-            return alpha * z - sigma * prediction
-        return (z - sigma * prediction) / alpha if self.target == "epsilon" else prediction
+        if self.target == "sample":
+            return prediction
+        return alpha * z - sigma * prediction if self.target == "v" else (z - sigma * prediction) / alpha
 
     def loss(self, predict, x, noise, t, weight=1.):
         """Weighted mean squared error of the target, one number per video. (B, ...) -> (B,)"""
@@ -489,11 +486,11 @@ class Diffusion:
         return (weight * error.float().pow(2)).flatten(1).mean(1)
 
     def balance(self, t, like: torch.Tensor):
-        """A weight that lets all noise levels count about alike, of timesteps (B,), shaped to multiply `like`: 2 alpha_t sigma_t for v.
-        Noise and the clean x, where they are what is asked for, err alpha_t and sigma_t times as much as v does.
+        """A weight that makes all noise levels count about alike, of timesteps (B,), shaped to multiply `like`: 2 alpha_t sigma_t for v.
+        Errors of noise and of the clean x, where these are the target, are alpha_t and sigma_t times those of v.
 
-        Next to no noise, v asks for detail that nothing tells, next to pure noise for a clip that nothing shows: the error
-        at the ends is ten times that in the middle, where things and their paths take shape."""
+        Next to no noise, v asks for detail that cannot be predicted, next to pure noise for a clip that z does not show: the error
+        at both ends is ten times that in the middle, where things and their paths take shape."""
         alpha, sigma = self.alpha_sigma(t, like)
         return 2 * alpha * sigma / {"v": 1, "epsilon": alpha, "sample": sigma}[self.target] ** 2
 
@@ -505,8 +502,8 @@ class Diffusion:
         return (sigma_s / sigma_t * z).addcmul_(alpha_s - sigma_s / sigma_t * alpha_t, x)
 
     def x_of_walk(self, predict, z, walk):
-        """The x with which a single step of DDIM ends where the several do that predict(z, t) takes through the timesteps walk (B, K + 1):
-        what a student of fewer steps learns.
+        """The x with which one step of DDIM from z ends where K steps of predict(z, t) do, through the timesteps walk (B, K + 1): the
+        target of a student.
 
         x = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)   Imagen Video section 2.7, after 2202.00512"""
         t, s = walk[:, 0], walk[:, -1]
@@ -543,7 +540,7 @@ class Diffusion:
         """Walk z (B, ...) from pure noise to clean data in at most `steps` calls of predict(z, t): by "dpmpp", "ddim", or "ancestral",
         which alone draws on gamma and seed. `threshold` is for pixels under guidance, `shift` says where most steps are. A label shows
         a progress bar."""
-        with torch.no_grad():  # as a decorator it would keep z, the noise, until the end
+        with torch.no_grad():  # a decorator would keep the first z alive
             timesteps = walk(steps, shift)
             at = lambda i: torch.full((len(z),), timesteps[i], device=z.device)
             x_before = None
@@ -558,7 +555,7 @@ class Diffusion:
                 elif sampler == "ancestral":
                     z = self.ancestral_step(z, x, t, at(i + 1), gamma, initial_noise(z.shape, seed + 1000003 * (i + 1)).to(z))
                 else:
-                    z, x = self.ddim_step(z, x, t, at(i + 1)), None  # x would be alive while the next is made
+                    z, x = self.ddim_step(z, x, t, at(i + 1)), None  # x is freed before the next is predicted
 
 
 def dynamic_threshold(x, share: float = .995):
@@ -566,14 +563,11 @@ def dynamic_threshold(x, share: float = .995):
     back without saturating.                                                         Imagen Video section 2.6.2
 
     x (B, T, C, H, W) in -1...1: one s for all frames of a video, so that none of them flickers."""
-    def percentile(video):  # torch.quantile ends at 2^24 numbers, and sorting 10^8 takes long: the bits of floats >= 0 are in
-        # the floats' own order, so one round counts by the upper half of them, and the next sorts within one bucket
-        magnitude, rank = video.abs().float().flatten(), math.ceil(share * video.numel())
-        upper = magnitude.view(torch.int32) >> 16                                   # (N,): exponent and seven bits more
-        upto = torch.bincount(upper, minlength=2 ** 15).cumsum(0)
-        bucket = int(torch.searchsorted(upto, rank))
-        return magnitude[upper == bucket].kthvalue(rank - int(upto[bucket - 1] if bucket else 0)).values
-    s = torch.stack([percentile(video) for video in x]).clamp(min=1).view(-1, *[1] * (x.ndim - 1)).to(x)
+    def percentile(video):  # torch.quantile takes at most 2^24 numbers; kthvalue, four times the memory of this
+        magnitude, rank = video.abs().float().flatten().cpu().numpy(), math.ceil(share * video.numel()) - 1
+        magnitude.partition(rank)
+        return float(magnitude[rank])
+    s = torch.tensor([percentile(video) for video in x]).clamp(min=1).view(-1, *[1] * (x.ndim - 1)).to(x)
     return x.clamp(-s, s) / s
 
 
@@ -627,7 +621,8 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Help with the default of each flag that has one."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default not in (None, False, "") else action.help
+        shown = action.default is not None and action.default is not False and action.default != ""  # `in` would take 0 for False
+        return super()._get_help_string(action) if shown else action.help
 
 
 class Parser(argparse.ArgumentParser):
@@ -668,7 +663,7 @@ def finite(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    """An argparse type: a whole number that every random generator takes, whatever is added to it."""
+    """An argparse type: a whole number that every random generator accepts, with any offset added."""
     if not (text.isascii() and text.isdigit() and int(text) < 2 ** 32):
         raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0 to 4294967295")
     return int(text)
@@ -677,8 +672,8 @@ def seed(text: str) -> int:
 def device(text: str) -> str:
     """An argparse type: a device that this machine has."""
     try:
-        torch.zeros(1, device=text)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise argparse.ArgumentTypeError(f"'{text}' cannot be used here: {str(error).splitlines()[0]}")
     return text
 
@@ -695,9 +690,9 @@ def allocator(function: str, *values: int):
 
 
 def keep_freed_memory():
-    """glibc gives every large tensor back to the system as it dies, and has the next one's pages made and cleared anew, which
-    takes a quarter of the time of a stage on large frames. Keep them; but those of 32 MiB or more would leave holes in which nothing
-    fits: let these go, and torch ask for pages of 2 MiB, which are made and cleared faster."""
+    """glibc returns the memory of every large tensor to the system, and new pages must be mapped and cleared for the next: a quarter of
+    the time of a stage on large frames. So keep freed blocks, but those of 32 MiB or more, which would fragment memory: for these
+    torch asks for pages of 2 MiB, which are mapped and cleared faster."""
     allocator("mallopt", -3, 2 ** 25)                                               # M_MMAP_THRESHOLD, as large as it can be
     allocator("mallopt", -1, 2 ** 31 - 1)                                           # M_TRIM_THRESHOLD: smaller blocks are kept
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -806,6 +801,7 @@ def load_stage(path, kind: str) -> dict:
     want(stage.get("format") == 1 and keys <= stage.keys(), "no stage file of format 1")
     want(stage["kind"] == kind, f"holds {stage['kind']} where {kind} {'is' if kind == 'text' else 'are'} wanted")
     data, text, tensors = stage["data"], stage["text"], []
+    want(isinstance(stage["prompts"], list), "its prompts are no list")
     if kind != "text":
         is_tensor = isinstance(data, torch.Tensor)
         got = f"{data.dtype} {tuple(data.shape)}" if is_tensor else type(data).__name__
@@ -838,9 +834,9 @@ def save_weights(path, stage: str, config: dict, model: nn.Module, **made_by):
 
 
 def load_weights(path, *stages: str) -> dict:
-    """Read what save_weights wrote for one of `stages`, and add `own`, eight letters that name these very weights, and `hash`, those by
-    which what stands on them knows them: the same, but where a decoder alone was trained further, that of the autoencoder whose
-    latents it reads. A Stable Diffusion folder has the weights of stages image, vae and clip."""
+    """Read what save_weights wrote for one of `stages`, and add `own`, a hash of these very weights, and `hash`, by which the weights that
+    build on them refer to them: the same, except that an autoencoder whose decoder alone was trained further keeps the hash of its
+    latents. A Stable Diffusion folder has the weights of stages image, vae and clip."""
     if Path(path).is_dir():
         return stable_diffusion(Path(path), stages)
     remedy = f"train them with `python train.py {stages[0]}`"
@@ -858,14 +854,18 @@ def load_weights(path, *stages: str) -> dict:
     return weights | {"own": own, "hash": weights["made_by"].get("latents", own)}
 
 
-SD_PARTS = {"image": "unet", "vae": "vae", "clip": "text_encoder"}
+SD_PARTS = {  # the folder of each stage, and what its config.json must say
+    "image": ("unet", ("block_out_channels", "layers_per_block", "attention_head_dim", "down_block_types", "cross_attention_dim")),
+    "vae": ("vae", ("block_out_channels", "layers_per_block", "latent_channels")),
+    "clip": ("text_encoder", ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"))}
 
 
 def weights_in(folder, name: str) -> Path:
     """Where the weights of a stage are: NAME.pt in this folder; or, if there is none, the folder itself, where it is one of
     Stable Diffusion's."""
-    path = Path(folder) / f"{name}.pt"
-    return Path(folder) if (Path(folder) / "unet").is_dir() and not path.is_file() and name in ("image", "base", "vae", "text") else path
+    folder, path = Path(folder), Path(folder) / f"{name}.pt"
+    has_part = name in ("image", "base", "vae", "text") and (folder / "unet").is_dir()
+    return folder if has_part and not path.is_file() else path
 
 
 def stable_diffusion(folder: Path, stages: tuple) -> dict:
@@ -891,35 +891,34 @@ def stable_diffusion(folder: Path, stages: tuple) -> dict:
     stage = next((stage for stage in SD_PARTS if stage in stages), None)
     if stage is None:
         raise UserError(f"{folder} is a folder, where weights of {' or '.join(stages)} are wanted")
-    path = part_file(SD_PARTS[stage])
+    part, needed = SD_PARTS[stage]
+    path = part_file(part)
     try:
         settings = {"norm_num_groups": 32, "sample_size": 64} | json.loads((path.parent / "config.json").read_text())
-        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        tensors = dict(load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # json's, safetensors' and torch's
         raise UserError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     version = {1024: "2.x", 1280: "XL", 2048: "XL"}.get(settings.get("cross_attention_dim", settings.get("hidden_size")))
     if version:
         raise UserError(f"{folder} is Stable Diffusion {version}, whose text is not 768 wide as that of 1.x is; only 1.x is read")
-    needed = {"unet": ("block_out_channels", "layers_per_block", "attention_head_dim", "down_block_types", "cross_attention_dim"),
-              "vae": ("block_out_channels", "layers_per_block", "latent_channels"),
-              "text_encoder": ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads")}
-    for key in needed[path.parent.name]:
+    for key in needed:
         if key not in settings:
             raise UserError(f"{path.parent / 'config.json'} lacks {key}")
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # names of 2022; before that, 1 x 1 convolutions
     model = {}
     for name, tensor in tensors.items():
-        *stem, layer, kind = name.split(".")
+        stem, _, kind = name.rpartition(".")
+        above, _, layer = stem.rpartition(".")
         if layer in old and stage == "vae":
-            name, tensor = ".".join([*stem, old[layer], kind]), tensor.flatten(1) if kind == "weight" else tensor
+            name, tensor = f"{above}.{old[layer]}.{kind}", tensor.flatten(1) if kind == "weight" else tensor
         if stage == "clip" and not name.startswith("text_model."):  # as of transformers 5
             name = f"text_model.{name}"
         if kind != "position_ids":
             model[name] = tensor
     ids = {key: name_of(part_file(part)) for key, part in (("vae", "vae"), ("text", "text_encoder"))} if stage == "image" else {}
-    made_by = {"stage": stage, "side": settings.get("sample_size"), **ids}
-    note(f"Stable Diffusion's {path.parent.name}: {len(model)} tensors read")
-    return {"config": None, "settings": settings, "model": model, "made_by": made_by, "own": name_of(path), "hash": name_of(path)}
+    made_by, own = {"stage": stage, "side": settings.get("sample_size"), **ids}, name_of(path)
+    note(f"Stable Diffusion's {part}: {len(model)} tensors read")
+    return {"config": None, "settings": settings, "model": model, "made_by": made_by, "own": own, "hash": own}
 
 
 def fill(model: nn.Module, weights: dict, path, may_lack=lambda name: False) -> nn.Module:
@@ -976,7 +975,7 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
 
 
 def prior_loss(prior: TemporalPrior, batch: dict) -> torch.Tensor:
-    """Squared error of the mean clip, (B,). The best answer to it is the mean. batch: latents, context, fps, as above."""
+    """Squared error of the mean clip, (B,): least where the prediction is the mean. batch: latents, context, fps, as above."""
     B, T, C, H, W = batch["latents"].shape
     return (prior(batch["context"], batch["fps"], T, H, W) - batch["latents"]).float().pow(2).flatten(1).mean(1)
 
@@ -1010,9 +1009,8 @@ GUIDANCE = 2.  # where no scale is asked for: 3 is as faithful, but things then 
 
 
 def usual(frames: int, steps: int | None = None, sampler: str | None = None) -> tuple[int, str]:
-    """Steps and sampler: those asked for, or what suits `frames` with noises of their own. A clip wants many steps, and ancestral ones:
-    a path that the noisiest left crooked is drawn anew by the fresh noise of those that follow, where DPM-Solver++ would be faithful
-    to it. A picture has no path."""
+    """Steps and sampler: those asked for, or what suits `frames` with independent noise. A clip needs many ancestral steps: their fresh
+    noise lets later steps correct a path that the noisiest got wrong, which DPM-Solver++ would keep. A picture has no path."""
     usual_steps, usual_sampler = (48, "ancestral") if frames > 1 else (16, "dpmpp")
     return steps or usual_steps, sampler or usual_sampler
 

@@ -1222,6 +1222,22 @@ def test_a_run_is_not_done_before_its_weights_are_written(tmp_path, monkeypatch)
     assert all(torch.equal(tensor, whole[name].half()) for name, tensor in written.items())
 
 
+def test_a_run_that_wrote_over_the_weights_it_began_from_is_known_again(tmp_path, monkeypatch, capsys):
+    begun = tmp_path / "weights/vae.pt"
+    begun.parent.mkdir()
+    shutil.copy(WEIGHTS / "vae.pt", begun)
+    first = tiny_run(tmp_path, monkeypatch, "--init", str(begun))
+    assert first["origin"]["init"] == base.load_weights(WEIGHTS / "vae.pt", "vae")["own"] != base.load_weights(begun, "vae")["own"]
+    tiny_run(tmp_path, monkeypatch, "--init", str(begun))
+    assert "already trained" in capsys.readouterr().out
+    more = tiny_run(tmp_path, monkeypatch, "--init", str(begun), "--steps", "8")
+    assert (more["step"], more["origin"]) == (8, first["origin"])
+    shutil.copy(WEIGHTS / "vae.pt", begun)
+    monkeypatch.setattr(base, "load_weights", lambda *a, load=base.load_weights: load(*a) | {"own": "stranger"})
+    with pytest.raises(UserError, match="another recipe, seed, data or weights"):
+        tiny_run(tmp_path, monkeypatch, "--init", str(begun), "--steps", "8")
+
+
 def script_of(folder, *flags) -> list:
     """The command line of tiny_run as a process of its own, in `folder`."""
     argv = ["vae", "--stills", "24", "--steps", "6", "--batch", "4", "--weights", "weights", "--device", "cpu", *flags]

@@ -80,10 +80,10 @@ def split_of(colour: int, shape: int, motion: int) -> str | None:
 TRIPLES = {split: [(c, s, m) for c in range(8) for s in range(6) for m in range(9) if split_of(c, s, m) == split]
            for split in ("train", "held-out", "unseen")}
 
-# How many times as often as others a motion is drawn in training: its frames must agree on a phase, and a turned shape is a new one.
-# Differs: data as it is found.
+# How many times as often as others a motion is drawn in training, since its frames must agree on a phase, or show turned shapes.
+# Differs: in the papers data come as they are found.
 OFTEN = {"bouncing": 4, "circling": 2, "spinning": 4}
-HARD = re.compile("ring moving|spinning")  # and a still of what an autoencoder learns last: two edges at the border, shapes that are turned
+HARD = re.compile("ring moving|spinning")  # stills drawn four times as often, since an autoencoder learns them last: rings at the border, turned shapes
 ANY = sum(TRIPLES.values(), [])
 DRAWN = TRIPLES | {"any": ANY,
                    "train": [triple for triple in TRIPLES["train"] for _ in range(OFTEN.get(MOTIONS[triple[2]], 1))],
@@ -137,7 +137,7 @@ def trajectory(scene: dict, t: torch.Tensor):
 
 
 def signed_distance(shape: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Distance to the outline of a shape of radius 1, negative inside; u right, v down."""
+    """Signed distance to the outline of a shape of a radius about 1, negative inside (exact along edges, not beyond corners); u right, v down."""
     if shape == "circle":
         return torch.hypot(u, v) - 1
     if shape == "ring":
@@ -230,8 +230,8 @@ def rate_at(share: float) -> float:
 
 
 def draw_clip(rng: np.random.Generator, side: int = 64):
-    """A training scene, sixteen frames of it (16, 3, side, side) and their rate. Every other clip runs at 4 fps, where it shows a
-    whole scene; the others at a rate up to 30, log-uniform, from a random start within the scene.
+    """A training scene, sixteen frames of it (16, 3, side, side) and their rate. Half of the clips, at random, run at 4 fps,
+    where they show a whole scene; the others at a rate up to 30, log-uniform, from a random start within the scene.
 
     Differs: Make-A-Video (section 3.4) goes from high to low rates during training; drawing both at once is simpler."""
     scene = draw_scene(rng, "train")
@@ -243,8 +243,8 @@ def draw_clip(rng: np.random.Generator, side: int = 64):
 def world_clips(count: int, seed: int, side: int):
     """Training clips of the world, in groups small enough to encode at once: yields (pixels, captions, fps)."""
     for group in trange(0, count, 64, desc="rendering and encoding clips"):
-        clips = [draw_clip(np.random.default_rng((seed, 2, i)), side) for i in range(group, min(group + 64, count))]
-        yield torch.stack([c[1] for c in clips]), [caption(c[0]) for c in clips], torch.tensor([c[2] for c in clips])
+        scenes, videos, rates = zip(*(draw_clip(np.random.default_rng((seed, 2, i)), side) for i in range(group, min(group + 64, count))))
+        yield torch.stack(videos), [caption(scene) for scene in scenes], torch.tensor(rates)
 
 
 def folder_clips(folder, frames: int, side: int):
@@ -264,15 +264,15 @@ def folder_clips(folder, frames: int, side: int):
     for path in tqdm(files, desc=f"reading {folder}"):
         try:
             video, fps = vae.read_video(path)
+            if len(video) < frames:
+                raise UserError(f"{path}: {len(video)} frames, where {frames} are wanted")
         except UserError as error:
             skipped.append(str(error))
             continue
-        if len(video) < frames:
-            skipped.append(f"{path}: {len(video)} frames, where {frames} are wanted")
-            continue
         H, W = video.shape[-2:]
+        S, top, left = min(H, W), max(0, H - W) // 2, max(0, W - H) // 2
         video = video[::max(1, round(fps / 4))] if frames == 1 else video
-        square = video[..., (H - min(H, W)) // 2:, (W - min(H, W)) // 2:][..., :min(H, W), :min(H, W)]
+        square = video[..., top:top + S, left:left + S]
         square = torch.cat([F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True).round().byte()
                             for part in square.split(64)])                          # (T, 3, S, S)
         beside = path.with_suffix(".txt")
@@ -293,7 +293,7 @@ def name_of_data(args) -> str:
     """"world", or eight letters for the files of a folder and their dates."""
     if args.data == "world":
         return "world"
-    files = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.data).rglob("*"))
+    files = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.data).rglob("*") if p.is_file())
     return hashlib.sha256(repr(files).encode()).hexdigest()[:8]
 
 
@@ -304,7 +304,7 @@ def cached(args, kind: str, count: int, make, of: str = "pixels") -> dict:
 
 
 def kept(name: str, make) -> dict:
-    """What make() returns, made by the first process that ever asks for this name, and read from runs/cache/ by all others."""
+    """What make() returns, made by process 0 where runs/cache/ does not hold it yet, and read from there by all."""
     path = RUNS / "cache" / f"{name}.pt"
     if RANK == 0 and not path.is_file():
         write_pt(path, make())
@@ -316,18 +316,18 @@ def kept(name: str, make) -> dict:
 def pictures(args) -> dict:
     """pixels uint8 (N, 1, 3, side, side), captions, fps."""
     if args.data != "world":
-        return gather(folder_clips(args.data, 1, args.side), lambda pixels: {"pixels": pixels})
+        return gather(folder_clips(args.data, 1, args.side), "pixels", lambda pixels: pixels)
     return cached(args, "stills", args.stills, lambda: world_stills(args.stills, args.seed, args.side))
 
 
-def gather(groups, of_pixels) -> dict:
-    """Concatenate of_pixels(group) over groups of clips, with their captions and frame rates."""
+def gather(groups, key: str, of_pixels) -> dict:
+    """Concatenate of_pixels(group) over groups of clips, as `key`, with their captions and frame rates."""
     parts, captions, rates = [], [], []
     for pixels, words, fps in groups:
         parts.append(of_pixels(pixels))
         captions += words
         rates.append(fps)
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"captions": captions, "fps": torch.cat(rates)}
+    return {key: torch.cat(parts), "captions": captions, "fps": torch.cat(rates)}
 
 
 def latents(args, kind: str) -> tuple[dict, str]:
@@ -342,7 +342,7 @@ def latents(args, kind: str) -> tuple[dict, str]:
         stills = pictures(args)
         return zip(stills["pixels"].split(256), batches(stills["captions"], 256), stills["fps"].split(256))
 
-    make = lambda: gather(groups(), lambda pixels: {"latents": vae.encode_video(autoencoder, pixels).half()})
+    make = lambda: gather(groups(), "latents", lambda pixels: vae.encode_video(autoencoder, pixels).half())
     return cached(args, kind, args.stills if kind == "stills" else args.clips, make, weights["hash"]), weights["hash"]
 
 
@@ -372,10 +372,10 @@ PAIRS = {"low": Pairs(8, 64, 32, 1200), "high": Pairs(1, 256, 64, 4800),
 
 
 def pairs(args, which: str) -> tuple[dict, dict]:
-    """Windows of clips at two sizes: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (the small ones after a round trip
-    through our autoencoder, at the size at which it makes pictures; else small again), captions, fps. And the hashes of that autoencoder.
+    """Windows of clips at two sizes: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (small
+    after a round trip through our autoencoder where that makes 64 pixels, else small again), captions, fps. And that autoencoder's hashes.
 
-    Seven in ten are about the object's place; the rest of a picture is ground."""
+    Seven windows in ten are about the object, since most of a picture is ground."""
     p, scale = PAIRS[which], NETWORKS[which].scale
     autoencoder, weights = vae.load(weights_in(args.weights, "vae"), args.device)
 
@@ -417,8 +417,10 @@ def batches(items: list, size: int) -> list:
 # ------------------------------------------------------------------------------------------------
 # Randomness: a generator for each sample of each step, and nothing else.
 
-def sample_rng(seed: int, step: int, i: int) -> np.random.Generator:
-    return np.random.default_rng((seed, 3, step, i))
+def draw(args, step: int, samples, count: int) -> tuple[list, list]:
+    """The generator of each sample of a step, and the first thing drawn from it: which of `count` items the sample is."""
+    rngs = [np.random.default_rng((args.seed, 3, step, i)) for i in samples]
+    return rngs, [int(rng.integers(count)) for rng in rngs]
 
 
 def normal(rngs, shape) -> torch.Tensor:
@@ -427,12 +429,13 @@ def normal(rngs, shape) -> torch.Tensor:
 
 
 def middle_timesteps(rngs) -> torch.Tensor:
-    """t (N,), most often from the middle: t = arccos(1 - 2 u) / pi, whose density is that of Diffusion.balance. Differs: uniform."""
+    """t (N,), most often from the middle: t = arccos(1 - 2 u) / pi, whose density is that of Diffusion.balance. Differs: in the
+    papers t is uniform."""
     return torch.tensor([int(1000 * math.acos(1 - 2 * rng.random()) / math.pi) for rng in rngs])
 
 
 def shifted_timesteps(rngs, shift: float = math.sqrt(16)) -> torch.Tensor:
-    """t (N,), uniform ones, moved as base.shifted says; if not told otherwise, for clips of 16 frames. Differs: uniform."""
+    """t (N,), uniform and then moved by base.shifted, for clips of 16 frames by default. Differs: in the papers t is uniform."""
     return torch.tensor([int(1000 * base.shifted(rng.random(), shift)) for rng in rngs])
 
 
@@ -485,8 +488,7 @@ def prepare_vae(args) -> Setup:
     latent_shape = (model.config.latent_channels, side // model.config.factor, side // model.config.factor)
 
     def batch_of(step, samples):
-        rngs = [sample_rng(args.seed, step, i) for i in samples]
-        picks = torch.tensor([rng.integers(len(data["pixels"])) for rng in rngs])
+        rngs, picks = draw(args, step, samples, len(data["pixels"]))
         return {"pixels": vae.to_float(data["pixels"][picks, 0]), "noise": normal(rngs, latent_shape),
                 "captions": [data["captions"][i] for i in picks]}
 
@@ -522,8 +524,7 @@ def prepare_clip(args) -> Setup:
     ids, motion_ids = text.tokenize(tokenizer, data["captions"], context), text.tokenize(tokenizer, captions, context)
 
     def batch_of(step, samples):
-        rngs = [sample_rng(args.seed, step, i) for i in samples]
-        picks = [rng.integers(len(ids)) for rng in rngs]
+        rngs, picks = draw(args, step, samples, len(ids))
         others = [rng.integers(len(motion_ids)) for rng in rngs]
         return {"pixels": vae.to_float(data["pixels"][picks, 0]), "ids": ids[picks], "motion_ids": motion_ids[others],
                 "captions": [data["captions"][i] for i in picks]}
@@ -564,8 +565,7 @@ def spoken(rngs, tokens, null, captions: list):
 
 def diffusion_batch(args, data: dict, step: int, samples, timesteps=middle_timesteps) -> dict:
     """Latents with their prompts' tokens, frame rates, noise and timesteps."""
-    rngs = [sample_rng(args.seed, step, i) for i in samples]
-    picks = torch.tensor([int(rng.integers(len(data["latents"]))) for rng in rngs])
+    rngs, picks = draw(args, step, samples, len(data["latents"]))
     context, captions = spoken(rngs, data["tokens"][data["rows"][picks]], data["null"], [data["captions"][i] for i in picks])
     x = data["latents"][picks].float()                                              # (N, T, 4, h, w)
     return {"latents": x, "context": context, "fps": data["fps"][picks],
@@ -580,12 +580,11 @@ def with_tokens(args, kind: str) -> tuple[dict, dict]:
     return data | {"tokens": tokens, "rows": rows, "null": null}, facts
 
 
-def preview_of(args, prompts: list, frames: int, diffusion: base.Diffusion):
+def preview_of(args, prompts: list, frames: int, diffusion: base.Diffusion, side: int):
     """A function that samples the prompts and lays the frames out, one video per row."""
     def preview(model):
         clip, tokenizer, _ = text.load(weights_in(args.weights, "text"))
         autoencoder, _ = vae.load(weights_in(args.weights, "vae"), args.device)
-        side = args.side // autoencoder.config.factor
         z = base.generate(model, diffusion, text.encode(clip, tokenizer, prompts), frames, 4., side)
         videos = vae.decode_video(autoencoder, z)                                   # (B, T, 3, H, W)
         return vae.contact_sheet(videos if frames > 1 else videos.transpose(0, 1), columns=16 if frames > 1 else 8)
@@ -605,7 +604,7 @@ def prepare_image(args) -> Setup:
         factors = zip(list(COLOURS) * 4, SHAPES * 6, GROUNDS * 7)
         prompts = [f"a {colour} {shape} {ground}".strip() for colour, shape, ground in factors]
     return Setup(model, lambda step, samples: diffusion_batch(args, data, step, samples),
-                 lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 1, diffusion),
+                 lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 1, diffusion, facts["side"]),
                  diffusion_config(diffusion), facts)
 
 
@@ -640,7 +639,8 @@ def prepare_prior(args) -> Setup:
 
 def inflation(args) -> dict:
     """What becomes of an image model's config: with a prior if one has been trained."""
-    return {"temporal": "prior+" * (args.weights / "prior.pt").is_file() + "attention+conv", "gates": True}
+    has_prior = (args.weights / "prior.pt").is_file()
+    return {"temporal": "prior+attention+conv" if has_prior else "attention+conv", "gates": True}
 
 
 def freeze(model, args):
@@ -673,7 +673,7 @@ def prepare_base(args) -> Setup:
         return diffusion_batch(args, data, step, samples, shifted_timesteps)
 
     prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
-    return Setup(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 16, diffusion),
+    return Setup(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 16, diffusion, facts["side"]),
                  diffusion_config(diffusion), facts | {"image": image["hash"]})
 
 
@@ -701,8 +701,8 @@ def prepare_interpolate(args) -> Setup:
 
 
 def prepare_pixels(args, which: str) -> Setup:
-    """A network between pixels, on windows of clips, from nothing. Every fourth step is of pictures; but TSR has nothing to double
-    in one."""
+    """A network between pixels, from nothing, on windows of clips. Every fourth step is of single frames, but for TSR, which has nothing
+    to double in one."""
     stage, doubles, taught = replace(NETWORKS[which], blank=args.blank), which in interpolate.TSR, {}
     if args.distill:
         teacher, _, weights = superres.load(which, args.init, args.device)
@@ -726,8 +726,7 @@ def prepare_pixels(args, which: str) -> Setup:
         return superres.loss(model, diffusion, batch, stage)
 
     def batch_of(step, samples):
-        rngs = [sample_rng(args.seed, step, i) for i in samples]
-        picks = [int(rng.integers(len(data["pixels"]))) for rng in rngs]
+        rngs, picks = draw(args, step, samples, len(data["pixels"]))
         small = torch.stack([data["decoded" if rng.random() < .5 else "small"][i] for i, rng in zip(picks, rngs)])
         x = vae.to_float(data["pixels"][picks])                                     # (N, T, 3, S, S)
         if doubles:
@@ -767,7 +766,7 @@ OUTPUT = {stage: f"{stage}.pt" for stage in PREPARE} | {"clip": "text.pt"}  # ea
 
 def learning_rate(step: int, recipe: Recipe) -> float:
     """A share of the full rate, by the step alone: up over the warm-up, level for a third, then straight down to zero.
-    A finished run goes on if `--steps` is raised, and the rate with it."""
+    Raising `--steps` continues a finished run, and raises the rate again."""
     return max(0., min(1., (step + 1) / recipe.warmup, 1.5 * (recipe.steps - step) / recipe.steps))
 
 
@@ -783,7 +782,7 @@ class Loss(torch.nn.Module):
 
 
 def ahead(make: Callable, of, threads: int = 4):
-    """make(*each) for each of `of`, in order, made by threads before it is asked for, so that a GPU need not wait."""
+    """make(*each) for each of `of`, in order, made ahead of time by threads, so that a GPU need not wait."""
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
         for each in of:
@@ -794,8 +793,11 @@ def ahead(make: Callable, of, threads: int = 4):
             yield waiting.popleft().result()
 
 
+LOG_COLUMNS = ["step", "minutes", "loss", "t<1/4", "t<1/2", "t<3/4", "t<1"]
+
+
 def gathered(values: torch.Tensor) -> torch.Tensor:
-    """The values (N,) of every process, one after the other. (RANKS * N,)"""
+    """The rows of every process, one after the other. (N, ...) -> (RANKS * N, ...)"""
     if RANKS == 1:
         return values.cpu()
     parts = [torch.empty_like(values) for _ in range(RANKS)]
@@ -841,21 +843,24 @@ def train(stage: str, args):
     groups = [{"params": [p for n, p in model.named_parameters() if p.requires_grad and fresh(n)], "base_lr": recipe.fresh_lr},
               {"params": [p for n, p in model.named_parameters() if p.requires_grad and not fresh(n)], "base_lr": recipe.lr}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
-    start, minutes = 0, 0.
+    start, minutes, checkpoint = 0, 0., folder / "checkpoint.pt"
+    state = read_pt(checkpoint) if checkpoint.is_file() and not args.fresh else None
     if args.init:  # go on from finished weights of this very stage
         weights = parent(args.init, stage, setup.facts)
         if "distill" in weights["made_by"] and not args.distill:
             note(f"{args.init} was distilled, and has to learn anew all noise levels but those of its steps")
         base.fill(model, weights, args.init)
-        setup.facts |= {"init": weights["own"], "init_steps": weights["made_by"]["steps"], "init_minutes": weights["made_by"]["minutes"]}
+        made_by, before = weights["made_by"], state["origin"] if state else {}
+        facts = {"init": weights["own"], "init_steps": made_by.get("steps", 0), "init_minutes": made_by.get("minutes", 0.)}
+        own = "init" in before and before["init"] == made_by.get("init")  # this run has written its weights over those it began from
+        setup.facts |= {key: before[key] for key in facts} if own else facts
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     origin = {"stage": stage, "seed": args.seed, "data": name_of_data(args), "stills": args.stills, "clips": args.clips,
               "side": args.side, "joint": args.joint, "freeze": args.freeze, **setup.facts}
-    if (folder / "checkpoint.pt").is_file() and not args.fresh:
-        state = read_pt(folder / "checkpoint.pt")
+    if state:
         same_recipe = state["recipe"] | {"steps": recipe.steps} == asdict(recipe) and recipe.steps >= state["step"]
         if not same_recipe or state["origin"] != origin:
-            raise UserError(f"{folder / 'checkpoint.pt'} is of another recipe, seed, data or weights; --fresh starts over")
+            raise UserError(f"{checkpoint} is of another recipe, seed, data or weights; --fresh starts over")
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -872,7 +877,7 @@ def train(stage: str, args):
     say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe}")
 
     def save(step):
-        write_pt(folder / "checkpoint.pt", {
+        write_pt(checkpoint, {
             "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
             "step": step, "minutes": minutes, "recipe": asdict(recipe), "origin": origin})
 
@@ -888,6 +893,7 @@ def train(stage: str, args):
 
     if RANK == 0:
         base.check_folder(folder)
+        base.check_folder(args.weights)
         dump_first_batch(folder, setup.batch_of(0, range(min(8, recipe.batch))), args)
     stop = []  # Ctrl-C lets the step end, and saves; a second one does not wait
     before = signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
@@ -898,18 +904,18 @@ def train(stage: str, args):
     window, running, step, last_save, last_step = [], math.nan, start, time.time(), time.time()
     try:
         for step in bar:
-            losses, levels = [], []
+            seen = []
             for _ in parts:
                 batch = {key: value.to(args.device) for key, value in next(ready).items() if key != "captions"}
                 with fast_autocast(args.device):
                     each = loss_of(batch)                                           # (N,)
                 (each.mean() / args.accumulate).backward()
-                losses.append(each.detach().float())
-                levels.append(batch["t"] / 1000 if "t" in batch else torch.zeros_like(losses[-1]))
-            losses, levels = gathered(torch.cat(losses)), gathered(torch.cat(levels))
+                loss = each.detach().float()
+                seen.append(torch.stack([loss, batch["t"] / 1000 if "t" in batch else torch.zeros_like(loss)], dim=1))
+            seen = gathered(torch.cat(seen))                                        # (N, 2): loss and noise level of each sample
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-            if not (losses.isfinite().all() and norm.isfinite()):
-                raise UserError(f"the loss of step {step}, or its gradient, is not finite; what {folder}/checkpoint.pt holds is from before")
+            if not (seen.isfinite().all() and norm.isfinite()):
+                raise UserError(f"the loss of step {step}, or its gradient, is not finite; what {checkpoint} holds is from before")
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * learning_rate(step, recipe)
             optimizer.step()
@@ -920,33 +926,33 @@ def train(stage: str, args):
                     average.lerp_(parameter, 1 - decay)
             minutes += (time.time() - last_step) / 60
             last_step = time.time()
-            last = step + 1 == recipe.steps  # after which weights are written before a checkpoint says that all is done
+            last = step + 1 == recipe.steps  # then weights are written before the final checkpoint
             if gathered(torch.tensor([len(stop)], device=args.device)).any() and not last:  # all processes stop at the same step
                 if RANK == 0:
                     save(step + 1)
                 raise KeyboardInterrupt
             if RANK > 0:
                 continue
-            window.append((losses, levels))
+            window.append(seen)
             if (step + 1) % 25 == 0 or last:
-                losses, levels = (torch.cat(column) for column in zip(*window))
+                losses, levels = torch.cat(window).unbind(1)
                 running = losses.mean().item()
                 quartiles = [losses[(levels * 4).long() == q].mean().item() for q in range(4)]
                 rate = len(losses) / len(window) * (bar.format_dict["rate"] or 0)
                 bar.set_postfix(loss=f"{running:.4f}", samples_per_s=f"{rate:.1f}")
                 new = step < 25 or not (folder / "log.csv").is_file()
+                row = [step + 1, round(minutes, 2), *(round(x, 5) for x in (running, *quartiles))]
                 with open(folder / "log.csv", "w" if new else "a", newline="") as file:
-                    csv.writer(file).writerows([["step", "minutes", "loss", "t<1/4", "t<1/2", "t<3/4", "t<1"]] * new
-                                               + [[step + 1, round(minutes, 2), *(round(x, 5) for x in (running, *quartiles))]])
+                    csv.writer(file).writerows([LOG_COLUMNS] * new + [row])
                 window = []
             if time.time() - last_save > 60 * args.save_minutes and not last:
                 save(step + 1)
                 show()
                 last_save = time.time()
-            if args.snapshots and (step + 1) % max(1, recipe.steps // args.snapshots) == 0:
+            if args.snapshots and (step + 1) * args.snapshots // recipe.steps > step * args.snapshots // recipe.steps:
                 export(folder / f"weights-{step + 1:06d}.pt", step + 1)
     except KeyboardInterrupt:
-        say(f"\n{stage}: stopped; the same command goes on from {folder / 'checkpoint.pt'}")
+        say(f"\n{stage}: stopped; the same command goes on from {checkpoint}")
         raise
     finally:
         signal.signal(signal.SIGINT, before)
