@@ -1926,7 +1926,7 @@ def test_a_camera_s_clip_goes_through_every_stage(tmp_path, all_weights, monkeyp
 
 GUIDANCE = base.GUIDANCE
 STEPS, SAMPLER = base.usual(16)
-READ_EVERY = {"make-a-video": 5, "imagen-video": 8}  # of 20 and 32 frames per second, the keyframes' own 4
+ENDS_AT = {"make-a-video": 5, "imagen-video": 8}  # times the keyframes' own rate of 4 frames per second
 DEVICE = "cpu"  # until main is told another
 
 
@@ -1960,9 +1960,9 @@ def in_words(factors: tuple) -> str:
 
 
 def evaluate_autoencoder(args, clips: int = 96):
-    """PSNR, the object's colour and its place, after encoding and decoding rendered held-out clips."""
+    """PSNR, the object's colour and its place, after encoding and decoding clips rendered anew, of triples that no clip in training had."""
     autoencoder = vae.load(device=DEVICE)[0]
-    print("\nAutoencoder: decode(encode(x)) against x, held-out triples at 4 fps")
+    print("\nAutoencoder: decode(encode(x)) against x, new scenes of held-out triples at 4 fps (of stills, none is held out)")
     for name, grounds in (("black", [0]), ("all grounds", range(5))):
         scenes = [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], grounds, clips))]
         truth = torch.stack([train.render(s, np.arange(16) / 4) for s in scenes])                # (N, T, 3, H, W)
@@ -1982,7 +1982,7 @@ def evaluate_hearing(args, clips: int = 64):
     """Does the video model hear the motion? Its loss on sliding clips with their own captions, and with left and right, up and
     down exchanged. Equal losses mean that the word is not used: this shows long before samples do."""
     (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = base.load(args.weights, DEVICE), vae.load(device=DEVICE), text.load()
-    slides = [f for f in factors_of(["train"], [0], 20 * clips) if f[2] < 4][:clips]
+    slides = [(c, s, m, g) for c, s, m, g in factors_of(["train"], [0], 20 * clips) if m < 4 and (c, s, m ^ 1) in train.TRIPLES["train"]][:clips]
     truth = torch.stack([train.render(scene_of(f, i), np.arange(16) / 4) for i, f in enumerate(slides)])
     x, fps = vae.encode_video(autoencoder, truth).to(DEVICE), torch.full((clips,), 4., device=DEVICE)
     noise = base.initial_noise(x.shape, seed=0).to(DEVICE)
@@ -2133,17 +2133,26 @@ def evaluate_doubling(which: str, name: str, fps: float, clips: int):
     factors = factors_of(["held-out"], range(5), clips)
     scenes = [scene_of(f, i) for i, f in enumerate(factors)]
     truth = torch.stack([train.render(s, times, side) for s in scenes])             # (N, 31, 3, S, S)
-    where = moving(truth)
+    every = moving(truth)
+    new = every & (torch.arange(31) % 2 == 1).view(-1, 1, 1, 1)  # given frames come back as they are, from either
     for kind, given in (("clean", truth[:, ::2]), ("as made", as_made(which, scenes, factors, times[::2], fps / 2))):
         ours = enlarged(which, interpolate.double(given), factors, fps)[:, :31]
         linear = blend(given.repeat_interleave(2, 1)[:, :31], 2)
-        print(f"  {name:8s} {fps / 2:2g} to {fps:2g} fps   {kind:8s} ours {psnr(ours[where], truth[where]):5.2f} dB   "
-              f"linear blend {psnr(linear[where], truth[where]):5.2f} dB   ({clips} clips)", flush=True)
+        off = lambda video, where: psnr(video[where], truth[where])
+        print(f"  {name:8s} {fps / 2:2g} to {fps:2g} fps   {kind:8s} new frames: ours {off(ours, new):5.2f} dB, linear blend {off(linear, new):5.2f} dB   "
+              f"all frames: {off(ours, every):5.2f}, {off(linear, every):5.2f}   ({clips} clips)", flush=True)
 
 
 def flicker_of(video: torch.Tensor, still: torch.Tensor) -> float:
     """Mean absolute difference of consecutive frames where `still` (H, W). video: uint8 (T, 3, H, W)"""
     return float(np.mean([(b.int() - a.int()).abs()[:, still].float().mean() for a, b in zip(video, video[1:])]))
+
+
+def bare_ground(scenes: list, times, size: int) -> torch.Tensor:
+    """Where no frame of a scene has its object, nor anything within two of 64 pixels of it. (N, size, size) bool"""
+    seen = torch.stack([train.render(s | {"ground": 0}, times) for s in scenes]).amax((1, 2)) >= 8       # (N, 64, 64)
+    free = F.max_pool2d(seen[:, None].float(), 5, 1, 2)[:, 0] == 0
+    return free.repeat_interleave(size // SIZE, 1).repeat_interleave(size // SIZE, 2)
 
 
 def evaluate_superres(which: str, clips: int = 16):
@@ -2162,17 +2171,17 @@ def evaluate_superres(which: str, clips: int = 16):
             line = f"  {name:12s} {kind:8s} ours {psnr(ours, truth):5.2f} dB   bicubic {psnr(cubic, truth):5.2f} dB"
             if grounds != [0]:
                 fine = lambda video: (vae.to_float(video) - superres.blur(vae.to_float(video), 2.)).pow(2).mean(2)   # (N, T, H, W)
-                still = torch.stack([train.render(s | {"ground": 0}, times, size) for s in scenes]).amax((1, 2)) < 8
+                still = bare_ground(scenes, times, size)
                 energy = lambda video: (fine(video).mean(1) * still).sum() / still.sum()
                 line += f"   fine detail of the ground {100 * energy(ours) / energy(truth):.0f} % of the truth's (bicubic {100 * energy(cubic) / energy(truth):.0f} %)"
             print(line, flush=True)
     if which not in ("low", "high"):
         return
     scenes = [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], range(1, 5), 4))]
-    still = torch.stack([train.render(s | {"ground": 0}, times, size) for s in scenes]).amax((1, 2)) < 8
+    still = bare_ground(scenes, times, size)
     small = torch.stack([train.render(s, times, side) for s in scenes])
     whole = lambda video, **how: superres.upscale(unet, diffusion, stage, video, 20., **how)
-    one_by_one = lambda video: torch.cat([whole(frame[None]) for frame in video])  # from one noise too, but temporal layers are left out
+    one_by_one = lambda video: torch.cat([whole(frame[None]) for frame in video])  # same noise, but a single frame skips the temporal layers
     ways = {"with shared noise": whole, "with independent noise": partial(whole, independent=True)}
     if which == "low":
         ways["frame by frame"] = one_by_one
@@ -2193,8 +2202,8 @@ def evaluate_pixels(args):
         if have(*map(superres.name_of, [which, *BEFORE[which]])):
             evaluate_superres(which)
     if have("tsr-32", "tsr-128", *BEFORE["tsr-128"]):
-        print("\nTemporal super-resolution: all frames of held-out clips against the truth, moving pixels only, augmentation level 0")
-        for which, name, fps, clips in (("tsr-32", "tsr-32", 8., 12), ("tsr-128", "tsr-64", 16., 4), ("tsr-128", "tsr-128", 32., 4)):
+        print("\nTemporal super-resolution: held-out clips against the truth, moving pixels only, augmentation level 0")
+        for which, name, fps, clips in (("tsr-32", "tsr-32", 8., 16), ("tsr-128", "tsr-64", 16., 8), ("tsr-128", "tsr-128", 32., 8)):
             evaluate_doubling(which, name, fps, clips)
 
 
@@ -2227,16 +2236,18 @@ def evaluate_rate(args):
           f"   ({len(slides)} clips; the world's own: {.14 * 64 / 4:.2f}, {.14 * 64 / 8:.2f}, {.14 * 64 / 16:.2f})")
 
 
-def at_a_glance(video: torch.Tensor, skip: int) -> torch.Tensor:
-    """A cascade's video uint8 (T, 3, S, S) as `describe` reads keyframes: every skip-th frame, at 64 x 64."""
-    return F.interpolate(video[::skip].float(), (SIZE, SIZE), mode="area").round().byte()          # (T', 3, SIZE, SIZE)
+def at_a_glance(video: torch.Tensor, times: int) -> torch.Tensor:
+    """A cascade's video uint8 (T, 3, S, S) as `describe` reads it: at 64 x 64, from the first keyframe to the last, `times` as many
+    frames behind which TSR stands still."""
+    video = video[:15 * times + 1]
+    return torch.cat([F.interpolate(part.float(), (SIZE, SIZE), mode="area").round().byte() for part in video.split(16)])  # (T', 3, SIZE, SIZE)
 
 
 def evaluate_cascades(args):
     """What the prompt says, in what the last stage of either cascade makes of the same keyframes."""
     factors, first, few = factors_of(["held-out"], range(5), max(1, args.prompts // 4)), [], 4 if DEVICE == "cpu" else 16
     print("\nPrompt fidelity of a cascade, in %          prompts  colour  shape   motion (nearest)  ground  first three")
-    for cascade, skip in READ_EVERY.items():
+    for cascade, times in ENDS_AT.items():
         last, stages = [], sample.CASCADES[cascade]
         for i in train.trange(0, len(factors), few, desc=cascade, leave=False):
             with tempfile.TemporaryDirectory() as folder:
@@ -2245,8 +2256,8 @@ def evaluate_cascades(args):
                                  "--guidance", str(args.guidance), "--steps", str(args.steps), "--device", DEVICE])
                 if cascade == "imagen-video":  # which decodes the keyframes themselves
                     first.append(base.load_stage(f"{folder}/decode.pt", "pixels")["data"])
-                last += [at_a_glance(video, skip) for video in base.load_stage(f"{folder}/{stages[-1][0]}.pt", "pixels")["data"]]
-        print_fidelity(f"{cascade}, last stage", factors, torch.stack(last))
+                last += [at_a_glance(video, times) for video in base.load_stage(f"{folder}/{stages[-1][0]}.pt", "pixels")["data"]]
+        print_fidelity(f"{cascade}, last stage", factors, torch.stack(last), skip=times)
     print_fidelity("the keyframes of both", factors, torch.cat(first))
 
 
@@ -2315,7 +2326,7 @@ def compare(args):
     factors = factors_of(["held-out"], range(5), args.prompts)
     evaluations = {"vae": 0, "interpolate": interpolate.STEPS * len(interpolate.windows(76, 10))}
     rows = {}
-    for cascade, skip in READ_EVERY.items():
+    for cascade, times in ENDS_AT.items():
         stages = sample.CASCADES[cascade]
         weights = {name: base.read_pt(WEIGHTS / f"{name}.pt") for name in dict.fromkeys(["base", *(own for _, _, own, _ in stages)])}
         evaluations |= {name: superres.fitted(stage, weights[name]).steps for which, stage in train.NETWORKS.items() for name in [superres.name_of(which)]
@@ -2327,23 +2338,21 @@ def compare(args):
                 process = subprocess.Popen([sys.executable, HERE / "sample.py", in_words(f), "--cascade", cascade, "--keep", folder, "--seed", str(i),
                                             "-o", f"{folder}/video.mp4", "--device", DEVICE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
                 said = process.stdout.read()
-                _, status, usage = os.wait4(process.pid, 0)
-                if status:
+                if process.wait():
                     raise UserError(f"sample.py failed on {in_words(f)!r}")
                 seconds.append(time.perf_counter() - start)
-                # What the system remembers ends at the last stage, since each begins a new measurement.
-                memory += [usage.ru_maxrss / 2 ** 20, *map(float, re.findall(r"peak ([\d.]+) GiB", said))]
+                memory += map(float, re.findall(r"peak ([\d.]+) GiB", said))        # of every stage
                 vae.main(["decode", f"{folder}/base.pt", "-o", f"{folder}/first.pt", "--device", DEVICE])
                 begun.append(base.load_stage(f"{folder}/first.pt", "pixels")["data"][0])
                 video = base.load_stage(f"{folder}/{stages[-1][0]}.pt", "pixels")["data"][0]        # (T, 3, 768, 768)
                 if f[3]:  # black does not flicker
-                    still = still_ground(video[::skip])
+                    still = still_ground(video[::times])
                     flicker.append(flicker_of(video, still))
                     if cascade == "make-a-video":
                         superres.main(["high", f"{folder}/low.pt", "-o", f"{folder}/own.pt", "--independent-noise", "--device", DEVICE])
                         independent.append(flicker_of(base.load_stage(f"{folder}/own.pt", "pixels")["data"][0], still))
-            ended.append(at_a_glance(video, skip))
-        both = [fidelity(torch.stack(videos), factors) for videos in (begun, ended)]
+            ended.append(at_a_glance(video, times))
+        both = [fidelity(torch.stack(videos), factors, fps) for videos, fps in ((begun, 4.), (ended, 4. * times))]
         rows[cascade] = {
             "": cascade,
             "parameters": f"{sum(t.numel() for w in weights.values() for t in w['model'].values()) / 1e6:.1f} M",
@@ -2467,6 +2476,7 @@ def peers(args, size: int = 16, batch: int = 2, wanted: float = 8e6):
             continue
         parameters = lambda width: sum(p.numel() for p in build(width)[0].parameters())
         net, call = build(min(range(32, 129, 8), key=lambda width: abs(parameters(width) - wanted)))
+        net.eval()
         if build is ours:
             net.to(memory_format=torch.channels_last)  # as its own loader has it
         def forward(fast: bool = False):
