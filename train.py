@@ -459,7 +459,7 @@ RECIPES = {  # about as many steps in one run as the weights in weights/ had in 
     "prior": Recipe(steps=2000, batch=64, lr=5e-3, warmup=50),
     "base": Recipe(steps=32000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
     "interpolate": Recipe(steps=10700, batch=16, lr=8e-4),
-    "superres-low": Recipe(steps=4900, batch=4, lr=2e-3),
+    "superres-low": Recipe(steps=7900, batch=4, lr=2e-3),
     "superres-high": Recipe(steps=4900, batch=8, lr=2e-3),
     "tsr-32": Recipe(steps=3200, batch=16, lr=2e-3),
     "ssr-128": Recipe(steps=1750, batch=32, lr=2e-3),
