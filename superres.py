@@ -201,10 +201,10 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
         large, z = (frames.unflatten(0, (1, -1) if stage.halo else (-1, 1)) for frames in (large, z))   # (B, T', C, H, W)
         rates = torch.full((len(z),), float(fps), device=device)
         predict = predict_with(unet, stage, large, level.expand(len(z)), rates, context, null_context, guidance_scale)
-        return diffusion.sample(predict, z, steps, sampler, threshold=guidance_scale != 1, shift=stage.shift).flatten(0, 1)
+        return diffusion.sample(predict, z, steps, sampler, label=label * (T <= chunk), threshold=guidance_scale != 1, shift=stage.shift).flatten(0, 1)
 
     out = torch.empty(T, *shape, dtype=torch.uint8)
-    for start in tqdm(range(0, T, chunk), desc=label, disable=not label, leave=False):
+    for start in tqdm(range(0, T, chunk), desc=label, disable=not label or T <= chunk, leave=False):  # a single chunk shows its steps
         first, last = max(0, start - reach), min(T, start + chunk + reach)
         out[start:start + chunk] = vae.to_uint8(denoised(first, last)[start - first:][:chunk]).cpu()   # (T', 3, H, W)
     return out

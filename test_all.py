@@ -34,6 +34,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image  # imageio stands on it
 
 import base
 import interpolate
@@ -1013,6 +1014,16 @@ def test_pictures_and_contact_sheets(tmp_path):
     assert torch.equal(read[0], vae.contact_sheet(videos[:1])) and fps == 1
 
 
+def test_a_picture_stands_as_its_camera_was_held(tmp_path):
+    picture = torch.zeros(32, 64, 3, dtype=torch.uint8)
+    picture[:, :32, 0] = 255                                                        # red on the left, as the sensor saw it
+    turned = Image.Exif()
+    turned[0x0112] = 6                                                              # orientation: the left is up
+    Image.fromarray(picture.numpy()).save(tmp_path / "phone.png", exif=turned)
+    (seen,), _ = vae.read_video(tmp_path / "phone.png")
+    assert seen.shape == (3, 64, 32) and (seen[0, :32] == 255).all() and (seen[0, 32:] == 0).all()
+
+
 # ------------------------------------------------------------------------------------------------
 # Stable Diffusion's weights, against the libraries that made them (which only these tests need)
 
@@ -1274,17 +1285,24 @@ def test_weights_are_packed_and_read_back_to_the_bit(tmp_path):
     assert (tmp_path / "a.pt").stat().st_size < .95 * 2 * (256 * 256 + 256)
 
 
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def pull_the_plug():
+    raise KeyboardInterrupt  # in the midst of a step, where nothing is saved
+
+
+def at_step(step: int, happen, patch):
+    """Let something happen in the midst of a run's step."""
+    rate = train.learning_rate
+    patch.setattr(train, "learning_rate", lambda n, recipe: (n == step and happen(), rate(n, recipe))[1])
+
+
 def test_an_interrupted_run_reaches_the_very_bits_of_an_uninterrupted_one(tmp_path, monkeypatch):
     whole = tiny_run(tmp_path / "whole", monkeypatch)
-    learning_rate = train.learning_rate
-
-    def pull_the_plug(step, recipe):
-        if step == 3:
-            raise KeyboardInterrupt
-        return learning_rate(step, recipe)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "learning_rate", pull_the_plug)
+        at_step(3, pull_the_plug, patch)
         tiny_run(tmp_path / "parts", patch, "--save-minutes", "1e-9")
     resumed = tiny_run(tmp_path / "parts", monkeypatch)
     assert all(equal(whole[key], resumed[key]) for key in ("model", "ema", "optimizer", "step"))
@@ -1294,15 +1312,8 @@ def test_an_interrupted_run_reaches_the_very_bits_of_an_uninterrupted_one(tmp_pa
 
 def test_ctrl_c_saves_the_step_it_fell_in(tmp_path, monkeypatch):
     whole = tiny_run(tmp_path / "whole", monkeypatch)
-    learning_rate = train.learning_rate
-
-    def press_ctrl_c(step, recipe):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return learning_rate(step, recipe)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "learning_rate", press_ctrl_c)
+        at_step(3, press_ctrl_c, patch)
         tiny_run(tmp_path / "parts", patch)
     assert base.read_pt(tmp_path / "parts/runs/vae/checkpoint.pt")["step"] == 4
     resumed = tiny_run(tmp_path / "parts", monkeypatch)
@@ -1319,9 +1330,8 @@ def test_a_run_is_not_done_before_its_weights_are_written(tmp_path, monkeypatch)
         patch.setattr(train, "save_weights", fail)
         tiny_run(tmp_path / "parts", patch, "--save-minutes", "1e-9")
     with monkeypatch.context() as patch:
-        learning_rate = train.learning_rate
-        patch.setattr(train, "learning_rate", lambda step, recipe: step < 5 or os.kill(os.getpid(), signal.SIGINT) or learning_rate(step, recipe))
-        tiny_run(tmp_path / "parts", patch)                                         # Ctrl-C in the last step comes too late
+        at_step(5, press_ctrl_c, patch)                                             # in the last step, Ctrl-C comes too late
+        tiny_run(tmp_path / "parts", patch)
     written = base.read_pt(tmp_path / "parts/weights/vae.pt")["model"]
     assert all(torch.equal(tensor, whole[name].half()) for name, tensor in written.items())
 
@@ -1377,13 +1387,11 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
                 if Disk.room < 0:
                     raise OSError(28, "No space left on device")
             return super().write(data)
-    learning_rate = train.learning_rate
-    def fill_the_disk(step, recipe):
-        Disk.room = 10 ** 6 if step == 2 else None
-        return learning_rate(step, recipe)
+    def fill_the_disk():
+        Disk.room = 10 ** 6
     with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write .*checkpoint.pt"):
         patch.setattr(base, "open", lambda path, mode: Disk(path, mode), raising=False)
-        patch.setattr(train, "learning_rate", fill_the_disk)
+        at_step(2, fill_the_disk, patch)
         tiny_run(tmp_path, patch, "--save-minutes", "1e-9")
     assert base.read_pt(tmp_path / "runs/vae/checkpoint.pt")["step"] == 2
     assert [path.name for path in (tmp_path / "runs/vae").iterdir() if path.name.startswith(".")] == []
@@ -1422,6 +1430,27 @@ def test_a_run_leaves_what_one_looks_at(tmp_path, monkeypatch):
     assert vae.read_video(folder / "first_batch.gif")[0].shape[-1] == 4 * 64 and len((folder / "first_batch.txt").read_text().splitlines()) == 4
     header, row = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
     assert header == train.LOG_COLUMNS and row[0] == "6" and math.isfinite(float(row[2]))
+
+
+def test_the_log_has_each_step_once_whatever_stopped_the_run(tmp_path, monkeypatch):
+    rows = lambda: [line.split(",")[0] for line in (tmp_path / "runs/vae/log.csv").read_text().splitlines()]
+    for step, stop in ((10, press_ctrl_c), (28, pull_the_plug)):                    # the second leaves a row that its checkpoint knows nothing of
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            at_step(step, stop, patch)
+            tiny_run(tmp_path, patch, "--steps", "30", "--batch", "1")
+    assert (base.read_pt(tmp_path / "runs/vae/checkpoint.pt")["step"], rows()) == (11, ["step", "25"])
+    tiny_run(tmp_path, monkeypatch, "--steps", "30", "--batch", "1")
+    assert rows() == ["step", "25", "30"]
+    tiny_run(tmp_path, monkeypatch, "--steps", "2", "--batch", "1", "--fresh")
+    assert rows() == ["step", "2"]
+
+
+def test_what_cannot_be_written_is_said_before_data_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
+    monkeypatch.setitem(train.PREPARE, "vae", lambda args: pytest.fail("made data"))
+    (tmp_path / "weights").write_text("a file")
+    with pytest.raises(UserError, match="cannot write into .*weights"):
+        train.main(["vae", "--weights", str(tmp_path / "weights"), "--device", "cpu"])
 
 
 def test_finished_weights_are_trained_further(tmp_path, monkeypatch):
@@ -2350,7 +2379,7 @@ def compare(args):
         for i, f in enumerate(train.tqdm(factors, desc=cascade)):
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
-                process = subprocess.Popen([sys.executable, HERE / "sample.py", in_words(f), "--cascade", cascade, "--keep", folder, "--seed", str(i),
+                process = subprocess.Popen([sys.executable, HERE / "sample.py", in_words(f), "--cascade", cascade, "--keep", folder, "--seed", str(args.seed + i),
                                             "-o", f"{folder}/video.mp4", "--device", DEVICE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
                 said = process.stdout.read()
                 if process.wait():
@@ -2379,7 +2408,7 @@ def compare(args):
             rows[cascade] |= {f"{what}, after the {part}": f"{100 * share[what]:.0f} %" for what in ("colour", "shape", "motion", "nearest", "ground")}
         rows[cascade] |= {"flicker of still ground": f"{np.mean(flicker):.2f}/255",
                           "and with --independent-noise": f"{np.mean(independent):.2f}/255" if independent else "as it is"}
-    print(f"Both cascades on {args.prompts} prompt{'s' * (args.prompts > 1)} of held-out triples, all grounds; seed 0, guidance {GUIDANCE:g}, {here()}")
+    print(f"Both cascades on {args.prompts} prompt{'s' * (args.prompts > 1)} of held-out triples, all grounds; seed {args.seed}, guidance {GUIDANCE:g}, {here()}")
     for name in rows["make-a-video"]:
         print(f"  {name:36s} {rows['make-a-video'][name]:>20s} {rows['imagen-video'][name]:>20s}")
 
@@ -2409,7 +2438,7 @@ def benchmark(args):
             function()
         return counter.get_total_flops()
 
-    print(f"torch {torch.__version__}, {here()}, bf16 {'on' if base.has_fast_bf16(DEVICE) else 'off'}; median of 3")
+    print(f"torch {torch.__version__}, {here()}, bf16 {'on' if base.has_fast_bf16(DEVICE) else 'off'}; median of 3, or one call of more than 5 s")
     layer, x = torch.nn.Conv2d(128, 128, 3, padding=1, device=DEVICE), torch.randn(64, 128, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), base.fast_autocast(DEVICE):
         peak = flops(lambda: layer(x)) / seconds(lambda: layer(x), 9) / 1e9

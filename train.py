@@ -796,6 +796,12 @@ def ahead(make: Callable, of, threads: int = 4):
 LOG_COLUMNS = ["step", "minutes", "loss", "t<1/4", "t<1/2", "t<3/4", "t<1"]
 
 
+def trim_log(path: Path, start: int):
+    """Keep the rows up to step `start` alone: those behind the checkpoint that a run goes on from are about to be written again."""
+    rows = path.read_text().splitlines()[1:] if path.is_file() else []
+    path.write_text("\n".join([",".join(LOG_COLUMNS), *(row for row in rows if int(row.split(",")[0]) <= start), ""]))
+
+
 def gathered(values: torch.Tensor) -> torch.Tensor:
     """The rows of every process, one after the other. (N, ...) -> (RANKS * N, ...)"""
     if RANKS == 1:
@@ -833,7 +839,10 @@ def train(stage: str, args):
     if "cuda" in args.device:
         torch.cuda.reset_peak_memory_stats(args.device)
     if args.init:
-        base.load_weights(args.init, stage)  # what cannot be read is refused before an hour of making data
+        base.load_weights(args.init, stage)  # what cannot be read, or written, is refused before an hour of making data
+    if RANK == 0:
+        base.check_folder(folder)
+        base.check_folder(args.weights)
     setup = PREPARE[stage](args)
     model = setup.model.to(args.device, memory_format=torch.channels_last).train()
     if hasattr(model, "gradient_checkpointing"):
@@ -892,8 +901,7 @@ def train(stage: str, args):
             vae.write_picture(folder / "preview.png", setup.preview(ema))
 
     if RANK == 0:
-        base.check_folder(folder)
-        base.check_folder(args.weights)
+        trim_log(folder / "log.csv", start)
         dump_first_batch(folder, setup.batch_of(0, range(min(8, recipe.batch))), args)
     stop = []  # Ctrl-C lets the step end, and saves; a second one does not wait
     before = signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
@@ -940,10 +948,9 @@ def train(stage: str, args):
                 quartiles = [losses[(levels * 4).long() == q].mean().item() for q in range(4)]
                 rate = len(losses) / len(window) * (bar.format_dict["rate"] or 0)
                 bar.set_postfix(loss=f"{running:.4f}", samples_per_s=f"{rate:.1f}")
-                new = step < 25 or not (folder / "log.csv").is_file()
                 row = [step + 1, round(minutes, 2), *(round(x, 5) for x in (running, *quartiles))]
-                with open(folder / "log.csv", "w" if new else "a", newline="") as file:
-                    csv.writer(file).writerows([LOG_COLUMNS] * new + [row])
+                with open(folder / "log.csv", "a") as file:
+                    file.write(",".join(map(str, row)) + "\n")
                 window = []
             if time.time() - last_save > 60 * args.save_minutes and not last:
                 save(step + 1)

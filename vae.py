@@ -237,7 +237,7 @@ def read_video(path):
                 fps = float(file.metadata()["fps"])
             elif suffix == ".gif":
                 fps = 1000 / (file.metadata(index=0).get("duration") or 100)
-            frames = file.iter() if suffix in (".mp4", ".webm") else file.iter(mode="RGB")
+            frames = file.iter() if suffix in (".mp4", ".webm") else file.iter(mode="RGB", rotate=True)  # as a camera held it
             frames = [torch.from_numpy(np.array(frame)) for frame in frames]        # (H, W, 3) each
     except Exception as error:  # imageio's plugins raise whatever ffmpeg or pillow made them raise
         raise UserError(f"{path} cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
