@@ -79,6 +79,8 @@ class PseudoConv3d(nn.Conv2d):
 
 def attend(q, k, v, is_causal: bool = False):
     """softmax(q k^T / sqrt(d)) v, all (B, heads, L, d)."""
+    if len(q) >= 2 ** 16:  # attention over time has a sequence for each place, and CUDA's kernels take fewer
+        return torch.cat([attend(*parts, is_causal) for parts in zip(*(x.split(2 ** 16 - 1) for x in (q, k, v)))])
     if q.device.type == "cpu" and torch.is_grad_enabled():  # where its backward is several times slower in bf16 than in fp32
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
@@ -706,8 +708,12 @@ def run(main):
     keep_freed_memory()
     try:
         main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+        if isinstance(error, RuntimeError) and not full:
+            raise
+        said = "out of memory: fewer clips at once, or smaller or shorter ones, need less" if full else error
+        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

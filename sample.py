@@ -81,7 +81,7 @@ def run_cascade(stages: list, folder: Path):
     """Run the stages, but for those at the beginning that an earlier call left in `folder`: with the same arguments, and with
     weights and pictures that have not changed since."""
     log, done = folder / "stages.txt", []
-    before = log.read_text().splitlines() if log.is_file() else []
+    before = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     for name, stage_main, argv, file, read in stages:
         dates = [str(path.stat().st_mtime_ns) for path in read if path.exists()]
         done.append(" ".join([f"{name}:", shlex.join(argv), *dates]))
@@ -89,12 +89,17 @@ def run_cascade(stages: list, folder: Path):
             print(f"{name:11s}  kept in {file}")
             continue
         before = []  # what follows an anew made file must be made anew too
-        log.write_text("\n".join(done[:-1]))
+        log.write_text("\n".join(done[:-1]), encoding="utf-8")
         forget_peak()
         start = time.time()
         stage_main(argv)
-        log.write_text("\n".join(done))
+        log.write_text("\n".join(done), encoding="utf-8")
         print(f"{name:11s} {time.time() - start:6.1f} s   peak {peak_memory()}")
+
+
+def cards() -> range:
+    """The GPUs that this process may ask about their memory: none before it has used one."""
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
 
 
 def forget_peak():
@@ -104,7 +109,7 @@ def forget_peak():
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
-    for card in range(torch.cuda.device_count()):
+    for card in cards():
         torch.cuda.reset_peak_memory_stats(card)
 
 
@@ -113,9 +118,12 @@ def peak_memory() -> str:
     try:
         kilobytes = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     except (OSError, TypeError):
-        import resource  # which Windows has not
+        try:
+            import resource
+        except ImportError:  # Windows
+            return "unknown"
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    held = sum(torch.cuda.max_memory_allocated(card) for card in range(torch.cuda.device_count()))
+    held = sum(torch.cuda.max_memory_allocated(card) for card in cards())
     return f"{kilobytes / 2 ** 20:.2f} GiB" + f", GPU {held / 2 ** 30:.2f} GiB" * (held > 0)
 
 

@@ -30,11 +30,12 @@ from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
+import imageio_ffmpeg  # this, and PIL, come with imageio
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image  # imageio stands on it
+from PIL import Image
 
 import base
 import interpolate
@@ -544,6 +545,15 @@ def test_steps_are_moved_to_where_there_is_most_to_decide(shift):
         assert abs(made.mean() - mean) < .05 and abs(made.std() / std - 1) < .1, sampler
 
 
+def test_attention_over_more_sequences_than_a_kernel_takes_is_that_of_each(monkeypatch):
+    q, k, v = torch.randn(3, 2 ** 16 + 5, 1, 2, 4, generator=torch.Generator().manual_seed(0))     # (B, heads, L, d)
+    kernel, counts = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **k: (counts.append(len(q)), kernel(q, *a, **k))[1])
+    h = base.attend(q, k, v)
+    weight = (q @ k.transpose(-1, -2) / 2).softmax(-1)
+    assert h.shape == q.shape and (h - weight @ v).abs().max() < 1e-5 and max(counts) < 2 ** 16 < sum(counts)
+
+
 @pytest.mark.parametrize("shift", [1 / 4, 1., 4.])
 def test_guidance_oscillates_in_the_second_half(shift):
     steps, seen = 10, []
@@ -1012,6 +1022,47 @@ def test_pictures_and_contact_sheets(tmp_path):
     vae.write_video(tmp_path / "sheet.png", videos[0], 4.)
     read, fps = vae.read_video(tmp_path / "sheet.png")
     assert torch.equal(read[0], vae.contact_sheet(videos[:1])) and fps == 1
+
+
+def test_a_gif_of_still_moments_and_a_clip_with_pauses_keep_their_time(tmp_path):
+    video = train.render(scene_of((0, 3, 0, 0), 1), np.arange(16) / 4)
+    video[:4] = video[0]
+    vae.write_video(tmp_path / "still.gif", video, 10.)                             # whose writer makes one long frame of equal ones
+    read, rate = vae.read_video(tmp_path / "still.gif")
+    assert (len(read), rate) == (16, 10.) and torch.equal(read[0], read[3]) and not torch.equal(read[3], read[4])
+    vae.write_video(tmp_path / "even.mp4", video, 8.)
+    pause = "setpts='if(lt(N,8),N,N+8)/8/TB'"                                       # a second without a frame in the middle, as phones leave
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", tmp_path / "even.mp4", "-vf", pause, "-fps_mode", "vfr",
+                    tmp_path / "uneven.mp4"], check=True)
+    assert len(vae.read_video(tmp_path / "uneven.mp4")[0]) == 16
+
+
+def test_what_the_machine_has_not_enough_of_is_said_in_one_line(tmp_path):
+    def disk(argv):
+        raise OSError(28, "No space left on device", "runs/vae/log.csv")
+    assert "out of memory" in complaint(lambda argv: torch.empty(2 ** 50), []) and "out of memory" in complaint(lambda argv: np.empty(2 ** 50), [])
+    assert "No space left on device: 'runs/vae/log.csv'" in complaint(disk, [])
+    with pytest.raises(RuntimeError, match="shape"):                                # a mistake of ours keeps its traceback
+        base.run(lambda: torch.zeros(2) + torch.zeros(3, device="cpu").reshape(7))
+
+
+def test_peak_memory_is_unknown_where_no_system_says_it(monkeypatch):
+    def refuse(*a, **k):
+        raise OSError("there is no /proc")
+    assert re.fullmatch(r"\d+\.\d\d GiB", sample.peak_memory())
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert re.fullmatch(r"\d+\.\d\d GiB", sample.peak_memory())                     # as of macOS
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert sample.peak_memory() == "unknown"                                        # as of Windows
+
+
+def test_a_picture_file_is_one_picture_of_eight_bits(tmp_path):
+    large, small = (Image.fromarray(np.full((side, side, 3), 200, np.uint8)) for side in (64, 32))
+    large.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[small])         # with its preview, as phones write them
+    assert vae.read_video(tmp_path / "phone.jpg")[0].shape == (1, 3, 64, 64)
+    Image.fromarray(np.full((8, 8), 2 ** 15, np.uint16)).save(tmp_path / "depth.png")
+    with pytest.raises(UserError, match="16 bits"):
+        vae.read_video(tmp_path / "depth.png")
 
 
 def test_a_picture_stands_as_its_camera_was_held(tmp_path):
@@ -1557,13 +1608,42 @@ def test_a_folder_of_clips_names_what_it_skips(tmp_path, capsys):
     assert all(pixels.shape == (1, 16, 3, 64, 64) for pixels, _, _ in groups)
     said = capsys.readouterr().out
     assert all(f"skipped {tmp_path / name}.mp4" in said for name in ("short", "empty", "letter", "broken"))
-    assert "2 files used, 4 skipped" in said
+    assert "2 files used, 0 of them without a caption, 4 skipped" in said
     assert [len(pixels) for pixels, *_ in train.folder_clips(tmp_path, 1, 64)] == [8, 6, 1]        # four pictures of each second
     with pytest.raises(UserError, match="no usable clip"):
         list(train.folder_clips(tmp_path, 99, 64))
+    with pytest.raises(UserError, match="no usable clip"):                          # it would learn what enlarging made
+        list(train.folder_clips(tmp_path, 16, 65))
+    assert f"skipped {tmp_path / 'good.mp4'}: 64 x 64 pixels, where 65 x 65 are wanted" in capsys.readouterr().out
     (tmp_path / "captions.csv").write_text("name;words\nalso.gif;another thing\n")
     with pytest.raises(UserError, match="no columns"):
         list(train.folder_clips(tmp_path, 16, 64))
+    (tmp_path / "captions.csv").write_text("file,caption\nalso.gif,schöne Dinge\n", encoding="cp1252")
+    with pytest.raises(UserError, match="not written in UTF-8"):
+        list(train.folder_clips(tmp_path, 16, 64))
+
+
+def test_captions_find_files_in_folders_and_files_without_one_are_counted(tmp_path, capsys):
+    video = train.draw_clip(np.random.default_rng(0))[1]
+    for name in ("a.gif", "below/b.gif", "below/c.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        vae.write_video(tmp_path / name, video, 10.)
+    (tmp_path / "captions.csv").write_text('file,caption\nbelow/b.gif,"schön,\nund 猫"\nc.gif,nobody\n', encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\ufeffa thing", encoding="utf-8")
+    assert [words for _, words, _ in train.folder_clips(tmp_path, 16, 64)] == [["a thing"], ["schön,\nund 猫"], [""]]
+    assert "3 files used, 1 of them without a caption" in capsys.readouterr().out
+
+
+def test_the_name_of_a_folder_is_that_of_its_clips_however_it_is_called(tmp_path, monkeypatch):
+    (tmp_path / "clips").mkdir()
+    vae.write_video(tmp_path / "clips/a.gif", train.draw_clip(np.random.default_rng(0))[1], 10.)
+    name = lambda folder: train.name_of_data(argparse.Namespace(data=str(folder)))
+    first = name(tmp_path / "clips")
+    (tmp_path / "clips/.DS_Store").write_text("a window's place")
+    monkeypatch.chdir(tmp_path)
+    assert name("clips") == name("clips/") == name(tmp_path / "clips") == first
+    (tmp_path / "clips/a.txt").write_text("a thing")
+    assert name("clips") != first
 
 
 def test_a_dry_run_counts_what_a_step_would_take(capsys):
@@ -1907,6 +1987,13 @@ def test_a_clip_that_is_not_ours(tmp_path, all_weights, monkeypatch):
     assert base.load_stage("low.pt", "pixels")["data"].shape == (1, 21, 3, 240, 360)
     superres.main(["ssr-128", "clip.mp4", "-o", "ssr.pt", "--weights", str(all_weights / "ssr-128.pt"), *common])
     interpolate.main(["ssr.pt", "-o", "twice.pt", "--double", "tsr-128", "--weights", str(all_weights), *common])
+    Path("snapshots").mkdir()
+    shutil.copy(all_weights / "ssr-128.pt", "snapshots")                            # no text encoder is beside it
+    superres.main(["ssr-128", "clip.mp4", "-o", "again.pt", "--weights", "snapshots/ssr-128.pt", *common])
+    assert torch.equal(base.load_stage("again.pt", "pixels")["data"], base.load_stage("ssr.pt", "pixels")["data"])
+    clip = base.load_stage("ssr.pt", "pixels")
+    said = text.encode(*text.load()[:2], ["a red star moving left"], text.load()[2]["hash"])
+    base.save_stage("said.pt", "pixels", clip["data"], text=said, prompts=clip["prompts"], fps=8., seed=0, history=[])
     twice = base.load_stage("twice.pt", "pixels")                                   # neither was given a prompt
     assert twice["data"].shape == (1, 42, 3, 120, 180) and twice["fps"] == 50 and [line.split()[0] for line in twice["history"]] == ["ssr-128", "tsr-128"]
     for program, argv, wanted in (
@@ -1915,6 +2002,7 @@ def test_a_clip_that_is_not_ours(tmp_path, all_weights, monkeypatch):
             (interpolate.main, ["z.pt", "--skip", "2", "--weights", all_weights, "--oscillate", 1], "--oscillate"),
             (superres.main, ["ssr-128", "clip.mp4", "--independent-noise"], "is for low and high"),
             (superres.main, ["ssr-128", "clip.mp4", "--sampler", "dpmpp", "--oscillate", 1], "wants --sampler ddim"),
+            (superres.main, ["ssr-128", "said.pt", "--guidance", 3, "--oscillate", 1], "there is but one"),
             (base.main, ["text.pt", "--sampler", "dpmpp", "--oscillate", 1], "wants --sampler ddim"), (base.main, ["text.pt", "--sampler", "ddim", "--gamma", .5], "--gamma"),
             (train.main, ["base", "--blank"], "--blank")):
         assert wanted in complaint(program, [*argv, *([] if program is train.main else ["-o", "out.pt"])])

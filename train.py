@@ -18,6 +18,7 @@ import argparse
 import copy
 import csv
 import hashlib
+import io
 import math
 import os
 import re
@@ -44,7 +45,7 @@ import interpolate
 import superres
 import text
 import vae
-from base import WEIGHTS, Parser, UNet, UserError, fast_autocast, note, positive, read_pt, run, save_weights, weights_in, write_pt
+from base import WEIGHTS, Parser, UNet, UserError, atomic, fast_autocast, note, positive, read_pt, run, save_weights, weights_in, write_pt
 
 RUNS = Path(__file__).resolve().parent / "runs"
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
@@ -251,21 +252,25 @@ def folder_clips(folder, frames: int, side: int):
     """Clips of `frames` frames, cut to the middle square, from every video below a folder: yields (pixels, captions, fps).
 
     The frame rate is the file's own, divided by a frame-skip of 1, 2 or 4 where the video is long enough; of single frames, four
-    for each second. A file that cannot be read, or is too short, is named and counted, never padded and never replaced by another."""
-    folder, skipped, used = Path(folder), [], 0
+    for each second. A file that cannot be read, or is too short or too small, is named and counted, never padded, enlarged or replaced by another."""
+    folder, skipped, used, silent = Path(folder), [], 0, 0
     captions = {}
     if (folder / "captions.csv").is_file():
-        with open(folder / "captions.csv", newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before the first name
-            table = csv.DictReader(file)
-            if not {"file", "caption"} <= set(table.fieldnames or ()):
-                raise UserError(f"{folder / 'captions.csv'} has no columns 'file' and 'caption' in its first line")
-            captions = {row["file"]: row["caption"] or "" for row in table}
+        try:
+            table = csv.DictReader(io.StringIO((folder / "captions.csv").read_text("utf-8-sig")))  # spreadsheets put a mark before the first name
+        except UnicodeDecodeError as error:
+            raise UserError(f"{folder / 'captions.csv'} is not written in UTF-8") from error
+        if not {"file", "caption"} <= set(table.fieldnames or ()):
+            raise UserError(f"{folder / 'captions.csv'} has no columns 'file' and 'caption' in its first line")
+        captions = {row["file"]: row["caption"] or "" for row in table}
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (vae.VIDEOS if frames > 1 else vae.VIDEOS + vae.PICTURES))
     for path in tqdm(files, desc=f"reading {folder}"):
         try:
             video, fps = vae.read_video(path)
             if len(video) < frames:
                 raise UserError(f"{path}: {len(video)} frames, where {frames} are wanted")
+            if min(video.shape[-2:]) < side:
+                raise UserError(f"{path}: {video.shape[3]} x {video.shape[2]} pixels, where {side} x {side} are wanted")
         except UserError as error:
             skipped.append(str(error))
             continue
@@ -276,24 +281,25 @@ def folder_clips(folder, frames: int, side: int):
         square = torch.cat([F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True).round().byte()
                             for part in square.split(64)])                          # (T, 3, S, S)
         beside = path.with_suffix(".txt")
-        words = captions.get(str(path.relative_to(folder)), beside.read_text(errors="replace").strip() if beside.is_file() else "")
-        used += 1
+        words = captions.get(path.relative_to(folder).as_posix()) or (beside.read_text("utf-8-sig", "replace").strip() if beside.is_file() else "")
+        used, silent = used + 1, silent + (not words)
         for skip in (1, 2, 4) if frames > 1 else (1,):
             if len(square[::skip]) >= frames:
                 windows = square[::skip].unfold(0, frames, frames).movedim(-1, 1)                      # (N, T, 3, S, S)
                 yield windows, [words] * len(windows), torch.full((len(windows),), fps / skip)
     for line in skipped:
         print(f"skipped {line}")
-    print(f"{folder}: {used} files used, {len(skipped)} skipped")
+    print(f"{folder}: {used} files used, {silent} of them without a caption, {len(skipped)} skipped")
     if not used:
-        raise UserError(f"{folder} holds no usable clip of {frames} frames or more")
+        raise UserError(f"{folder} holds no usable clip of {frames} frames or more, {side} x {side} pixels or more")
 
 
 def name_of_data(args) -> str:
     """"world", or eight letters for the files of a folder and their dates."""
     if args.data == "world":
         return "world"
-    files = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.data).rglob("*") if p.is_file())
+    files = sorted((p.relative_to(args.data).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.data).rglob("*")
+                   if p.suffix.lower() in (*vae.VIDEOS, *vae.PICTURES, ".txt", ".csv"))
     return hashlib.sha256(repr(files).encode()).hexdigest()[:8]
 
 
@@ -798,8 +804,10 @@ LOG_COLUMNS = ["step", "minutes", "loss", "t<1/4", "t<1/2", "t<3/4", "t<1"]
 
 def trim_log(path: Path, start: int):
     """Keep the rows up to step `start` alone: those behind the checkpoint that a run goes on from are about to be written again."""
-    rows = path.read_text().splitlines()[1:] if path.is_file() else []
-    path.write_text("\n".join([",".join(LOG_COLUMNS), *(row for row in rows if int(row.split(",")[0]) <= start), ""]))
+    rows = [row.split(",") for row in path.read_text().splitlines()[1:]] if path.is_file() else []
+    kept = [row for row in rows if len(row) == len(LOG_COLUMNS) and int(row[0]) <= start]
+    with atomic(path) as temporary:
+        temporary.write_text("".join(",".join(row) + "\n" for row in [LOG_COLUMNS, *kept]))
 
 
 def gathered(values: torch.Tensor) -> torch.Tensor:
@@ -822,7 +830,7 @@ def dump_first_batch(folder: Path, batch: dict, args):
     vae.write_video(folder / "first_batch.gif", torch.cat(list(videos), dim=3), 4.)  # (T, 3, H, 8*W)
     rates = batch["fps"].tolist() if "fps" in batch else [1.] * len(videos)
     lines = [f"{rate:5.2f} fps  {words}\n" for rate, words in zip(rates, batch["captions"][:8])]
-    (folder / "first_batch.txt").write_text("".join(lines))
+    (folder / "first_batch.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def train(stage: str, args):

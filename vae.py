@@ -225,25 +225,29 @@ def read_video(path):
     """A video or picture file as uint8 (T, 3, H, W), and its frames per second (1 for a picture).
     Raises UserError on anything that cannot be read."""
     path = Path(path)
-    suffix = path.suffix.lower()
+    suffix, fps, often = path.suffix.lower(), 1., None
     if suffix not in PICTURES + VIDEOS:
         raise UserError(f"{path}: unknown extension, where one of {' '.join(VIDEOS + PICTURES)} is wanted")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    fps = 1.
     try:
         with iio.imopen(path, "r", plugin="FFMPEG" if suffix in (".mp4", ".webm") else "pillow") as file:
-            if suffix in (".mp4", ".webm"):
-                fps = float(file.metadata()["fps"])
-            elif suffix == ".gif":
-                fps = 1000 / (file.metadata(index=0).get("duration") or 100)
-            frames = file.iter() if suffix in (".mp4", ".webm") else file.iter(mode="RGB", rotate=True)  # as a camera held it
-            frames = [torch.from_numpy(np.array(frame)) for frame in frames]        # (H, W, 3) each
+            if suffix in PICTURES:  # a phone's .jpg may hold a second, smaller one
+                if file.metadata(index=0)["mode"].startswith("I"):
+                    raise ValueError("it has 16 bits for each value, where 8 are wanted")
+                frames = [file.read(index=0, mode="RGB", rotate=True)]              # as the camera was held
+            elif suffix == ".gif":  # a frame that is shown longer than others stands for several
+                last = [file.metadata(index=i).get("duration") or 100 for i in range(file.properties(index=...).n_images)]
+                fps, often, frames = 1000 / min(last), torch.tensor([round(ms / min(last)) for ms in last]), file.iter(mode="RGB")
+            else:  # as they are: else ffmpeg fills the pauses of an uneven clip with copies
+                fps, frames = float(file.metadata()["fps"]), file.iter(output_params=["-fps_mode", "passthrough"])
+            frames = [torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames]      # (3, H, W) each
+        if not frames or not math.isfinite(fps) or fps <= 0:
+            raise ValueError("it holds no frames, or no frame rate")
+        video = torch.stack(frames).contiguous()                                    # (T, 3, H, W)
     except Exception as error:  # imageio's plugins raise whatever ffmpeg or pillow made them raise
         raise UserError(f"{path} cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
-    if not frames or not math.isfinite(fps) or fps <= 0:
-        raise UserError(f"{path} holds no frames, or no frame rate")
-    return torch.stack(frames).permute(0, 3, 1, 2).contiguous(), fps                # (T, 3, H, W)
+    return video if often is None else video.repeat_interleave(often, 0), fps       # (T, 3, H, W)
 
 
 def contact_sheet(videos: torch.Tensor, columns: int = 16) -> torch.Tensor:
