@@ -236,8 +236,9 @@ def read_video(path):
                 if file.metadata(index=0)["mode"].startswith("I"):
                     raise ValueError("it has 16 bits for each value, where 8 are wanted")
                 frames = [file.read(index=0, mode="RGB", rotate=True)]              # as the camera was held
-            elif suffix == ".gif":  # a frame that is shown longer than others stands for several
-                last = [file.metadata(index=i).get("duration") or 100 for i in range(file.properties(index=...).n_images)]
+            elif suffix == ".gif":  # a frame that is shown longer than others stands for several; under 20 ms means 100, as in browsers
+                last = [file.metadata(index=i).get("duration", 0) for i in range(file.properties(index=...).n_images)]
+                last = [ms if ms >= 20 else 100 for ms in last]
                 fps, often, frames = 1000 / min(last), torch.tensor([round(ms / min(last)) for ms in last]), file.iter(mode="RGB")
             else:  # as they are: else ffmpeg fills the pauses of an uneven clip with copies
                 fps, frames = float(file.metadata()["fps"]), file.iter(output_params=["-fps_mode", "passthrough"])
