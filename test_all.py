@@ -2,7 +2,7 @@
 
     python -m pytest test_all.py         properties: what must hold whatever the weights are
     python test_all.py evaluate          measurements of the shipped weights; prints the README's tables
-    python test_all.py compare           both cascades on the same prompts: seconds, memory, fidelity, flicker
+    python test_all.py compare           both cascades on the same prompts: seconds, memory, fidelity, distance to the truth, flicker
     python test_all.py curve             prompt fidelity over the training of the video model, from the history of its weights
     python test_all.py benchmark         seconds, peak memory and GFLOP/s per stage, beside this machine's convolution peak
     python test_all.py peers             the U-Net's clips per second beside those of other libraries, where these are installed

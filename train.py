@@ -252,7 +252,7 @@ def folder_clips(folder, frames: int, side: int):
     """Clips of `frames` frames, cut to the middle square, from every video below a folder: yields (pixels, captions, fps).
 
     The frame rate is the file's own, divided by a frame-skip of 1, 2 or 4 where the video is long enough; of single frames, four
-    for each second. A file that cannot be read, or is too short or too small, is named and counted, never padded, enlarged or replaced by another."""
+    for each second. A file that cannot be read, or is too short or too small, is named and counted, never padded, enlarged or replaced."""
     folder, skipped, used, silent = Path(folder), [], 0, 0
     captions = {}
     if (folder / "captions.csv").is_file():
@@ -846,8 +846,8 @@ def train(stage: str, args):
     torch.manual_seed(args.seed)
     if "cuda" in args.device:
         torch.cuda.reset_peak_memory_stats(args.device)
-    if args.init:
-        base.load_weights(args.init, stage)  # what cannot be read, or written, is refused before an hour of making data
+    if args.init:  # what cannot be read or written is refused before an hour of making data
+        base.load_weights(args.init, stage)
     if RANK == 0:
         base.check_folder(folder)
         base.check_folder(args.weights)
