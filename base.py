@@ -580,10 +580,12 @@ def oscillating(high: float, low: float | None, steps: int, shift: float = 1.):
     """A guidance scale that changes with t: high for the first half of the steps, then low and high in turn: colours and motion
     are settled under strong guidance, and what it saturates is undone.              Imagen Video section 2.6.2
 
-    Without a `low` it is the number `high`. The paper does not say how long the beginning is."""
+    Without a `low` it is the number `high`. The paper does not say how long the beginning is. Raises UserError where nothing follows it."""
     if low is None:
         return high
     timesteps = walk(steps, shift)
+    if len(timesteps) < 2:
+        raise UserError("--oscillate is about the second half of the steps, and there is but one")
     def scale(t: int) -> float:
         since = timesteps.index(t) - (len(timesteps) + 1) // 2                      # steps since the first half ended
         return low if since >= 0 and since % 2 == 0 else high
@@ -708,12 +710,12 @@ def run(main):
     keep_freed_memory()
     try:
         main()
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-        if isinstance(error, RuntimeError) and not full:
+    except Exception as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            error = UserError("out of memory: fewer clips at once, or smaller or shorter ones, need less")
+        if not isinstance(error, (UserError, OSError)):
             raise
-        said = "out of memory: fewer clips at once, or smaller or shorter ones, need less" if full else error
-        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -239,8 +239,6 @@ def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, ar
     heard = unet.config.pooled and clips["text"] is not None
     if (args.guidance != 1 or args.oscillate is not None) and not heard:
         raise UserError(f"{args.input} came without a prompt, or {which} does not hear it: there is nothing to guide")
-    if args.oscillate is not None and args.steps < 2:
-        raise UserError("--oscillate is about the second half of the steps, and there is but one")
     told = [{}] * len(clips["data"])                                                # of each clip
     if unet.config.pooled:
         beside = base.weights_in(path.parent, "text")

@@ -566,6 +566,8 @@ def test_guidance_oscillates_in_the_second_half(shift):
     with torch.no_grad():
         for t, same in (999, 15.), (base.walk(steps, shift)[5], 1.):
             assert torch.equal(predict(scale, t), predict(same, t))
+    with pytest.raises(UserError, match="there is but one"):                        # no second half
+        base.oscillating(3., 1., 1, shift)
 
 
 def test_a_clip_is_guided_in_turns():
@@ -1037,7 +1039,7 @@ def test_a_gif_of_still_moments_and_a_clip_with_pauses_keep_their_time(tmp_path)
     assert len(vae.read_video(tmp_path / "uneven.mp4")[0]) == 16
 
 
-def test_what_the_machine_has_not_enough_of_is_said_in_one_line(tmp_path):
+def test_what_the_machine_has_not_enough_of_is_said_in_one_line():
     def disk(argv):
         raise OSError(28, "No space left on device", "runs/vae/log.csv")
     assert "out of memory" in complaint(lambda argv: torch.empty(2 ** 50), []) and "out of memory" in complaint(lambda argv: np.empty(2 ** 50), [])
@@ -1986,14 +1988,14 @@ def test_a_clip_that_is_not_ours(tmp_path, all_weights, monkeypatch):
     superres.main(["low", "clip.mp4", "-o", "low.pt", "--weights", str(all_weights / "superres-low.pt"), *common])
     assert base.load_stage("low.pt", "pixels")["data"].shape == (1, 21, 3, 240, 360)
     superres.main(["ssr-128", "clip.mp4", "-o", "ssr.pt", "--weights", str(all_weights / "ssr-128.pt"), *common])
-    interpolate.main(["ssr.pt", "-o", "twice.pt", "--double", "tsr-128", "--weights", str(all_weights), *common])
     Path("snapshots").mkdir()
     shutil.copy(all_weights / "ssr-128.pt", "snapshots")                            # no text encoder is beside it
     superres.main(["ssr-128", "clip.mp4", "-o", "again.pt", "--weights", "snapshots/ssr-128.pt", *common])
     assert torch.equal(base.load_stage("again.pt", "pixels")["data"], base.load_stage("ssr.pt", "pixels")["data"])
-    clip = base.load_stage("ssr.pt", "pixels")
-    said = text.encode(*text.load()[:2], ["a red star moving left"], text.load()[2]["hash"])
+    clip, (model, tokenizer, weights) = base.load_stage("ssr.pt", "pixels"), text.load()
+    said = text.encode(model, tokenizer, ["a red star moving left"], weights["hash"])
     base.save_stage("said.pt", "pixels", clip["data"], text=said, prompts=clip["prompts"], fps=8., seed=0, history=[])
+    interpolate.main(["ssr.pt", "-o", "twice.pt", "--double", "tsr-128", "--weights", str(all_weights), *common])
     twice = base.load_stage("twice.pt", "pixels")                                   # neither was given a prompt
     assert twice["data"].shape == (1, 42, 3, 120, 180) and twice["fps"] == 50 and [line.split()[0] for line in twice["history"]] == ["ssr-128", "tsr-128"]
     for program, argv, wanted in (
@@ -2220,6 +2222,16 @@ def moving(truth: torch.Tensor) -> torch.Tensor:
     return ((truth.amax(1) - truth.amin(1).int()).amax(1) > 24)[:, None, None].expand_as(truth)
 
 
+def new_frames(truth: torch.Tensor) -> torch.Tensor:
+    """And that only in the frames that a doubled rate adds."""
+    return moving(truth) & (torch.arange(truth.shape[1]) % 2 == 1).view(-1, 1, 1, 1)
+
+
+def midway(given: torch.Tensor) -> torch.Tensor:
+    """Linear blends between neighbouring frames of uint8 (N, T, 3, H, W), at twice the rate: (N, 2 T - 1, 3, H, W)"""
+    return blend(given.repeat_interleave(2, 1)[:, :-1], 2)
+
+
 def spoken_to(which: str, factors: list) -> list:
     """What superres.upscale wants to know of each prompt, for the stages that hear one."""
     if not train.NETWORKS[which].config.pooled:
@@ -2261,11 +2273,10 @@ def evaluate_doubling(which: str, name: str, fps: float, clips: int):
     factors = factors_of(["held-out"], range(5), clips)
     scenes = [scene_of(f, i) for i, f in enumerate(factors)]
     truth = torch.stack([train.render(s, times, side) for s in scenes])             # (N, 31, 3, S, S)
-    every = moving(truth)
-    new = every & (torch.arange(31) % 2 == 1).view(-1, 1, 1, 1)  # given frames come back as they are, from either
+    every, new = moving(truth), new_frames(truth)  # given frames come back as they are, from either
     for kind, given in (("clean", truth[:, ::2]), ("as made", as_made(which, scenes, factors, times[::2], fps / 2))):
         ours = enlarged(which, interpolate.double(given), factors, fps)[:, :31]
-        linear = blend(given.repeat_interleave(2, 1)[:, :31], 2)
+        linear = midway(given)
         off = lambda video, where: psnr(video[where], truth[where])
         print(f"  {name:8s} {fps / 2:2g} to {fps:2g} fps   {kind:8s} new frames: ours {off(ours, new):5.2f} dB, linear blend {off(linear, new):5.2f} dB   "
               f"all frames: {off(ours, every):5.2f}, {off(linear, every):5.2f}   ({clips} clips)", flush=True)
@@ -2453,30 +2464,30 @@ def still_ground(video: torch.Tensor) -> torch.Tensor:
     return away_from(cover.amax(0, keepdim=True), video.shape[-1])[0]
 
 
-def against_truth(cascade: str, clips: int = 16) -> dict:
-    """Rows of what a cascade makes, in its own way, of held-out clips that went through the autoencoder, against the rendered truth:
-    the frames between keyframes, where anything moves, and the enlargement from 64 to 768, on black."""
+def against_truth(clips: int = 16) -> dict:
+    """For each cascade, rows of what it makes, in its own way, of held-out clips that went through the autoencoder, against the rendered
+    truth: the frames between keyframes, where anything moves, and the enlargement from 64 to 768, on black."""
     autoencoder, _ = vae.load(device=DEVICE)
+    (unet, diffusion, _), (clip, tokenizer, _) = interpolate.load(device=DEVICE), text.load()
     factors = factors_of(["held-out"], range(5), clips)
     truth = torch.stack([train.render(scene_of(f, i), np.arange(31) / 8) for i, f in enumerate(factors)])   # (N, 31, 3, 64, 64)
-    z = vae.encode_video(autoencoder, truth[:, ::2])                                # (N, 16, 4, 8, 8)
+    z, said, new = vae.encode_video(autoencoder, truth[:, ::2]), text.encode(clip, tokenizer, [in_words(f) for f in factors]), new_frames(truth)
     given = vae.decode_video(autoencoder, z)                                        # (N, 16, 3, 64, 64)
-    if cascade == "make-a-video":
-        (unet, diffusion, _), (clip, tokenizer, _) = interpolate.load(device=DEVICE), text.load()
-        said = text.encode(clip, tokenizer, [in_words(f) for f in factors])
-        made = vae.decode_video(autoencoder, interpolate.fill_timeline(unet, diffusion, *interpolate.timeline(z, 2), said, 8.))
-    else:
-        made = enlarged("tsr-32", interpolate.double(given), factors, 8.)[:, :31]
-    new = moving(truth) & (torch.arange(31) % 2 == 1).view(-1, 1, 1, 1)
-    linear = blend(given.repeat_interleave(2, 1)[:, :31], 2)
-    between = {name: psnr(video[new], truth[new]) for name, video in (("a frame between two, 64 x 64, moving", made), ("  linear blending of these two", linear))}
+    made = {"make-a-video": vae.decode_video(autoencoder, interpolate.fill_timeline(unet, diffusion, *interpolate.timeline(z, 2), said, 8.)),
+            "imagen-video": enlarged("tsr-32", interpolate.double(given), factors, 8.)[:, :31]}     # (N, 31, 3, 64, 64) each
+    rows = {cascade: {"a frame between two, 64 x 64, moving": psnr(video[new], truth[new]), "  linear blending of these two": psnr(midway(given)[new], truth[new])}
+            for cascade, video in made.items()}
 
-    factors, times, last = factors_of(["held-out"], [0], clips), np.arange(4) / 8, sample.CASCADES[cascade][-1][0]
+    factors, times = factors_of(["held-out"], [0], clips), np.arange(4) / 8
     scenes = [scene_of(f, i) for i, f in enumerate(factors)]
-    truth = torch.stack([train.render(s, times, 768) for s in scenes])              # (N, 4, 3, 768, 768)
-    small, before = (as_made(which, scenes, factors, times, 8.) for which in ("low", last))        # 64 x 64, 256 x 256
-    larger = {"64 to 768, on black": enlarged(last, before, factors, 8.), "  bicubic": bicubic(small, 12)}
-    return {name: f"{value:.2f} dB" for name, value in (between | {name: psnr(video, truth) for name, video in larger.items()}).items()}
+    truth, small = torch.stack([train.render(s, times, 768) for s in scenes]), as_made("low", scenes, factors, times, 8.)   # (N, 4, 3, S, S)
+    plain = psnr(bicubic(small, 12), truth)
+    for cascade in rows:
+        video, last = small, sample.CASCADES[cascade][-1][0]
+        for which in [*BEFORE[last], last]:
+            video = enlarged(which, video, factors, 8.)
+        rows[cascade] |= {"64 to 768, on black": psnr(video, truth), "  bicubic": plain}
+    return {cascade: {name: f"{value:.2f} dB" for name, value in of.items()} for cascade, of in rows.items()}
 
 
 def compare(args):
@@ -2520,9 +2531,10 @@ def compare(args):
             "peak memory": f"{max(memory):.1f} GiB"}
         for part, share in zip(("base", "last stage"), both):
             rows[cascade] |= {f"{what}, after the {part}": f"{100 * share[what]:.0f} %" for what in ("colour", "shape", "motion", "nearest", "ground")}
-        rows[cascade] |= against_truth(cascade)
         rows[cascade] |= {"flicker of still ground": f"{np.mean(flicker):.2f}/255",
                           "and with --independent-noise": f"{np.mean(independent):.2f}/255" if independent else "as it is"}
+    for cascade, known in against_truth().items():
+        rows[cascade] |= known
     print(f"Both cascades on {args.prompts} prompt{'s' * (args.prompts > 1)} of held-out triples, all grounds; seed {args.seed}, guidance {GUIDANCE:g}, {here()}")
     for name in rows["make-a-video"]:
         print(f"  {name:36s} {rows['make-a-video'][name]:>20s} {rows['imagen-video'][name]:>20s}")

@@ -805,9 +805,9 @@ LOG_COLUMNS = ["step", "minutes", "loss", "t<1/4", "t<1/2", "t<3/4", "t<1"]
 def trim_log(path: Path, start: int):
     """Keep the rows up to step `start` alone: those behind the checkpoint that a run goes on from are about to be written again."""
     rows = [row.split(",") for row in path.read_text().splitlines()[1:]] if path.is_file() else []
-    kept = [row for row in rows if len(row) == len(LOG_COLUMNS) and int(row[0]) <= start]
+    rows = [row for row in rows if len(row) == len(LOG_COLUMNS) and int(row[0]) <= start]
     with atomic(path) as temporary:
-        temporary.write_text("".join(",".join(row) + "\n" for row in [LOG_COLUMNS, *kept]))
+        temporary.write_text("".join(",".join(row) + "\n" for row in [LOG_COLUMNS, *rows]))
 
 
 def gathered(values: torch.Tensor) -> torch.Tensor:

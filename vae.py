@@ -225,7 +225,7 @@ def read_video(path):
     """A video or picture file as uint8 (T, 3, H, W), and its frames per second (1 for a picture).
     Raises UserError on anything that cannot be read."""
     path = Path(path)
-    suffix, fps, often = path.suffix.lower(), 1., None
+    suffix, fps = path.suffix.lower(), 1.
     if suffix not in PICTURES + VIDEOS:
         raise UserError(f"{path}: unknown extension, where one of {' '.join(VIDEOS + PICTURES)} is wanted")
     if not path.is_file():
@@ -239,16 +239,16 @@ def read_video(path):
             elif suffix == ".gif":  # a frame that is shown longer than others stands for several; under 20 ms means 100, as in browsers
                 last = [file.metadata(index=i).get("duration", 0) for i in range(file.properties(index=...).n_images)]
                 last = [ms if ms >= 20 else 100 for ms in last]
-                fps, often, frames = 1000 / min(last), torch.tensor([round(ms / min(last)) for ms in last]), file.iter(mode="RGB")
+                fps = 1000 / min(last)
+                frames = [frame for frame, ms in zip(file.iter(mode="RGB"), last) for _ in range(round(ms / min(last)))]
             else:  # as they are: else ffmpeg fills the pauses of an uneven clip with copies
                 fps, frames = float(file.metadata()["fps"]), file.iter(output_params=["-fps_mode", "passthrough"])
             frames = [torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames]      # (3, H, W) each
         if not frames or not math.isfinite(fps) or fps <= 0:
             raise ValueError("it holds no frames, or no frame rate")
-        video = torch.stack(frames).contiguous()                                    # (T, 3, H, W)
+        return torch.stack(frames).contiguous(), fps                                # (T, 3, H, W)
     except Exception as error:  # imageio's plugins raise whatever ffmpeg or pillow made them raise
         raise UserError(f"{path} cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
-    return video if often is None else video.repeat_interleave(often, 0), fps       # (T, 3, H, W)
 
 
 def contact_sheet(videos: torch.Tensor, columns: int = 16) -> torch.Tensor:
