@@ -1067,6 +1067,26 @@ def test_a_picture_file_is_one_picture_of_eight_bits(tmp_path):
         vae.read_video(tmp_path / "depth.png")
 
 
+def test_what_is_transparent_is_black(tmp_path):
+    picture = np.full((8, 8, 4), 200, np.uint8)
+    picture[:4, :4, 3], picture[:4, 4:, 3], picture[4:, :, 3] = 0, 51, 255          # hidden, a fifth to be seen, whole
+    Image.fromarray(picture).save(tmp_path / "cut-out.png")
+    (seen,), _ = vae.read_video(tmp_path / "cut-out.png")
+    assert (seen[:, :4, :4] == 0).all() and (seen[:, :4, 4:] == 40).all() and (seen[:, 4:] == 200).all()
+    Image.fromarray(picture).save(tmp_path / "cut-out.gif")
+    (seen,), _ = vae.read_video(tmp_path / "cut-out.gif")
+    assert (seen[:, :4, :4] == 0).all() and (seen[:, 4:] == 200).all()
+    for name, mode in (("grey.png", "L"), ("alpha.png", "LA"), ("palette.png", "P"), ("print.jpg", "CMYK")):
+        Image.fromarray(picture[4:, :, :3]).convert(mode, palette=Image.Palette.ADAPTIVE).save(tmp_path / name)
+        (seen,), _ = vae.read_video(tmp_path / name)
+        assert (seen.int() - 200).abs().max() <= 2, mode
+
+
+def test_a_prompt_of_another_encoding_is_refused_in_one_line(tmp_path):
+    assert "not written in UTF-8" in complaint(text.main, ["a red st\udce9r", "-o", str(tmp_path / "text.pt")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_picture_stands_as_its_camera_was_held(tmp_path):
     picture = torch.zeros(32, 64, 3, dtype=torch.uint8)
     picture[:, :32, 0] = 255                                                        # red on the left, as the sensor saw it

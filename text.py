@@ -61,7 +61,10 @@ def tokenize(tokenizer: Tokenizer, prompts: list, context: int) -> torch.Tensor:
     vocabulary = tokenizer.get_vocab()
     start, end, rows = vocabulary[START], vocabulary[END], []
     for prompt in prompts:
-        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        try:
+            ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        except TypeError as error:  # a shell of another encoding leaves bytes in it that are no text
+            raise UserError(f"the prompt {ascii(prompt)} is not written in UTF-8") from error
         if len(ids) > context - 2:
             note(f"'{prompt}' has {len(ids)} tokens; the last {len(ids) - context + 2} are cut")
         ids = [start, *ids[:context - 2], end]
@@ -280,8 +283,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_out(args.out, (".pt",))
     clip, tokenizer, weights = load(args.weights, args.device)
-    remark(args.prompts, weights["config"]["words"])
     text = encode(clip, tokenizer, args.prompts, weights["hash"])
+    remark(args.prompts, weights["config"]["words"])
     save_stage(args.out, "text", None, text=text, prompts=args.prompts, fps=0, seed=None, history=[f"text {weights['hash']}"])
 
 

@@ -84,7 +84,7 @@ TRIPLES = {split: [(c, s, m) for c in range(8) for s in range(6) for m in range(
 # How many times as often as others a motion is drawn in training, since its frames must agree on a phase, or show turned shapes.
 # Differs: in the papers data come as they are found.
 OFTEN = {"bouncing": 4, "circling": 2, "spinning": 4}
-HARD = re.compile("ring moving|spinning")  # stills drawn four times as often, since an autoencoder learns them last: rings at the border, turned shapes
+HARD = re.compile("(ring|star) moving|spinning")  # stills drawn four times as often, since an autoencoder learns them last: rings and tips of stars at the border, turned shapes
 ANY = sum(TRIPLES.values(), [])
 DRAWN = TRIPLES | {"any": ANY,
                    "train": [triple for triple in TRIPLES["train"] for _ in range(OFTEN.get(MOTIONS[triple[2]], 1))],
@@ -381,7 +381,7 @@ def pairs(args, which: str) -> tuple[dict, dict]:
     """Windows of clips at two sizes: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (small
     after a round trip through our autoencoder where that makes 64 pixels, else small again), captions, fps. And that autoencoder's hashes.
 
-    Seven windows in ten are about the object, since most of a picture is ground."""
+    Seven windows in ten are about the object's outline: most of a picture is ground, and of its inside little is left to learn."""
     p, scale = PAIRS[which], NETWORKS[which].scale
     autoencoder, weights = vae.load(weights_in(args.weights, "vae"), args.device)
 
@@ -390,8 +390,10 @@ def pairs(args, which: str) -> tuple[dict, dict]:
             rng = np.random.default_rng((args.seed, 6 + list(PAIRS).index(which), i))
             scene, fps = draw_scene(rng, "train"), float(rng.choice(p.rates)) if p.rates else rate_at(rng.random())
             times = rng.uniform(0, SCENE_SECONDS - (p.frames - 1) / fps) + np.arange(p.frames) / fps
-            path = trajectory(scene, torch.as_tensor(times, dtype=torch.float32))
-            place = [float(axis[p.frames // 2]) for axis in path[:2]] if rng.random() < .7 else rng.random(2)
+            x, y, radius, _ = (float(path[p.frames // 2]) for path in trajectory(scene, torch.as_tensor(times, dtype=torch.float32)))
+            turn = 2 * math.pi * rng.random()
+            outline = x + radius * math.cos(turn), y + radius * math.sin(turn)
+            place = outline if rng.random() < .7 else rng.random(2)
             small = render(scene, times, p.side)
             yield small, render(scene, times, scale * p.side) if scale > 1 else small, place, caption(scene), fps
 
