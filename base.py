@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
 # Pseudo-3D layers. Frames are kept channels-last, (B*T, H, W, C) in memory, so that what is a batch of pictures to a
-# spatial layer is (B, T, H*W, C) to a temporal one without moving a byte.
+# spatial layer is (B, T, H*W, C) to a convolution over time without moving a byte.
 
 def sinusoid(position: torch.Tensor, dim: int) -> torch.Tensor:
     """[cos, sin] of a position (N,) at dim/2 frequencies from 1 down to 1/10000. (N, dim)"""
@@ -427,8 +427,8 @@ class UNet(nn.Module):
 
 def shifted(u: float, shift: float) -> float:
     """u in 0...1, the share of the way into noise, moved to where the cosine schedule's sigma / alpha is `shift` times as large: training
-    and sampling both spend their steps at the noise levels that decide most. simple diffusion (2301.11093), section 3.1, does so for
-    larger pictures.
+    and sampling spend their steps at the noise levels that decide most (sampling in interpolate.py alone does not). simple diffusion
+    (2301.11093), section 3.1, does so for larger pictures.
 
     Frames with independent noise show the same thing again and again: 16 of them at t = 844 reveal as much as one picture at t = 500,
     and which way a thing goes is decided among the noisiest levels. So shift is sqrt(frames). superres.py explains shifts below 1.
@@ -742,6 +742,8 @@ def check_out(path, allowed: tuple):
     path = Path(path)
     if path.suffix.lower() not in allowed:
         raise UserError(f"{path}: unknown extension, where one of {' '.join(allowed)} is wanted")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
     check_folder(path.parent)
 
 
@@ -1041,9 +1043,9 @@ def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: flo
     return diffusion.sample(predict, z, steps, sampler, gamma, seed, label, shift=shift).cpu()
 
 
-def remark_rate(fps: float):
-    """Tell the user of a frame rate that a network is asked for and has not seen."""
-    if not 4 <= fps <= 30:
+def remark_rate(fps: float, frames: int):
+    """Tell the user of a frame rate that a network is asked for and has not seen. A picture has none."""
+    if frames > 1 and not 4 <= fps <= 30:
         note(f"{fps:g} frames per second are asked for, where the shipped weights were trained on 4 to 30")
 
 
@@ -1091,7 +1093,7 @@ def main(argv=None):
     unet, diffusion, weights = load(args.weights, args.device)
     made_by, text = weights["made_by"], stage["text"]
     check_encoder(args.text, text, args.weights, made_by)
-    remark_rate(args.fps)
+    remark_rate(args.fps, args.frames)
     latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, args.guidance,
                        args.sampler, args.gamma, args.seed, "base", args.shared_noise, args.oscillate)
     history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"

@@ -18,7 +18,8 @@ is that of superres.py, at a scale of one.
 
 The network sees 16 frames at once, so a long timeline is filled window by window: each begins a stride after the one before
 and is shown what that made. The papers do not say how; a stride of 10 leaves six frames in common (seven windows for 76
-frames), and `--parallel` fills five windows at once that share only keyframes: faster, and free to disagree between them.
+frames), and `--parallel` fills five windows at once that share only keyframes: faster, and free to disagree between them. Either
+way, what lies behind the last keyframe of a window is left to the next, which knows what follows.
 """
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,7 @@ def given(x, known):
 def predict_with(unet: UNet, beside, context, null_context, fps, guidance_scale=1.):
     """A predict(z, t) of the clean clip, from what is `given` (B, T, 4 + 1, h, w): the blends in it, plus the network's output.
 
-    Differs: Make-A-Video's network predicts noise, as its base does. But a blend of latents is nearly right already: decoded, it is some
+    Differs: from noise, which is what is usually predicted. But a blend of latents is nearly right already: decoded, it is some
     6 dB above the blend of the decoded frames. A fresh network, whose output is zero, starts there."""
     said = base.guided(unet, context, null_context, fps, guidance_scale, beside)
     return lambda z, t: beside[:, :, :-1] + said(z, t)                              # (B, T, 4, h, w)
@@ -133,18 +134,20 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, said: dict, fps: f
     """Fill in timelines of any length. x (B, T, 4, h, w) holds the known frames in place, known (T,) bool says where.
 
     One window after another, away from what is known, each shown the frames that those before it made; or all at once, in parallel,
-    shown the known frames alone: where two then make the same frame, the first is kept."""
+    shown the known frames alone, each beginning at the last of those of the one before. Raises UserError where a window knows none."""
     device = next(unet.parameters()).device
     B, T = x.shape[:2]
     noise = base.initial_noise(x.shape, seed).to(device)  # of the timeline: windows that share a frame share its noise
     x, made = x.to(device).float().clone(), known.to(device).clone()
     tokens, null = said["tokens"].to(device).float(), said["null_tokens"].to(device).float()
-    starts = windows(T, 15 if parallel else 10)
+    last_known = max((i for i in range(1, min(WINDOW, T)) if known[i]), default=WINDOW - 1)
+    starts = windows(T, last_known if parallel else 10)
     if known[-1] and not known[0]:  # only what came before is missing: from the end backwards
         starts = [max(0, T - WINDOW) - start for start in starts]
     starts = [start for start in starts if not known[start:start + WINDOW].all()]
     if parallel and not all(known[start:start + WINDOW].any() for start in starts):
         raise UserError(f"a window of {WINDOW} frames would know none of them; go on without --parallel")
+    following = dict(zip(starts, [*starts[1:], T]))  # where the next window begins
     for i, group in enumerate([starts] if parallel else [[start] for start in starts]):
         n = len(group)
         cut = lambda video: torch.cat([video[:, start:start + WINDOW] for start in group])         # (n*B, 16, ...)
@@ -152,9 +155,12 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, said: dict, fps: f
                       {"tokens": tokens.repeat(n, 1, 1), "null_tokens": null}, torch.full((n * B,), float(fps), device=device),
                       label=label and f"{label} window {i + 1} of {1 if parallel else len(starts)}", **sampling)
         for start, frames in zip(group, filled.split(B)):                           # (B, 16, 4, h, w)
-            here = slice(start, start + WINDOW)
-            x[:, here] = torch.where(made[here, None, None, None], x[:, here], frames)
-            made[here] = True
+            end = start + WINDOW
+            last = max(start + j for j in range(len(made[start:end])) if made[start + j])
+            if made[end:].any() and last >= following[start]:  # the next window knows what comes behind, as this one did not
+                end = last + 1
+            x[:, start:end] = torch.where(made[start:end, None, None, None], x[:, start:end], frames[:, :end - start])
+            made[start:end] = True
     return x.cpu()                                                                  # (B, T, 4, h, w)
 
 
@@ -251,13 +257,13 @@ def main(argv=None):
     if known.all():
         raise UserError(f"there is nothing between {stage['data'].shape[1]} frames at --skip {args.skip}; --extend goes on behind them")
     if stage["vae"] != made_by["vae"]:
-        raise UserError(f"{args.input} holds latents of autoencoder {stage['vae']}, but the weights were trained on {made_by['vae']}")
+        raise UserError(f"{args.animate or args.input}: latents of autoencoder {stage['vae']}, but the weights were trained on {made_by['vae']}")
     said = stage["text"]
     if said is None:  # a clip that came without a prompt
         said = text.unprompted(base.weights_in(args.weights, "text"), len(x))
     base.check_encoder(args.input, said, args.weights, made_by)
     fps = stage["fps"] * (args.skip or 1)
-    base.remark_rate(fps)
+    base.remark_rate(fps, x.shape[1])
     frames = fill_timeline(unet, diffusion, x, known, said, fps, args.parallel, args.seed, "interpolate",
                            steps=args.steps, guidance=args.guidance, sampler=args.sampler)
     done = f"interpolate {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {fps:g}{' parallel' * args.parallel}"

@@ -43,7 +43,7 @@ UNTIL = ["base", *dict.fromkeys(name for stages in CASCADES.values() for name, *
 
 
 def cascade(args, prompts: list, folder: Path) -> list:
-    """The pipeline to run: (stage, its main, its arguments, the file it writes, what it reads beside the stage before). Raises UserError
+    """The pipeline to run: (stage, its main, its arguments, the file it writes, the files it reads). Raises UserError
     if weights are missing, before an early stage has run in vain."""
     following = CASCADES[args.cascade]
     names = ["base", *(name for name, *_ in following)]
@@ -52,7 +52,8 @@ def cascade(args, prompts: list, folder: Path) -> list:
     chosen = [stage for stage in following if not args.until or stage[0] in (*names[:names.index(args.until) + 1], "decode")]
     if args.frames == 1 and not args.animate:  # nothing lies between the frames of a picture
         chosen = [stage for stage in chosen if stage[1] is not interpolate.main]
-    missing = lambda name: not base.weights_in(args.weights, name).exists()
+    weights = lambda name: base.weights_in(args.weights, name)
+    missing = lambda name: not weights(name).exists()
     lacking = [i for i, (_, _, weights, _) in enumerate(chosen) if weights != "vae" and missing(weights)]
     if lacking and not args.until:  # as far as the weights go, and the decoder
         base.note(f"{args.weights / chosen[lacking[0]][2]}.pt is not there: stopping before {chosen[lacking[0]][0]}")
@@ -61,29 +62,30 @@ def cascade(args, prompts: list, folder: Path) -> list:
         if missing(name):
             raise UserError(f"{args.weights / name}.pt: no such weights; train them with `python train.py {name}`, or stop before with --until")
     file = lambda name: str(folder / f"{name}.pt")
-    weights = lambda name: base.weights_in(args.weights, name)
     weights_flag = lambda name, main: ["--weights", str(args.weights if main is interpolate.main else weights(name))]
     seed = ["--seed", str(args.seed)]
     how = ["--fps", str(args.fps), *["--steps", str(args.steps)] * bool(args.steps), "--guidance", str(args.guidance), *seed]
     keyframes = ("base", base.main, [file("text"), *weights_flag("base", base.main), "--frames", str(args.frames), *how,
-                                     *["--shared-noise"] * args.shared_noise], [weights("base")])
+                                     *["--shared-noise"] * args.shared_noise], [file("text"), weights("base")])
     if args.animate:
         keyframes = ("base", interpolate.main, [file("text"), *weights_flag("", interpolate.main), "--animate", str(Path(args.animate)), *how],
-                     [weights("interpolate"), weights("vae"), Path(args.animate)])
+                     [file("text"), weights("interpolate"), weights("vae"), args.animate])
     stages = [("text", text.main, [*weights_flag("text", text.main), "--", *prompts], [weights("text")]), keyframes]
     for name, main, own, told in chosen:
-        told = [file(stages[-1][0]) if word == "GIVEN" else word for word in told.split()]
-        stages += [(name, main, [*told, *weights_flag(own, main), *([] if main is vae.main else seed)], [weights(own)])]
+        given = file(stages[-1][0])
+        told = [given if word == "GIVEN" else word for word in told.split()]
+        stages += [(name, main, [*told, *weights_flag(own, main), *([] if main is vae.main else seed)], [given, weights(own)])]
     return [(name, main, ["-o", file(name), "--device", args.device, *argv], file(name), read) for name, main, argv, read in stages]
 
 
 def run_cascade(stages: list, folder: Path):
-    """Run the stages, but for those at the beginning that an earlier call left in `folder`: with the same arguments, and with
-    weights and pictures that have not changed since."""
+    """Run the stages, but for those at the beginning that an earlier call left in `folder`: with the same arguments, and with all that
+    they read unchanged since."""
+    newest = lambda path: max(one.stat().st_mtime_ns for one in (path, *path.rglob("*")))  # weights may be a folder, of Stable Diffusion
     log, done = folder / "stages.txt", []
     before = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     for name, stage_main, argv, file, read in stages:
-        dates = [str(path.stat().st_mtime_ns) for path in read if path.exists()]
+        dates = [str(newest(path)) for path in map(Path, read) if path.exists()]
         done.append(" ".join([f"{name}:", shlex.join(argv), *dates]))
         if before[:len(done)] == done and Path(file).is_file():
             print(f"{name:11s}  kept in {file}")
@@ -129,7 +131,7 @@ def peak_memory() -> str:
 
 def file_names(prompts: list, suffix: str) -> list:
     """A file name per video, after its prompt; numbered where a prompt comes several times."""
-    slugs = [re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] or "unconditional" for prompt in prompts]
+    slugs = [re.sub(r"\W+", "-", prompt.lower()).strip("-").encode()[:80].decode(errors="ignore") or "unconditional" for prompt in prompts]
     names = [f"{slug}-{slugs[:i].count(slug)}" if slugs.count(slug) > 1 else slug for i, slug in enumerate(slugs)]
     if len(set(names)) < len(names):  # a prompt that itself ends in such a number
         names = [f"{slug}-{i}" for i, slug in enumerate(slugs)]

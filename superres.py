@@ -247,7 +247,7 @@ def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, ar
         guidance = base.oscillating(args.guidance, args.oscillate, args.steps, stage.shift)
         told = [{"context": one[None], "null_context": said["null_tokens"], "guidance_scale": guidance} for one in said["tokens"]]
     if which == "low":  # high does not hear it, and those of Imagen Video have theirs fixed
-        base.remark_rate(clips["fps"])
+        base.remark_rate(clips["fps"], clips["data"].shape[1])
     how |= {"steps": args.steps, "sampler": args.sampler, "label": which}
     made = torch.stack([upscale(unet, diffusion, stage, clip, clips["fps"], seed=args.seed + i, **told[i], **how)
                         for i, clip in enumerate(clips["data"])])                   # (B, T, 3, H, W)

@@ -704,6 +704,18 @@ def test_every_window_is_shown_what_the_one_before_made(monkeypatch):
     assert [int(mask[0, 0]) for _, mask in shown] == [0] * len(shown) and (made[0, 5:15] == 101).all() and (made[0, :5] == 102).all()
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("skip", [2, 3, 4, 5, 6])
+def test_no_frame_between_two_keyframes_is_made_in_sight_of_one_alone(skip, parallel, monkeypatch):
+    def fill(unet, diffusion, x, known, *rest, **sampling):                         # 2 where there is a known frame on either side
+        sides = (known.long().cumsum(1) > 0).long() + (known.long().flip(1).cumsum(1).flip(1) > 0)
+        return torch.where(known, x[:, :, 0, 0, 0], sides)[:, :, None, None, None].expand_as(x)
+    monkeypatch.setattr(interpolate, "fill", fill)
+    for length in (2, 7, 16):
+        x, known = interpolate.timeline(torch.full((1, length, 4, 2, 2), 2.), skip)
+        assert (interpolate.fill_timeline(small_interpolator(), Diffusion(), x, known, words(), 8., parallel) == 2).all(), length
+
+
 def test_known_frames_are_noised_while_a_window_is_filled():
     model, diffusion = small_interpolator(), Diffusion(target="sample")
     x, noise = torch.randn(2, 1, 16, 4, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -854,6 +866,8 @@ def test_upscaling_in_chunks_is_upscaling_whole(which):
     whole = superres.upscale(unet, diffusion, replace(stage, pixels=50 * area), clip, 8., steps=2, **prompt_for(stage))
     parts = superres.upscale(unet, diffusion, replace(stage, pixels=7 * area), clip, 8., steps=2, **prompt_for(stage))  # 44 at once, as many as reach in
     assert (whole.int() - parts.int()).abs().max() <= 1 < (whole.int() - whole[0].int()).abs().max()
+    once = [superres.upscale(unet, diffusion, replace(stage, pixels=n * area), clip, 8., steps=1, **prompt_for(stage)) for n in (50, 23)]
+    assert (once[0].int() - once[1].int()).abs().max() <= 1                         # chunks that begin and end within the clip
     if which != "high":  # the halo is as far as the temporal convolutions reach, and no further
         video = torch.randn(1, 50, unet.config.in_channels, 8, 8, requires_grad=True)
         unet(video, torch.tensor([500]), prompt_for(stage).get("context"), torch.ones(1), torch.ones(1))[0, 25].sum().backward()
@@ -1037,6 +1051,33 @@ def test_a_gif_of_still_moments_and_a_clip_with_pauses_keep_their_time(tmp_path)
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", tmp_path / "even.mp4", "-vf", pause, "-fps_mode", "vfr",
                     tmp_path / "uneven.mp4"], check=True)
     assert len(vae.read_video(tmp_path / "uneven.mp4")[0]) == 16
+
+
+@pytest.mark.parametrize("kind", ["mov", "mkv", "avi", "webm"])
+def test_clips_of_other_kinds_are_read_upright_and_without_a_word(kind, tmp_path, caplog):
+    video = train.render(scene_of((0, 3, 0, 0), 1), np.arange(6) / 4)[..., 8:56]
+    vae.write_video(tmp_path / "clip.mp4", video, 8.)
+    phone = kind in ("mov", "mkv")                                                  # held upright, which it says and does not do
+    turn, how = (["-display_rotation", "90"], ["-c", "copy"]) if phone else ([], [])
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *turn, "-i", tmp_path / "clip.mp4", *how, tmp_path / f"clip.{kind}"], check=True)
+    read, rate = vae.read_video(tmp_path / f"clip.{kind}")
+    assert rate == 8 and psnr(read, video.rot90(1, (2, 3)) if phone else video) > 30 and not caplog.records
+
+
+def test_remarks_are_made_where_they_mean_something(tmp_path, capsys):
+    base.remark_rate(1., 1)
+    text.remark(["a horse"] * 3, ["a"])
+    base.remark_rate(1., 2)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "horse" in said[0] and "1 frames per second" in said[1]
+
+
+def test_a_folder_that_stands_where_a_file_should_is_refused_at_once(tmp_path):
+    (tmp_path / "video.mp4").mkdir()
+    assert "it is a folder" in complaint(sample.main, ["a red star", "--out", str(tmp_path / "video.mp4")])
+    name, = sample.file_names(["\U0001d518" * 80], ".mp4")
+    (tmp_path / name).touch()                                                       # names are short enough in bytes, too
+    assert "no such folder" in complaint(train.main, ["vae", "--data", str(tmp_path / "nowhere"), "--device", "cpu"])
 
 
 def test_what_the_machine_has_not_enough_of_is_said_in_one_line():
@@ -1319,6 +1360,14 @@ def test_a_sample_is_a_function_of_seed_step_and_number_alone():
     assert not torch.equal(whole["noise"], other["noise"]) and whole["noise"].flatten(1).unique(dim=0).shape[0] == 8
 
 
+def shipped(folder) -> Path:
+    """A folder of weights that has ours of vae and text alone, which others stand on."""
+    (folder / "weights").mkdir()
+    for name in ("vae", "text"):
+        (folder / f"weights/{name}.pt").symlink_to(WEIGHTS / f"{name}.pt")
+    return folder / "weights"
+
+
 def tiny_run(folder, monkeypatch, *flags):
     monkeypatch.setattr(train, "RUNS", folder / "runs")
     train.main(["vae", "--stills", "24", "--steps", "6", "--batch", "4", "--weights", str(folder / "weights"), "--device", "cpu", *flags])
@@ -1535,8 +1584,11 @@ def test_finished_weights_are_trained_further(tmp_path, monkeypatch):
 
 
 def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a, **k: torch.tensor(1.))        # it would hide an error of scale
     one = tiny_run(tmp_path / "one", monkeypatch, "--steps", "1")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script_of(tmp_path, "--steps", "1")]
+    script = (tmp_path / "script.py").read_text()
+    (tmp_path / "script.py").write_text(f"import torch\ntorch.nn.utils.clip_grad_norm_ = lambda *a, **k: torch.tensor(1.)\n{script}")
     done = subprocess.run([sys.executable, *launch], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     two = base.read_pt(tmp_path / "runs/vae/checkpoint.pt")
@@ -1546,10 +1598,53 @@ def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch):
     assert done.stdout.count("wrote weights/vae.pt") == 1  # one log, one file
 
 
+def test_another_world_is_rendered_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "RUNS", tmp_path)
+    args = type("", (), {"data": "world", "stills": 6, "side": 16, "seed": 0})
+    def stills():
+        train.name_of_world.cache_clear()
+        return train.pictures(args)["pixels"]
+    first = stills()
+    assert torch.equal(first, stills()) and len(list(tmp_path.rglob("*.pt"))) == 1
+    with monkeypatch.context() as patch:
+        patch.setitem(train.COLOURS, "red", (0, 0, 255))
+        stills()
+        patch.setitem(train.OFTEN, "spinning", 1)
+        patch.setitem(train.DRAWN, "train", train.TRIPLES["train"])
+        stills()
+    assert len(list(tmp_path.rglob("*.pt"))) == 3 and torch.equal(first, stills())
+
+
+def test_what_is_frozen_is_its_own_average(tmp_path, monkeypatch):
+    first, seen = tiny_run(tmp_path / "first", monkeypatch), []
+    begun = copy.deepcopy(first["ema"])
+    plain = train.write_pt
+    def look(path, content, **how):
+        seen.append(content)
+        plain(path, content, **how)
+    monkeypatch.setattr(train, "write_pt", look)
+    state = tiny_run(tmp_path / "more", monkeypatch, "--init", str(tmp_path / "first/weights/vae.pt"), "--freeze", "encoder")
+    shared = {name for name in seen[-1]["model"] if seen[-1]["model"][name].data_ptr() == seen[-1]["ema"][name].data_ptr()}
+    assert shared == {name for name in begun if not name.startswith(("decoder.", "post_quant_conv."))}
+    assert all(torch.equal(state["ema"][name].half(), begun[name].half()) for name in shared) and not equal(state["ema"], begun)
+
+
+@pytest.mark.parametrize("which", ["low", "tsr-32", "ssr-256"])
+def test_networks_between_pixels_learn_from_a_folder_of_clips(which, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
+    monkeypatch.setitem(train.PAIRS, which, replace(train.PAIRS[which], frames=4))
+    (tmp_path / "clips").mkdir()
+    vae.write_video(tmp_path / "clips/a.mp4", train.render(scene_of((0, 3, 0, 1), 1), np.arange(9) / 8, 256), 8.)
+    (tmp_path / "clips/captions.csv").write_text("file,caption\na.mp4,a star\na.mp4,a red star\nb.mp4,another\n")
+    train.main([which if "-" in which else f"superres-{which}", "--data", str(tmp_path / "clips"), "--weights", str(shipped(tmp_path)), "--steps", "1",
+                "--batch", "2", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "1 files used, 0 of them without a caption" in said and "2 rows of captions.csv are of no such file" in said
+    assert (tmp_path / "runs" / superres.name_of(which) / "first_batch.txt").read_text().count("a red star" if which != "low" else " fps") >= 1
+
+
 def test_two_processes_wait_for_the_data_that_one_makes(tmp_path):
-    (tmp_path / "weights").mkdir()
-    for name in ("vae", "text"):
-        (tmp_path / f"weights/{name}.pt").symlink_to(WEIGHTS / f"{name}.pt")
+    shipped(tmp_path)
     script = script_of(tmp_path, "--steps", "1")
     source = (tmp_path / "script.py").read_text()
     (tmp_path / "script.py").write_text(source.replace("'vae', ", "'image', "))
@@ -1565,9 +1660,7 @@ def test_networks_between_pixels_train_and_load(which, tmp_path, monkeypatch, ca
     stage = train.NETWORKS[which]
     stage = replace(stage, config=replace(stage.config, channels=(8, 8, 8), groups=4))
     monkeypatch.setattr(train, "NETWORKS", train.NETWORKS | {which: stage})
-    (tmp_path / "weights").mkdir()
-    for name in ("vae", "text"):
-        (tmp_path / f"weights/{name}.pt").symlink_to(WEIGHTS / f"{name}.pt")
+    shipped(tmp_path)
     name = superres.name_of(which)
     train.main([name, "--steps", "4", "--batch", "2", "--weights", str(tmp_path / "weights"), "--device", "cpu"])
     unet, _, weights = superres.load(which, tmp_path / f"weights/{name}.pt")
@@ -1951,6 +2044,9 @@ def test_the_whole_cascade_and_going_on_from_kept_files(tmp_path, all_weights, c
     os.utime(all_weights / "superres-low.pt")                                       # weights that may have changed
     sample.main([*flags, *out, "--until", "low"])
     assert capsys.readouterr().out.count("kept in") == 4
+    os.utime(tmp_path / "kept/interpolate.pt")                                      # a stage replaced by hand: kept itself, but not what follows
+    sample.main([*flags, *out, "--until", "low"])
+    assert capsys.readouterr().out.count("kept in") == 3
     os.utime(all_weights / "interpolate.pt")
     sample.main([*flags, *out, "--until", "low"])
     assert capsys.readouterr().out.count("kept in") == 2
@@ -2329,13 +2425,16 @@ def evaluate_superres(which: str, clips: int = 16):
     for name, grounds in (("black", [0]), ("all grounds", range(5))):
         factors = factors_of(["held-out"], grounds, clips)
         scenes = [scene_of(f, i) for i, f in enumerate(factors)]
-        truth, clean = (torch.stack([train.render(s, times, S) for s in scenes]) for S in (size, side))    # (N, T, 3, S, S)
+        at = lambda S: torch.stack([train.render(s, times, S) for s in scenes])                            # (N, T, 3, S, S)
+        truth, given = at(size), {"clean": at(side)}
+        given |= {f"after {earlier}": enlarged(earlier, at(train.PAIRS[earlier].side), factors, fps) for earlier in BEFORE[which][-1:]}
+        given["as made"] = as_made(which, scenes, factors, times, fps)
         still = bare_ground(scenes, times, size)
         fine = lambda video: (vae.to_float(video) - superres.blur(vae.to_float(video), 2.)).pow(2).mean(2)           # (N, T, H, W)
         energy = lambda video: (fine(video).mean(1) * still).sum() / still.sum()
-        for kind, small in (("clean", clean), ("as made", as_made(which, scenes, factors, times, fps))):
+        for kind, small in given.items():
             ours, cubic = enlarged(which, small, factors, fps), bicubic(small, stage.scale)
-            line = f"  {name:12s} {kind:8s} ours {psnr(ours, truth):5.2f} dB   bicubic {psnr(cubic, truth):5.2f} dB"
+            line = f"  {name:12s} {kind:13s} ours {psnr(ours, truth):5.2f} dB   bicubic {psnr(cubic, truth):5.2f} dB"
             if grounds != [0]:
                 line += f"   fine detail of the ground {100 * energy(ours) / energy(truth):.0f} % of the truth's (bicubic {100 * energy(cubic) / energy(truth):.0f} %)"
             print(line, flush=True)
@@ -2417,7 +2516,7 @@ def evaluate_cascades(args):
             with tempfile.TemporaryDirectory() as folder:
                 with contextlib.redirect_stdout(io.StringIO()):
                     sample.main([*map(in_words, factors[i:i + few]), "--cascade", cascade, "--keep", folder, "-o", folder, "--seed", str(1000 * args.seed + i),
-                                 "--guidance", str(args.guidance), "--steps", str(args.steps), "--device", DEVICE])
+                                 "--guidance", str(args.guidance), "--steps", str(args.steps), "--weights", str(args.weights.parent), "--device", DEVICE])
                 if cascade == "imagen-video":  # which decodes the keyframes themselves
                     first.append(base.load_stage(f"{folder}/decode.pt", "pixels")["data"])
                 last += [at_a_glance(video, times) for video in base.load_stage(f"{folder}/{stages[-1][0]}.pt", "pixels")["data"]]
@@ -2517,7 +2616,7 @@ def compare(args):
     rows = {}
     for cascade, times in ENDS_AT.items():
         stages = sample.CASCADES[cascade]
-        weights = {name: base.read_pt(WEIGHTS / f"{name}.pt") for name in dict.fromkeys(["base", *(own for _, _, own, _ in stages)])}
+        weights = {name: base.read_pt(WEIGHTS / f"{name}.pt") for name in dict.fromkeys(["text", "base", *(own for _, _, own, _ in stages)])}
         evaluations |= {name: superres.fitted(stage, weights[name]).steps for which, stage in train.NETWORKS.items() for name in [superres.name_of(which)]
                         if name in weights}
         begun, ended, flicker, independent, seconds, memory = [], [], [], [], [], []
@@ -2565,6 +2664,7 @@ def compare(args):
 
 def benchmark(args):
     """Each stage's own seconds, memory and arithmetic rate, beside the fastest convolution this machine does just now."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     def seconds(function, repeats: int = 3) -> float:
@@ -2580,8 +2680,8 @@ def benchmark(args):
                 return times[0]
         return sorted(times[1:])[repeats // 2]
 
-    def flops(function) -> float:
-        with FlopCounterMode(display=False) as counter:
+    def flops(function) -> float:  # of attention too, which is counted where it is written out
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             function()
         return counter.get_total_flops()
 
@@ -2590,8 +2690,7 @@ def benchmark(args):
     with torch.inference_mode(), base.fast_autocast(DEVICE):
         peak = flops(lambda: layer(x)) / seconds(lambda: layer(x), 9) / 1e9
     print(f"  {'convolution 128 -> 128, 3 x 3':34s} {peak:8.0f} GFLOP/s")
-    clip, tokenizer, _ = text.load()
-    (unet, diffusion, _), (autoencoder, _) = base.load(args.weights, DEVICE), vae.load(device=DEVICE)
+    (clip, tokenizer, _), (unet, diffusion, _), (autoencoder, _) = text.load(device=DEVICE), base.load(args.weights, DEVICE), vae.load(device=DEVICE)
     words = text.encode(clip, tokenizer, ["a red star moving left"])
     latents = base.generate(unet, diffusion, words, 16, 4., steps=1)
     blank = lambda frames, side: torch.zeros(frames, 3, side, side, dtype=torch.uint8)
@@ -2608,8 +2707,8 @@ def benchmark(args):
             rows[f"{which}: {frames} frames to {stage.scale * side} px"] = partial(superres.upscale, larger, way, stage, blank(frames, side), 20.)
     for name, function in rows.items():
         sample.forget_peak()
-        took = seconds(function)
-        print(f"  {name:34s} {flops(function) / took / 1e9:8.0f} GFLOP/s   {took:7.3f} s   peak {sample.peak_memory()}")
+        took, peak = seconds(function), sample.peak_memory()
+        print(f"  {name:34s} {flops(function) / took / 1e9:8.0f} GFLOP/s   {took:7.3f} s   peak {peak}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2766,7 +2865,9 @@ def pictures(args):
         draw_camera(assets)
 
 
-COMMANDS = {command.__name__: command for command in (evaluate, curve, compare, benchmark, peers, pictures)}
+SAMPLING = ("guidance", "steps", "weights")
+COMMANDS = {"evaluate": (evaluate, "prompts", "part", "seed", *SAMPLING), "curve": (curve, "prompts", "seed", *SAMPLING), "compare": (compare, "prompts", "seed"),
+            "benchmark": (benchmark, *SAMPLING), "peers": (peers,), "pictures": (pictures,)}  # and the flags that mean something to each
 
 
 def main(argv=None):
@@ -2782,7 +2883,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     global DEVICE
     DEVICE = args.device
-    COMMANDS[args.what](args)
+    command, *takes = COMMANDS[args.what]
+    for name, value in vars(args).items():
+        if name not in ("what", "device", *takes) and value != parser.get_default(name):
+            raise UserError(f"--{name} means nothing to {args.what}")
+    command(args)
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ def unprompted(path, count: int) -> dict:
 
 def remark(prompts: list, words: list):
     """Tell the user what a prompt asks for that the shipped models cannot know."""
-    for prompt in prompts:
+    for prompt in dict.fromkeys(prompts):
         unseen = [word for word in re.findall(r"\w+", prompt.lower()) if words and word not in words]
         if unseen:
             note(f"the shipped model has never seen: {', '.join(repr(word) for word in unseen)}")

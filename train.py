@@ -29,7 +29,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +84,7 @@ TRIPLES = {split: [(c, s, m) for c in range(8) for s in range(6) for m in range(
 # How many times as often as others a motion is drawn in training, since its frames must agree on a phase, or show turned shapes.
 # Differs: in the papers data come as they are found.
 OFTEN = {"bouncing": 4, "circling": 2, "spinning": 4}
-HARD = re.compile("(ring|star) moving|spinning")  # stills drawn four times as often, since an autoencoder learns them last: rings and tips of stars at the border, turned shapes
+HARD = re.compile("ring moving|spinning")  # stills drawn four times as often, since an autoencoder learns them last: rings at the border, turned shapes
 ANY = sum(TRIPLES.values(), [])
 DRAWN = TRIPLES | {"any": ANY,
                    "train": [triple for triple in TRIPLES["train"] for _ in range(OFTEN.get(MOTIONS[triple[2]], 1))],
@@ -213,6 +213,11 @@ def render(scene: dict, times, size: int = 64) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------
 # Data sets: what the stages draw from, made once and kept in runs/.
 
+def digest(thing) -> str:
+    """Eight letters for anything that its repr tells from others."""
+    return hashlib.sha256(repr(thing).encode()).hexdigest()[:8]
+
+
 def world_stills(count: int, seed: int, side: int) -> dict:
     """Pictures of any scene at any moment, and their captions. No split: a still does not show how a thing moves. A scene's beginning and
     end come most often: what slides is near the border then, where an autoencoder has to learn it anew."""
@@ -254,7 +259,7 @@ def folder_clips(folder, frames: int, side: int):
     The frame rate is the file's own, divided by a frame-skip of 1, 2 or 4 where the video is long enough; of single frames, four
     for each second. A file that cannot be read, or is too short or too small, is named and counted, never padded, enlarged or replaced."""
     folder, skipped, used, silent = Path(folder), [], 0, 0
-    captions = {}
+    captions, rows = {}, []
     if (folder / "captions.csv").is_file():
         try:
             table = csv.DictReader(io.StringIO((folder / "captions.csv").read_text("utf-8-sig")))  # spreadsheets put a mark before the first name
@@ -262,7 +267,8 @@ def folder_clips(folder, frames: int, side: int):
             raise UserError(f"{folder / 'captions.csv'} is not written in UTF-8") from error
         if not {"file", "caption"} <= set(table.fieldnames or ()):
             raise UserError(f"{folder / 'captions.csv'} has no columns 'file' and 'caption' in its first line")
-        captions = {row["file"]: row["caption"] or "" for row in table}
+        rows = list(table)
+        captions = {row["file"]: row["caption"] or "" for row in rows}
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (vae.VIDEOS if frames > 1 else vae.VIDEOS + vae.PICTURES))
     for path in tqdm(files, desc=f"reading {folder}"):
         try:
@@ -290,22 +296,31 @@ def folder_clips(folder, frames: int, side: int):
     for line in skipped:
         print(f"skipped {line}")
     print(f"{folder}: {used} files used, {silent} of them without a caption, {len(skipped)} skipped")
+    unread = len(rows) - len(captions.keys() & {path.relative_to(folder).as_posix() for path in files})
+    if unread:
+        print(f"{unread} rows of captions.csv are of no such file, or of one that a later row names too")
     if not used:
         raise UserError(f"{folder} holds no usable clip of {frames} frames or more, {side} x {side} pixels or more")
 
 
+@cache
+def name_of_world() -> str:
+    """Eight letters for how the world looks: who changes it does not want to train on the pictures of before."""
+    clips = [draw_clip(np.random.default_rng(i), 16) for i in range(64)]
+    return digest((DRAWN, [(caption(scene), video.numpy().tobytes(), fps) for scene, video, fps in clips]))
+
+
 def name_of_data(args) -> str:
-    """"world", or eight letters for the files of a folder and their dates."""
+    """Eight letters for the world, or for the files of a folder and their dates."""
     if args.data == "world":
-        return "world"
+        return name_of_world()
     files = sorted((p.relative_to(args.data).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.data).rglob("*")
                    if p.suffix.lower() in (*vae.VIDEOS, *vae.PICTURES, ".txt", ".csv"))
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:8]
+    return digest(files)
 
 
 def cached(args, kind: str, count: int, make, of: str = "pixels") -> dict:
-    """What make() returns, kept in runs/cache/ under a name that says all it depends on but this file: who changes the world empties
-    the folder."""
+    """What make() returns, kept in runs/cache/ under a name that says all it depends on."""
     return kept(f"{name_of_data(args)}-{kind}-{count}-{args.side}-{args.seed}-{of}", make)
 
 
@@ -415,7 +430,7 @@ def pairs(args, which: str) -> tuple[dict, dict]:
             captions.append(line)
         return {key: torch.cat([block[key] for block in blocks])[:len(captions)] for key in blocks[0]} | {"captions": captions}
 
-    return cached(args, f"pairs-{which}", p.count, make, weights["own"]), {"vae": weights["hash"], "decoder": weights["own"]}
+    return cached(args, f"pairs-{which}-{digest(p)}", p.count, make, weights["own"]), {"vae": weights["hash"], "decoder": weights["own"]}
 
 
 def batches(items: list, size: int) -> list:
@@ -529,7 +544,10 @@ def prepare_clip(args) -> Setup:
     model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=args.side))
     words = sorted({word for line in captions + data["captions"] for word in re.findall(r"\w+", line.lower())})
     context = model.config.context
-    ids, motion_ids = text.tokenize(tokenizer, data["captions"], context), text.tokenize(tokenizer, captions, context)
+    distinct = sorted(set(data["captions"]))
+    row = {words: i for i, words in enumerate(distinct)}
+    ids = text.tokenize(tokenizer, distinct, context)[[row[words] for words in data["captions"]]]  # (N, L)
+    motion_ids = text.tokenize(tokenizer, captions, context)
 
     def batch_of(step, samples):
         rngs, picks = draw(args, step, samples, len(ids))
@@ -560,7 +578,7 @@ def caption_tokens(args, captions: list):
         encoded = [text.encode(clip, tokenizer, group) for group in groups]
         return {"tokens": torch.cat([part["tokens"] for part in encoded]), "null": encoded[0]["null_tokens"][0].clone()}  # (K, L, D), (L, D)
 
-    made = kept(f"tokens-{hashlib.sha256(repr(distinct).encode()).hexdigest()[:8]}-{weights['hash']}", make)
+    made = kept(f"tokens-{digest(distinct)}-{weights['hash']}", make)
     rows = {words: i for i, words in enumerate(distinct)}
     return made["tokens"], torch.tensor([rows[words] for words in captions]), made["null"], weights["hash"]
 
@@ -588,12 +606,12 @@ def with_tokens(args, kind: str) -> tuple[dict, dict]:
     return data | {"tokens": tokens, "rows": rows, "null": null}, facts
 
 
-def preview_of(args, prompts: list, frames: int, diffusion: base.Diffusion, side: int):
+def preview_of(args, prompts: list, frames: int, diffusion: base.Diffusion, side: int, fps: float = 1.):
     """A function that samples the prompts and lays the frames out, one video per row."""
     def preview(model):
         clip, tokenizer, _ = text.load(weights_in(args.weights, "text"))
         autoencoder, _ = vae.load(weights_in(args.weights, "vae"), args.device)
-        z = base.generate(model, diffusion, text.encode(clip, tokenizer, prompts), frames, 4., side)
+        z = base.generate(model, diffusion, text.encode(clip, tokenizer, prompts), frames, fps, side)
         videos = vae.decode_video(autoencoder, z)                                   # (B, T, 3, H, W)
         return vae.contact_sheet(videos if frames > 1 else videos.transpose(0, 1), columns=16 if frames > 1 else 8)
     return preview
@@ -638,7 +656,8 @@ def prepare_prior(args) -> Setup:
         clip, tokenizer, _ = text.load(weights_in(args.weights, "text"))
         autoencoder, _ = vae.load(weights_in(args.weights, "vae"), args.device)
         context = text.encode(clip, tokenizer, prompts)["tokens"].to(args.device)
-        mean = model(context, torch.full((len(prompts),), 4., device=args.device), *data["latents"][0, :, 0].shape)
+        slowest = data["fps"].min().to(args.device).expand(len(prompts))            # which shows most motion: 4 fps, of the world
+        mean = model(context, slowest, *data["latents"][0, :, 0].shape)
         return vae.contact_sheet(vae.decode_video(autoencoder, mean.cpu()), columns=16)
 
     return Setup(model, lambda step, samples: diffusion_batch(args, data, step, samples), base.prior_loss, preview,
@@ -681,7 +700,8 @@ def prepare_base(args) -> Setup:
         return diffusion_batch(args, data, step, samples, shifted_timesteps)
 
     prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
-    return Setup(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 16, diffusion, facts["side"]),
+    return Setup(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch),
+                 preview_of(args, prompts, 16, diffusion, facts["side"], data["fps"].min().item()),
                  diffusion_config(diffusion), facts | {"image": image["hash"]})
 
 
@@ -874,6 +894,9 @@ def train(stage: str, args):
         own = "init" in before and before["init"] == made_by.get("init")  # this run has written its weights over those it began from
         setup.facts |= {key: before[key] for key in facts} if own else facts
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    for average, parameter in zip(ema.parameters(), model.parameters()):
+        if not parameter.requires_grad:  # what is frozen is its own average: of Stable Diffusion, 3 GiB
+            average.data = parameter.data
     origin = {"stage": stage, "seed": args.seed, "data": name_of_data(args), "stills": args.stills, "clips": args.clips,
               "side": args.side, "joint": args.joint, "freeze": args.freeze, **setup.facts}
     if state:
@@ -919,7 +942,7 @@ def train(stage: str, args):
     parts = batches(mine, len(mine) // args.accumulate)
     ready = ahead(setup.batch_of, ((step, part) for step in range(start, recipe.steps) for part in parts))
     bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=stage, unit="step", disable=RANK > 0)
-    window, running, step, last_save, last_step = [], math.nan, start, time.time(), time.time()
+    window, running, step, saves, last_save, last_step = [], math.nan, start, 0, time.time(), time.time()
     try:
         for step in bar:
             seen = []
@@ -964,8 +987,10 @@ def train(stage: str, args):
                 window = []
             if time.time() - last_save > 60 * args.save_minutes and not last:
                 save(step + 1)
-                show()
-                last_save = time.time()
+                saves += 1
+                if saves.bit_count() == 1:  # ever more rarely, since sampling takes its time
+                    show()
+                last_save = last_step = time.time()
             if args.snapshots and (step + 1) * args.snapshots // recipe.steps > step * args.snapshots // recipe.steps:
                 export(folder / f"weights-{step + 1:06d}.pt", step + 1)
     except KeyboardInterrupt:
@@ -1011,10 +1036,10 @@ def dry_run(args):
     print(f"base: {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained")
     print(f"a step on {whole} clips of 16 x {args.side} x {args.side}, {batch} at a time, forward and backward: "
           f"{args.accumulate * counter.get_total_flops() / 1e12:.2f} TFLOP")
-    for what, size in (("weights and their average, fp32", 8 * every), ("gradients and Adam's moments, fp32", 12 * trained),
+    for what, size in (("weights and their average, fp32", 4 * (every + trained)), ("gradients and Adam's moments, fp32", 12 * trained),
                        (f"activations, {'bf16' if fast else 'fp32'}", activations)):
         print(f"  {what:36s} {size / 2 ** 30:6.2f} GiB")
-    print(f"  {'together':36s} {(8 * every + 12 * trained + activations) / 2 ** 30:6.2f} GiB, and what the kernels need for themselves")
+    print(f"  {'together':36s} {(4 * every + 16 * trained + activations) / 2 ** 30:6.2f} GiB, and what the kernels need for themselves")
 
 
 def main(argv=None):
@@ -1059,6 +1084,8 @@ def main(argv=None):
         raise UserError("--distill is for the super-resolution stages, and for weights that --init names, which are the teacher")
     if args.blank and not args.stage.startswith("tsr"):
         raise UserError("--blank is for the stages tsr-32 and tsr-128")
+    if args.data != "world" and not Path(args.data).is_dir():
+        raise UserError(f"{args.data}: no such folder of clips")
     if args.side % 8:
         raise UserError(f"--side is {args.side}, where a multiple of the autoencoder's stride of 8 is wanted")
     if args.dry_run:

@@ -12,6 +12,7 @@ interpolate.py see 8 x 8 x 4 numbers instead of 64 x 64 x 3. Frames are coded on
 Layers bear Stable Diffusion's names. Differs: the authors add a perceptual and an adversarial loss to the pixel loss;
 in a world whose truth is known exactly, distance to that truth is the honest measure, and the only one used here.
 """
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from base import (MADE_BY, WEIGHTS, Attention, Downsample, Parser, ResnetBlock, 
                   fast_autocast, fill, load_stage, load_weights, note, run, save_stage)
 
 CHUNK = 32 * 64 * 64  # pixels coded at a time, so that memory does not grow with the length of a video
+logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of clips that were filmed upright, and reads them rightly
 
 
 # ------------------------------------------------------------------------------------------------
@@ -217,7 +219,7 @@ def decode_video(vae: AutoencoderKL, latents: torch.Tensor, label: str = "") -> 
 # ------------------------------------------------------------------------------------------------
 # Files people look at. Pixels are uint8 everywhere here.
 
-PICTURES, VIDEOS = (".png", ".jpg", ".jpeg"), (".mp4", ".gif", ".webm")  # what is read
+PICTURES, VIDEOS = (".png", ".jpg", ".jpeg"), (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi")  # what is read
 WRITTEN = (".mp4", ".gif", ".png")
 
 
@@ -236,7 +238,7 @@ def read_video(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with iio.imopen(path, "r", plugin="FFMPEG" if suffix in (".mp4", ".webm") else "pillow") as file:
+        with iio.imopen(path, "r", plugin="pillow" if suffix in (*PICTURES, ".gif") else "FFMPEG") as file:
             if suffix in PICTURES:  # a phone's .jpg may hold a second, smaller one
                 if file.metadata(index=0)["mode"].startswith("I"):
                     raise ValueError("it has 16 bits for each value, where 8 are wanted")
