@@ -140,8 +140,8 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, said: dict, fps: f
     noise = base.initial_noise(x.shape, seed).to(device)  # of the timeline: windows that share a frame share its noise
     x, made = x.to(device).float().clone(), known.to(device).clone()
     tokens, null = said["tokens"].to(device).float(), said["null_tokens"].to(device).float()
-    last_known = max((i for i in range(1, min(WINDOW, T)) if known[i]), default=WINDOW - 1)
-    starts = windows(T, last_known if parallel else 10)
+    meet_at = max((i for i in range(1, min(WINDOW, T)) if known[i]), default=WINDOW - 1)  # the last known frame of the first window
+    starts = windows(T, meet_at if parallel else 10)
     if known[-1] and not known[0]:  # only what came before is missing: from the end backwards
         starts = [max(0, T - WINDOW) - start for start in starts]
     starts = [start for start in starts if not known[start:start + WINDOW].all()]
@@ -156,9 +156,9 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, said: dict, fps: f
                       label=label and f"{label} window {i + 1} of {1 if parallel else len(starts)}", **sampling)
         for start, frames in zip(group, filled.split(B)):                           # (B, 16, 4, h, w)
             end = start + WINDOW
-            last = max(start + j for j in range(len(made[start:end])) if made[start + j])
-            if made[end:].any() and last >= following[start]:  # the next window knows what comes behind, as this one did not
-                end = last + 1
+            last_known = max(i for i in range(start, min(end, T)) if made[i])
+            if made[end:].any() and last_known >= following[start]:  # what lies behind is for the next window, which knows what follows
+                end = last_known + 1
             x[:, start:end] = torch.where(made[start:end, None, None, None], x[:, start:end], frames[:, :end - start])
             made[start:end] = True
     return x.cpu()                                                                  # (B, T, 4, h, w)
