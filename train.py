@@ -387,7 +387,7 @@ class Pairs:
 
 
 NETWORKS = superres.STAGES | interpolate.TSR  # those between pixels
-PAIRS = {"low": Pairs(8, 64, 32, 1200), "high": Pairs(1, 256, 64, 4800),
+PAIRS = {"low": Pairs(8, 64, 32, 1200), "high": Pairs(1, 256, 64, 9600),
          "tsr-32": Pairs(16, 64, 48, 3200, (8.,)), "ssr-128": Pairs(8, 64, 48, 1600, (8.,)), "ssr-256": Pairs(8, 128, 48, 1600, (8.,)),
          "tsr-128": Pairs(16, 256, 64, 1600, (16., 32.)), "ssr-768": Pairs(8, 256, 32, 2000, (32.,))}  # tsr-128 serves twice
 
@@ -483,7 +483,7 @@ RECIPES = {  # about as many steps in one run as the weights in weights/ had in 
     "base": Recipe(steps=32000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
     "interpolate": Recipe(steps=10700, batch=16, lr=8e-4),
     "superres-low": Recipe(steps=7900, batch=4, lr=2e-3),
-    "superres-high": Recipe(steps=4900, batch=8, lr=2e-3),
+    "superres-high": Recipe(steps=9900, batch=8, lr=2e-3),
     "tsr-32": Recipe(steps=3200, batch=16, lr=2e-3),
     "ssr-128": Recipe(steps=1750, batch=32, lr=2e-3),
     "ssr-256": Recipe(steps=1750, batch=32, lr=2e-3),
