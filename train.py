@@ -389,7 +389,7 @@ class Pairs:
 NETWORKS = superres.STAGES | interpolate.TSR  # those between pixels
 PAIRS = {"low": Pairs(8, 64, 32, 1200), "high": Pairs(1, 256, 64, 9600),
          "tsr-32": Pairs(16, 64, 48, 3200, (8.,)), "ssr-128": Pairs(8, 64, 48, 1600, (8.,)), "ssr-256": Pairs(8, 128, 48, 1600, (8.,)),
-         "tsr-128": Pairs(16, 256, 64, 1600, (16., 32.)), "ssr-768": Pairs(8, 256, 32, 2000, (32.,))}  # tsr-128 serves twice
+         "tsr-128": Pairs(16, 256, 64, 1600, (16., 32.)), "ssr-768": Pairs(8, 256, 32, 2700, (32.,))}  # tsr-128 serves twice
 
 
 def pairs(args, which: str) -> tuple[dict, dict]:
@@ -488,7 +488,7 @@ RECIPES = {  # about as many steps in one run as the weights in weights/ had in 
     "ssr-128": Recipe(steps=1750, batch=32, lr=2e-3),
     "ssr-256": Recipe(steps=1750, batch=32, lr=2e-3),
     "tsr-128": Recipe(steps=2600, batch=16, lr=2e-3),
-    "ssr-768": Recipe(steps=4150, batch=32, lr=2e-3),
+    "ssr-768": Recipe(steps=4600, batch=32, lr=2e-3),
 }
 
 
