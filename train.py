@@ -320,7 +320,7 @@ def name_of_data(args) -> str:
 
 
 def cached(args, kind: str, count: int, make, of: str = "pixels") -> dict:
-    """What make() returns, kept in runs/cache/ under a name that says all it depends on."""
+    """What make() returns, kept in runs/cache/ under a name that says what it depends on."""
     return kept(f"{name_of_data(args)}-{kind}-{count}-{args.side}-{args.seed}-{of}", make)
 
 
