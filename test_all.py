@@ -1616,14 +1616,14 @@ def test_another_world_is_rendered_anew(tmp_path, monkeypatch):
 
 
 def test_what_is_frozen_is_its_own_average(tmp_path, monkeypatch):
-    first, seen = tiny_run(tmp_path / "first", monkeypatch), []
+    first, seen = tiny_run(tmp_path / "first", monkeypatch, "--steps", "1"), []
     begun = copy.deepcopy(first["ema"])
     plain = train.write_pt
     def look(path, content, **how):
         seen.append(content)
         plain(path, content, **how)
     monkeypatch.setattr(train, "write_pt", look)
-    state = tiny_run(tmp_path / "more", monkeypatch, "--init", str(tmp_path / "first/weights/vae.pt"), "--freeze", "encoder")
+    state = tiny_run(tmp_path / "more", monkeypatch, "--init", str(tmp_path / "first/weights/vae.pt"), "--freeze", "encoder", "--steps", "2")
     shared = {name for name in seen[-1]["model"] if seen[-1]["model"][name].data_ptr() == seen[-1]["ema"][name].data_ptr()}
     assert shared == {name for name in begun if not name.startswith(("decoder.", "post_quant_conv."))}
     assert all(torch.equal(state["ema"][name].half(), begun[name].half()) for name in shared) and not equal(state["ema"], begun)
