@@ -544,9 +544,8 @@ def prepare_clip(args) -> Setup:
     model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=args.side))
     words = sorted({word for line in captions + data["captions"] for word in re.findall(r"\w+", line.lower())})
     context = model.config.context
-    distinct = sorted(set(data["captions"]))
-    row = {words: i for i, words in enumerate(distinct)}
-    ids = text.tokenize(tokenizer, distinct, context)[[row[words] for words in data["captions"]]]  # (N, L)
+    distinct, rows = numbered(data["captions"])
+    ids = text.tokenize(tokenizer, distinct, context)[rows]                         # (N, L)
     motion_ids = text.tokenize(tokenizer, captions, context)
 
     def batch_of(step, samples):
@@ -567,11 +566,18 @@ def prepare_clip(args) -> Setup:
     return Setup(model, batch_of, text.loss, preview, config_of, {})
 
 
+def numbered(captions: list) -> tuple[list, list]:
+    """The distinct captions, sorted, and which of them each caption is."""
+    distinct = sorted(set(captions))
+    rows = {words: i for i, words in enumerate(distinct)}
+    return distinct, [rows[words] for words in captions]
+
+
 def caption_tokens(args, captions: list):
     """Tokens (K, L, D) of every distinct caption, the row of each caption in them (N,), the null prompt's tokens (L, D),
     and the hash of the text encoder."""
     clip, tokenizer, weights = text.load(weights_in(args.weights, "text"), args.device)
-    distinct = sorted(set(captions))
+    distinct, rows = numbered(captions)
 
     def make():
         groups = tqdm(batches(distinct, 256), desc="encoding captions", disable=len(distinct) < 4096)
@@ -579,8 +585,7 @@ def caption_tokens(args, captions: list):
         return {"tokens": torch.cat([part["tokens"] for part in encoded]), "null": encoded[0]["null_tokens"][0].clone()}  # (K, L, D), (L, D)
 
     made = kept(f"tokens-{digest(distinct)}-{weights['hash']}", make)
-    rows = {words: i for i, words in enumerate(distinct)}
-    return made["tokens"], torch.tensor([rows[words] for words in captions]), made["null"], weights["hash"]
+    return made["tokens"], torch.tensor(rows), made["null"], weights["hash"]
 
 
 def spoken(rngs, tokens, null, captions: list):
@@ -1036,10 +1041,11 @@ def dry_run(args):
     print(f"base: {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained")
     print(f"a step on {whole} clips of 16 x {args.side} x {args.side}, {batch} at a time, forward and backward: "
           f"{args.accumulate * counter.get_total_flops() / 1e12:.2f} TFLOP")
-    for what, size in (("weights and their average, fp32", 4 * (every + trained)), ("gradients and Adam's moments, fp32", 12 * trained),
-                       (f"activations, {'bf16' if fast else 'fp32'}", activations)):
+    sizes = {"weights and their average, fp32": 4 * (every + trained), "gradients and Adam's moments, fp32": 12 * trained,
+             f"activations, {'bf16' if fast else 'fp32'}": activations}
+    for what, size in sizes.items():
         print(f"  {what:36s} {size / 2 ** 30:6.2f} GiB")
-    print(f"  {'together':36s} {(4 * every + 16 * trained + activations) / 2 ** 30:6.2f} GiB, and what the kernels need for themselves")
+    print(f"  {'together':36s} {sum(sizes.values()) / 2 ** 30:6.2f} GiB, and what the kernels need for themselves")
 
 
 def main(argv=None):

@@ -224,8 +224,8 @@ WRITTEN = (".mp4", ".gif", ".png")
 
 
 def on_black(frame: np.ndarray) -> np.ndarray:
-    """What is transparent in a frame uint8 (H, W, 3 or 4) shows black, not the colour that is hidden there. (H, W, 3)"""
-    return frame if frame.shape[2] == 3 else (frame[..., :3] * (frame[..., 3:] / 255)).round().astype(np.uint8)
+    """What is transparent in a frame uint8 (H, W, 4) shows black, not the colour that is hidden there. (H, W, 3)"""
+    return (frame[..., :3] * (frame[..., 3:] / 255)).round().astype(np.uint8)
 
 
 def read_video(path):
@@ -242,15 +242,15 @@ def read_video(path):
             if suffix in PICTURES:  # a phone's .jpg may hold a second, smaller one
                 if file.metadata(index=0)["mode"].startswith("I"):
                     raise ValueError("it has 16 bits for each value, where 8 are wanted")
-                frames = [file.read(index=0, mode="RGBA", rotate=True)]             # as the camera was held
+                frames = [on_black(file.read(index=0, mode="RGBA", rotate=True))]   # as the camera was held
             elif suffix == ".gif":  # a frame that is shown longer than others stands for several; under 20 ms means 100, as in browsers
                 last = [file.metadata(index=i).get("duration", 0) for i in range(file.properties(index=...).n_images)]
                 last = [ms if ms >= 20 else 100 for ms in last]
                 fps = 1000 / min(last)
-                frames = [frame for frame, ms in zip(file.iter(mode="RGBA"), last) for _ in range(round(ms / min(last)))]
+                frames = [frame for frame, ms in zip(map(on_black, file.iter(mode="RGBA")), last) for _ in range(round(ms / min(last)))]
             else:  # as they are: else ffmpeg fills the pauses of an uneven clip with copies
                 fps, frames = float(file.metadata()["fps"]), file.iter(output_params=["-fps_mode", "passthrough"])
-            frames = [torch.from_numpy(on_black(np.array(frame))).permute(2, 0, 1) for frame in frames]     # (3, H, W) each
+            frames = [torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames]      # (3, H, W) each
         if not frames or not math.isfinite(fps) or fps <= 0:
             raise ValueError("it holds no frames, or no frame rate")
         return torch.stack(frames).contiguous(), fps                                # (T, 3, H, W)
