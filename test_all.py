@@ -1368,9 +1368,12 @@ def shipped(folder, names=("vae", "text")) -> Path:
     return folder / "weights"
 
 
+TINY = ("--stills", "24", "--side", "32", "--steps", "6", "--batch", "4", "--device", "cpu")
+
+
 def tiny_run(folder, monkeypatch, *flags):
     monkeypatch.setattr(train, "RUNS", folder / "runs")
-    train.main(["vae", "--stills", "24", "--steps", "6", "--batch", "4", "--weights", str(folder / "weights"), "--device", "cpu", *flags])
+    train.main(["vae", *TINY, "--weights", str(folder / "weights"), *flags])
     return base.read_pt(folder / "runs/vae/checkpoint.pt")
 
 
@@ -1474,11 +1477,11 @@ def test_a_run_that_wrote_over_the_weights_it_began_from_is_known_again(tmp_path
         tiny_run(tmp_path, monkeypatch, "--init", str(begun), "--steps", "8")
 
 
-def script_of(folder, *flags) -> list:
+def script_of(folder, *flags, stage: str = "vae", first: str = "") -> list:
     """The command line of tiny_run as a process of its own, in `folder`."""
-    argv = ["vae", "--stills", "24", "--steps", "6", "--batch", "4", "--weights", "weights", "--device", "cpu", *flags]
-    (folder / "script.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport train; from pathlib import Path\n"
-                                      f"train.RUNS = Path('runs')\ntrain.main({argv})")
+    argv = [stage, *TINY, "--weights", "weights", *flags]
+    (folder / "script.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport torch, train; from pathlib import Path\n"
+                                      f"train.RUNS = Path('runs')\n{first}\ntrain.main({argv})")
     return ["script.py"]
 
 
@@ -1547,7 +1550,7 @@ def test_a_run_leaves_what_one_looks_at(tmp_path, monkeypatch):
     folder = tmp_path / "runs/vae"
     assert {path.name for path in folder.iterdir()} == {"log.csv", "preview.png", "first_batch.gif", "first_batch.txt", "checkpoint.pt",
                                                         "weights-000003.pt", "weights-000006.pt"}
-    assert vae.read_video(folder / "first_batch.gif")[0].shape[-1] == 4 * 64 and len((folder / "first_batch.txt").read_text().splitlines()) == 4
+    assert vae.read_video(folder / "first_batch.gif")[0].shape[-1] == 4 * 32 and len((folder / "first_batch.txt").read_text().splitlines()) == 4
     header, row = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
     assert header == train.LOG_COLUMNS and row[0] == "6" and math.isfinite(float(row[2]))
 
@@ -1581,19 +1584,20 @@ def test_finished_weights_are_trained_further(tmp_path, monkeypatch):
     assert base.read_pt(tmp_path / "more/weights/vae.pt")["made_by"]["init_steps"] == 6
 
 
-def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch):
+def test_two_processes_take_the_step_of_one_and_wait_for_the_data_that_one_makes(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a, **k: torch.tensor(1.))        # it would hide an error of scale
     one = tiny_run(tmp_path / "one", monkeypatch, "--steps", "1")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script_of(tmp_path, "--steps", "1")]
-    script = (tmp_path / "script.py").read_text()
-    (tmp_path / "script.py").write_text(f"import torch\ntorch.nn.utils.clip_grad_norm_ = lambda *a, **k: torch.tensor(1.)\n{script}")
-    done = subprocess.run([sys.executable, *launch], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    shipped(tmp_path)
+    script = script_of(tmp_path, "--steps", "1", stage="all", first="torch.nn.utils.clip_grad_norm_ = lambda *a, **k: torch.tensor(1.)\n"
+                       "train.PREPARE = {stage: train.PREPARE[stage] for stage in ('vae', 'image')}")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     two = base.read_pt(tmp_path / "runs/vae/checkpoint.pt")
     gradient = lambda run: torch.cat([moments["exp_avg"].flatten() for moments in run["optimizer"]["state"].values()])
     tolerance = .02 if base.has_fast_bf16("cpu") else 1e-3  # whose rounding depends on how many share a batch
     assert (gradient(one) - gradient(two)).norm() < tolerance * gradient(one).norm() > 0
-    assert done.stdout.count("wrote weights/vae.pt") == 1  # one log, one file
+    assert [done.stdout.count(f"wrote weights/{stage}.pt") for stage in ("vae", "image")] == [1, 1]  # one log, one file
 
 
 def test_another_world_is_rendered_anew(tmp_path, monkeypatch):
@@ -1639,16 +1643,6 @@ def test_networks_between_pixels_learn_from_a_folder_of_clips(which, tmp_path, m
     said = capsys.readouterr().out
     assert "1 files used, 0 of them without a caption" in said and "2 rows of captions.csv are of no such file" in said
     assert ("a red star" if which != "low" else " fps") in (tmp_path / "runs" / superres.name_of(which) / "first_batch.txt").read_text()
-
-
-def test_two_processes_wait_for_the_data_that_one_makes(tmp_path):
-    shipped(tmp_path)
-    script = script_of(tmp_path, "--steps", "1")
-    source = (tmp_path / "script.py").read_text()
-    (tmp_path / "script.py").write_text(source.replace("'vae', ", "'image', "))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.count("wrote weights/image.pt") == 1, done.stderr
 
 
 @pytest.mark.parametrize("which", train.NETWORKS)
@@ -2296,19 +2290,20 @@ def blend(truth: torch.Tensor, skip: int) -> torch.Tensor:
     return interpolate.blends(truth.float(), known).round().byte()
 
 
-def evaluate_interpolation(args, clips: int = 96):
-    """Hidden frames of held-out clips against decode(encode(truth)), where anything moves; clips continued; stills animated."""
+def evaluate_interpolation(args, clips: int = 96, timelines: int = 16):
+    """Frames between the sixteen keyframes of held-out clips, window after window, against decode(encode(truth)), where anything moves;
+    clips continued; stills animated."""
     if not have("interpolate"):
         return
     (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = interpolate.load(device=DEVICE), vae.load(device=DEVICE), text.load()
-    def latents(grounds, times, motions=range(9)):
-        factors = [f for f in factors_of(["held-out"], grounds, 9 * clips) if f[2] in motions][:clips]
+    def latents(grounds, times, motions=range(9), count=clips):
+        factors = [f for f in factors_of(["held-out"], grounds, 9 * count) if f[2] in motions][:count]
         truth = torch.stack([train.render(scene_of(f, i), times) for i, f in enumerate(factors)])   # (N, T, 3, H, W)
         return factors, vae.encode_video(autoencoder, truth), text.encode(clip, tokenizer, [in_words(f) for f in factors])
-    print("\nInterpolation: hidden frames of held-out clips against decode(encode(truth)), moving pixels only")
-    for skip in (2, 3, 5):
-        frames = 15 // skip * skip + 1
-        factors, z, said = latents(range(5), np.arange(frames) / (4 * skip))
+    print(f"\nInterpolation: what is made between 16 frames at 4 fps, {timelines} held-out clips against decode(encode(truth)), moving pixels only")
+    for skip in (2, 3, 4, 5, 6):
+        times = np.arange(15 * skip + 1) / (4 * skip)
+        factors, z, said = latents(range(5), times, count=timelines)
         x, known = interpolate.timeline(z[:, ::skip], skip)
         made = interpolate.fill_timeline(unet, diffusion, x, known, said, 4. * skip)
         start = interpolate.blends(x, known.expand(x.shape[:2]))
@@ -2316,7 +2311,7 @@ def evaluate_interpolation(args, clips: int = 96):
         linear, where = blend(truth, skip), moving(truth) & ~known.view(-1, 1, 1, 1)
         near = lambda video: f"{psnr(video[where], truth[where]):5.2f} dB"
         print(f"  skip {skip}   ours {near(made)}   linear blend {near(linear)}, of latents {near(start)}", end="")
-        factors, z, said = latents([0], np.arange(frames) / (4 * skip), motions=range(4))
+        factors, z, said = latents([0], times, motions=range(4), count=timelines)
         x, known = interpolate.timeline(z[:, ::skip], skip)
         made = interpolate.fill_timeline(unet, diffusion, x, known, said, 4. * skip)
         off = [light_centre(vae.decode_video(autoencoder, video))[:, ~known] for video in (made, z)]
