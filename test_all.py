@@ -1478,7 +1478,7 @@ def test_a_run_that_wrote_over_the_weights_it_began_from_is_known_again(tmp_path
 
 
 def script_of(folder, *flags, stage: str = "vae", first: str = "") -> list:
-    """The command line of tiny_run as a process of its own, in `folder`."""
+    """The command line of tiny_run, or of another stage, as a process of its own in `folder`, where `first` is run before it."""
     argv = [stage, *TINY, "--weights", "weights", *flags]
     (folder / "script.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport torch, train; from pathlib import Path\n"
                                       f"train.RUNS = Path('runs')\n{first}\ntrain.main({argv})")
@@ -2300,20 +2300,19 @@ def evaluate_interpolation(args, clips: int = 96, timelines: int = 16):
         factors = [f for f in factors_of(["held-out"], grounds, 9 * count) if f[2] in motions][:count]
         truth = torch.stack([train.render(scene_of(f, i), times) for i, f in enumerate(factors)])   # (N, T, 3, H, W)
         return factors, vae.encode_video(autoencoder, truth), text.encode(clip, tokenizer, [in_words(f) for f in factors])
+    def between(skip, grounds, motions=range(9)):  # all frames, those that are given in place, which these are, and what is made of them
+        _, z, said = latents(grounds, np.arange(15 * skip + 1) / (4 * skip), motions, timelines)
+        x, known = interpolate.timeline(z[:, ::skip], skip)
+        return z, x, known, interpolate.fill_timeline(unet, diffusion, x, known, said, 4. * skip)
     print(f"\nInterpolation: what is made between 16 frames at 4 fps, {timelines} held-out clips against decode(encode(truth)), moving pixels only")
     for skip in (2, 3, 4, 5, 6):
-        times = np.arange(15 * skip + 1) / (4 * skip)
-        factors, z, said = latents(range(5), times, count=timelines)
-        x, known = interpolate.timeline(z[:, ::skip], skip)
-        made = interpolate.fill_timeline(unet, diffusion, x, known, said, 4. * skip)
+        z, x, known, made = between(skip, range(5))
         start = interpolate.blends(x, known.expand(x.shape[:2]))
         truth, made, start = (vae.decode_video(autoencoder, video) for video in (z, made, start))
         linear, where = blend(truth, skip), moving(truth) & ~known.view(-1, 1, 1, 1)
         near = lambda video: f"{psnr(video[where], truth[where]):5.2f} dB"
         print(f"  skip {skip}   ours {near(made)}   linear blend {near(linear)}, of latents {near(start)}", end="")
-        factors, z, said = latents([0], times, motions=range(4), count=timelines)
-        x, known = interpolate.timeline(z[:, ::skip], skip)
-        made = interpolate.fill_timeline(unet, diffusion, x, known, said, 4. * skip)
+        z, _, known, made = between(skip, [0], range(4))                            # what slides, on black
         off = [light_centre(vae.decode_video(autoencoder, video))[:, ~known] for video in (made, z)]
         print(f"   centroid of sliding objects off by {(off[0] - off[1]).norm(dim=-1).mean():.2f} px")
     factors, z, said = latents(range(5), np.arange(16) / 8)
