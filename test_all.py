@@ -923,11 +923,18 @@ def test_sizes_that_do_not_fit_are_padded_and_cropped_back(which):
     assert interpolate.fill_timeline(model, Diffusion(), x, known, words(), 8., steps=1).shape == (1, 5, 4, 3, 5)
 
 
+def test_a_window_is_rendered_as_it_is_cut_from_the_whole():
+    scene, times = scene_of((0, 3, 8, 3), 1), [.5, 1.]
+    window = train.window_about(.4, .6, 24, 96)
+    assert torch.equal(train.render(scene, times, 96, window), train.cut(train.render(scene, times, 96), *window))
+
+
 def test_crops_cut_every_frame_and_size_at_the_same_place():
     at = torch.stack(torch.meshgrid(torch.arange(64.), torch.arange(64.), indexing="ij"))[None].expand(4, 2, 64, 64)  # each pixel its place
     large = at.repeat_interleave(4, 2).repeat_interleave(4, 3)
     for x, y in ((.5, .5), (0., 1.), (.9, .2)):
-        small, big = train.crop([at, large], 16, x, y)
+        window = train.window_about(x, y, 16, 64)
+        small, big = train.cut(at, *window), train.cut(large, *[4 * n for n in window])
         assert small.shape == (4, 2, 16, 16) and torch.equal(big, small.repeat_interleave(4, 2).repeat_interleave(4, 3))
         assert (small == small[:1]).all()
 

@@ -196,17 +196,26 @@ def render_ground(scene: dict, size: int) -> torch.Tensor:
     return (torch.tensor(colour)[:, None, None] / 255 + light).clamp(0, 1)
 
 
-def render(scene: dict, times, size: int = 64) -> torch.Tensor:
-    """Frames of a scene at the given times (seconds). Returns uint8 (T, 3, size, size)."""
+def cut(video: torch.Tensor, left: int, top: int, side: int) -> torch.Tensor:
+    """A window of a picture or of every frame of a clip, (..., S, S) -> (..., side, side)."""
+    return video[..., top:top + side, left:left + side]
+
+
+def render(scene: dict, times, size: int = 64, window=None) -> torch.Tensor:
+    """Frames of a scene at the given times (seconds), or a window of each: its left, top and side in pixels. Returns uint8
+    (T, 3, size, size), or (T, 3, side, side)."""
+    left, top, side = window or (0, 0, size)
     t = torch.as_tensor(times, dtype=torch.float32)
     x, y, r, angle = (value[:, None, None] for value in trajectory(scene, t))      # (T, 1, 1)
     centre = (torch.arange(size) + .5) / size
-    u, v = (centre[None, None, :] - x) / r, (centre[None, :, None] - y) / r        # (T, 1, S), (T, S, 1)
+    u = (centre[None, None, left:left + side] - x) / r                             # (T, 1, S)
+    v = (centre[None, top:top + side, None] - y) / r                               # (T, S, 1)
     distance = signed_distance(SHAPES[scene["shape"]], u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin())
     cover = (.5 - distance * r * size).clamp(0, 1)[:, None]                        # (T, 1, S, S): share of a pixel covered
     shade = (.94 - .085 * (u + v)).clamp(0, 1.1)[:, None]                          # light falls from the upper left
     colour = torch.tensor(list(COLOURS.values())[scene["colour"]]).view(1, 3, 1, 1) / 255
-    frames = cover * (colour * shade).clamp(0, 1) + (1 - cover) * render_ground(scene, size)
+    ground = cut(render_ground(scene, size), left, top, side)
+    frames = cover * (colour * shade).clamp(0, 1) + (1 - cover) * ground
     return (frames * 255).round().to(torch.uint8)                                  # (T, 3, S, S)
 
 
@@ -367,12 +376,10 @@ def latents(args, kind: str) -> tuple[dict, str]:
     return cached(args, kind, args.stills if kind == "stills" else args.clips, make, weights["hash"]), weights["hash"]
 
 
-def crop(videos: list, side: int, x: float, y: float) -> list:
-    """One window of the picture from clips (T, 3, S, S) of one scene at several sizes, every frame at the same place: `side` pixels
-    of the first, which is the smallest, about the point (x, y) of the unit square."""
-    S = videos[0].shape[-1]
-    left, top = (min(max(0, round(at * S) - side // 2), S - side) for at in (x, y))
-    return [v[..., k * top:k * (top + side), k * left:k * (left + side)] for v in videos for k in [v.shape[-1] // S]]
+def window_about(x: float, y: float, side: int, size: int) -> tuple:
+    """Left, top and side of a window of `side` pixels about the point (x, y) of the unit square, within a picture of `size` pixels."""
+    left, top = (min(max(0, round(at * size) - side // 2), size - side) for at in (x, y))
+    return left, top, side
 
 
 @dataclass
@@ -387,8 +394,8 @@ class Pairs:
 
 
 NETWORKS = superres.STAGES | interpolate.TSR  # those between pixels
-PAIRS = {"low": Pairs(8, 64, 32, 1200), "high": Pairs(1, 256, 64, 9600),
-         "tsr-32": Pairs(16, 64, 48, 3200, (8.,)), "ssr-128": Pairs(8, 64, 48, 1600, (8.,)), "ssr-256": Pairs(8, 128, 48, 1600, (8.,)),
+PAIRS = {"low": Pairs(8, 64, 32, 2400), "high": Pairs(1, 256, 64, 9600),
+         "tsr-32": Pairs(16, 64, 48, 3200, (8.,)), "ssr-128": Pairs(8, 64, 48, 3200, (8.,)), "ssr-256": Pairs(8, 128, 48, 3200, (8.,)),
          "tsr-128": Pairs(16, 256, 64, 1600, (16., 32.)), "ssr-768": Pairs(8, 256, 32, 2700, (32.,))}  # tsr-128 serves twice
 
 
@@ -408,21 +415,22 @@ def pairs(args, which: str) -> tuple[dict, dict]:
             x, y, radius, _ = (float(path[p.frames // 2]) for path in trajectory(scene, torch.as_tensor(times, dtype=torch.float32)))
             turn = 2 * math.pi * rng.random()
             outline = x + radius * math.cos(turn), y + radius * math.sin(turn)
-            place = outline if rng.random() < .7 else rng.random(2)
-            small = render(scene, times, p.side)
-            yield small, render(scene, times, scale * p.side) if scale > 1 else small, place, caption(scene), fps
+            window = window_about(*(outline if rng.random() < .7 else rng.random(2)), p.inner, p.side)
+            large = render(scene, times, scale * p.side, [scale * n for n in window])
+            yield render(scene, times, p.side), large, window, caption(scene), fps
 
     def folder():
         rng = np.random.default_rng((args.seed, 5))
         for windows, words, rates in folder_clips(args.data, p.frames, scale * p.side):
             for large, line, fps in zip(windows, words, rates):
-                yield F.interpolate(large.float(), (p.side, p.side), mode="area").round().byte(), large, rng.random(2), line, float(fps)
+                small, window = F.interpolate(large.float(), (p.side, p.side), mode="area").round().byte(), window_about(*rng.random(2), p.inner, p.side)
+                yield small, cut(large, *[scale * n for n in window]), window, line, float(fps)
 
     def make():
         blocks, captions = [], []
-        for i, (small, large, place, line, fps) in enumerate(world() if args.data == "world" else folder()):
+        for i, (small, pixels, window, line, fps) in enumerate(world() if args.data == "world" else folder()):
             again = vae.decode_video(autoencoder, vae.encode_video(autoencoder, small[None]))[0] if p.side == 64 else small
-            item = dict(zip(("small", "decoded", "pixels"), crop([small, again, large], p.inner, *place))) | {"fps": torch.tensor(fps)}
+            item = {"small": cut(small, *window), "decoded": cut(again, *window), "pixels": pixels, "fps": torch.tensor(fps)}
             if i % 256 == 0:  # small tensors kept one by one between large ones that come and go would fragment all memory
                 blocks.append({key: torch.empty(256, *part.shape, dtype=part.dtype) for key, part in item.items()})
             for key, part in item.items():
