@@ -1291,7 +1291,10 @@ def test_no_held_out_combination_is_ever_trained_on(monkeypatch):
 def test_networks_between_pixels_see_no_held_out_clip(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "RUNS", tmp_path)
     monkeypatch.setattr(train, "PAIRS", {"high": replace(train.PAIRS["high"], count=300)})
-    monkeypatch.setattr(train, "render", lambda scene, times, size=64: torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(len(times), 3, size, size))
+    def blank(scene, times, size=64, window=None):
+        side = window[2] if window else size
+        return torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(len(times), 3, side, side)
+    monkeypatch.setattr(train, "render", blank)
     args = argparse.Namespace(data="world", weights=WEIGHTS, device="cpu", seed=0, side=64)
     captions = train.pairs(args, "high")[0]["captions"]
     assert len(captions) == 300 and set(captions) <= set(train.training_captions())
