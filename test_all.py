@@ -926,7 +926,7 @@ def test_sizes_that_do_not_fit_are_padded_and_cropped_back(which):
 def test_a_window_is_rendered_as_it_is_cut_from_the_whole():
     scene, times = scene_of((0, 3, 8, 3), 1), [.5, 1.]
     window = train.window_about(.4, .6, 24, 96)
-    assert torch.equal(train.render(scene, times, 96, window), train.cut(train.render(scene, times, 96), *window))
+    assert torch.equal(train.render(scene, times, 96, window), train.cut(train.render(scene, times, 96), window))
 
 
 def test_crops_cut_every_frame_and_size_at_the_same_place():
@@ -934,7 +934,7 @@ def test_crops_cut_every_frame_and_size_at_the_same_place():
     large = at.repeat_interleave(4, 2).repeat_interleave(4, 3)
     for x, y in ((.5, .5), (0., 1.), (.9, .2)):
         window = train.window_about(x, y, 16, 64)
-        small, big = train.cut(at, *window), train.cut(large, *[4 * n for n in window])
+        small, big = train.cut(at, window), train.cut(large, [4 * n for n in window])
         assert small.shape == (4, 2, 16, 16) and torch.equal(big, small.repeat_interleave(4, 2).repeat_interleave(4, 3))
         assert (small == small[:1]).all()
 

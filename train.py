@@ -196,15 +196,17 @@ def render_ground(scene: dict, size: int) -> torch.Tensor:
     return (torch.tensor(colour)[:, None, None] / 255 + light).clamp(0, 1)
 
 
-def cut(video: torch.Tensor, left: int, top: int, side: int) -> torch.Tensor:
-    """A window of a picture or of every frame of a clip, (..., S, S) -> (..., side, side)."""
+def cut(video: torch.Tensor, window) -> torch.Tensor:
+    """A window (left, top and side, in pixels) of a picture or of every frame of a clip. (..., S, S) -> (..., side, side)"""
+    left, top, side = window
     return video[..., top:top + side, left:left + side]
 
 
 def render(scene: dict, times, size: int = 64, window=None) -> torch.Tensor:
-    """Frames of a scene at the given times (seconds), or a window of each: its left, top and side in pixels. Returns uint8
-    (T, 3, size, size), or (T, 3, side, side)."""
-    left, top, side = window or (0, 0, size)
+    """Frames of a scene at the given times (seconds), or a window of each, as `cut` would cut it. Returns uint8 (T, 3, size, size),
+    or (T, 3, side, side)."""
+    window = window or (0, 0, size)
+    left, top, side = window
     t = torch.as_tensor(times, dtype=torch.float32)
     x, y, r, angle = (value[:, None, None] for value in trajectory(scene, t))      # (T, 1, 1)
     centre = (torch.arange(size) + .5) / size
@@ -214,8 +216,7 @@ def render(scene: dict, times, size: int = 64, window=None) -> torch.Tensor:
     cover = (.5 - distance * r * size).clamp(0, 1)[:, None]                        # (T, 1, S, S): share of a pixel covered
     shade = (.94 - .085 * (u + v)).clamp(0, 1.1)[:, None]                          # light falls from the upper left
     colour = torch.tensor(list(COLOURS.values())[scene["colour"]]).view(1, 3, 1, 1) / 255
-    ground = cut(render_ground(scene, size), left, top, side)
-    frames = cover * (colour * shade).clamp(0, 1) + (1 - cover) * ground
+    frames = cover * (colour * shade).clamp(0, 1) + (1 - cover) * cut(render_ground(scene, size), window)
     return (frames * 255).round().to(torch.uint8)                                  # (T, 3, S, S)
 
 
@@ -407,7 +408,7 @@ def pairs(args, which: str) -> tuple[dict, dict]:
     p, scale = PAIRS[which], NETWORKS[which].scale
     autoencoder, weights = vae.load(weights_in(args.weights, "vae"), args.device)
 
-    def world():
+    def world():  # the small clip, what makes a window of the large one, the place of the window
         for i in trange(p.count, desc=f"rendering pairs for {which}"):
             rng = np.random.default_rng((args.seed, 6 + list(PAIRS).index(which), i))
             scene, fps = draw_scene(rng, "train"), float(rng.choice(p.rates)) if p.rates else rate_at(rng.random())
@@ -415,22 +416,24 @@ def pairs(args, which: str) -> tuple[dict, dict]:
             x, y, radius, _ = (float(path[p.frames // 2]) for path in trajectory(scene, torch.as_tensor(times, dtype=torch.float32)))
             turn = 2 * math.pi * rng.random()
             outline = x + radius * math.cos(turn), y + radius * math.sin(turn)
-            window = window_about(*(outline if rng.random() < .7 else rng.random(2)), p.inner, p.side)
-            large = render(scene, times, scale * p.side, [scale * n for n in window])
-            yield render(scene, times, p.side), large, window, caption(scene), fps
+            place = outline if rng.random() < .7 else rng.random(2)
+            small = render(scene, times, p.side)
+            yield small, partial(render, scene, times, scale * p.side) if scale > 1 else partial(cut, small), place, caption(scene), fps
 
     def folder():
         rng = np.random.default_rng((args.seed, 5))
         for windows, words, rates in folder_clips(args.data, p.frames, scale * p.side):
             for large, line, fps in zip(windows, words, rates):
-                small, window = F.interpolate(large.float(), (p.side, p.side), mode="area").round().byte(), window_about(*rng.random(2), p.inner, p.side)
-                yield small, cut(large, *[scale * n for n in window]), window, line, float(fps)
+                small = F.interpolate(large.float(), (p.side, p.side), mode="area").round().byte()
+                yield small, partial(cut, large), rng.random(2), line, float(fps)
 
     def make():
         blocks, captions = [], []
-        for i, (small, pixels, window, line, fps) in enumerate(world() if args.data == "world" else folder()):
+        for i, (small, large, place, line, fps) in enumerate(world() if args.data == "world" else folder()):
             again = vae.decode_video(autoencoder, vae.encode_video(autoencoder, small[None]))[0] if p.side == 64 else small
-            item = {"small": cut(small, *window), "decoded": cut(again, *window), "pixels": pixels, "fps": torch.tensor(fps)}
+            window = window_about(*place, p.inner, p.side)
+            item = {"small": cut(small, window), "decoded": cut(again, window), "pixels": large([scale * n for n in window]),
+                    "fps": torch.tensor(fps)}
             if i % 256 == 0:  # small tensors kept one by one between large ones that come and go would fragment all memory
                 blocks.append({key: torch.empty(256, *part.shape, dtype=part.dtype) for key, part in item.items()})
             for key, part in item.items():
@@ -483,7 +486,7 @@ class Recipe:
     ema: float = .999
 
 
-RECIPES = {  # about as many steps in one run as the weights in weights/ had in several; the README has the commands
+RECIPES = {  # about as many steps in one run as the weights in weights/ had in several, before their last, on a GPU; the README has the commands
     "vae": Recipe(steps=32000, batch=32, lr=1.5e-3),
     "clip": Recipe(steps=700, batch=128, lr=1e-3),
     "image": Recipe(steps=4500, batch=128, lr=1e-3),
