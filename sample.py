@@ -82,20 +82,20 @@ def run_cascade(stages: list, folder: Path):
     """Run the stages, but for those at the beginning that an earlier call left in `folder`: with the same arguments, and with all that
     they read unchanged since."""
     newest = lambda path: max(one.stat().st_mtime_ns for one in (path, *path.rglob("*")))  # weights may be a folder, of Stable Diffusion
-    log, done = folder / "stages.txt", []
-    before = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    log, done = folder / "stages.txt", ""
+    before = log.read_text(encoding="utf-8") if log.is_file() else ""
     for name, stage_main, argv, file, read in stages:
         dates = [str(newest(path)) for path in map(Path, read) if path.exists()]
-        done.append(" ".join([f"{name}:", shlex.join(argv), *dates]))
-        if before[:len(done)] == done and Path(file).is_file():
+        earlier, done = done, done + " ".join([f"{name}:", shlex.join(argv), *dates]) + "\n"
+        if before.startswith(done) and Path(file).is_file():
             print(f"{name:11s}  kept in {file}")
             continue
-        before = []  # what follows an anew made file must be made anew too
-        log.write_text("\n".join(done[:-1]), encoding="utf-8")
+        before = ""  # what follows an anew made file must be made anew too
+        log.write_text(earlier, encoding="utf-8")
         forget_peak()
         start = time.time()
         stage_main(argv)
-        log.write_text("\n".join(done), encoding="utf-8")
+        log.write_text(done, encoding="utf-8")
         print(f"{name:11s} {time.time() - start:6.1f} s   peak {peak_memory()}")
 
 

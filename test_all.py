@@ -961,11 +961,11 @@ def test_nothing_after_a_word_changes_it(clip):
 
 def test_prompts_that_are_long_strange_or_empty(clip, capsys, tmp_path):
     model, tokenizer, _ = clip
-    text.main(["a red elephant", "", "star " * 30, "日本 🙂 \x00 é", "-o", str(tmp_path / "t.pt")])
+    text.main(["a red elephant", "", "star " * 30, "star " * 30, "日本 🙂 \x00 é", "-o", str(tmp_path / "t.pt")])
     said = capsys.readouterr().err
-    assert "never seen: 'elephant'" in said and "'star'" not in said and "unconditional" in said and "are cut" in said
+    assert "never seen: 'elephant'" in said and "'star'" not in said and "unconditional" in said and said.count("are cut") == 1
     stage = base.load_stage(tmp_path / "t.pt", "text")
-    assert stage["text"]["tokens"].shape == (4, model.config.context, model.config.width)
+    assert stage["text"]["tokens"].shape == (5, model.config.context, model.config.width)
     torch.testing.assert_close(stage["text"]["tokens"][1], stage["text"]["null_tokens"][0])
     ids = text.tokenize(tokenizer, ["a red star", ""], model.config.context)
     assert model.language_loss(ids).isfinite().all()
@@ -2027,7 +2027,7 @@ def all_weights(tmp_path):
 
 
 def test_the_whole_cascade_and_going_on_from_kept_files(tmp_path, all_weights, capsys):
-    flags = ["a red star", "--frames", "3", "--steps", "1", "--keep", str(tmp_path / "kept"), "--weights", str(all_weights), "--device", "cpu"]
+    flags = ["a red\nstar", "--frames", "3", "--steps", "1", "--keep", str(tmp_path / "kept"), "--weights", str(all_weights), "--device", "cpu"]
     out = ["--out", str(tmp_path / "video.mp4")]
     sample.main([*flags, *out, "--until", "base"])
     base_bits = (tmp_path / "kept/base.pt").read_bytes()

@@ -59,8 +59,8 @@ def learn_tokenizer(captions: list) -> tuple[dict, list]:
 def tokenize(tokenizer: Tokenizer, prompts: list, context: int) -> torch.Tensor:
     """Ids (B, context): start, the prompt, and ends up to the full length. A longer prompt is cut, with a warning."""
     vocabulary = tokenizer.get_vocab()
-    start, end, rows = vocabulary[START], vocabulary[END], []
-    for prompt in prompts:
+    start, end, rows = vocabulary[START], vocabulary[END], {}
+    for prompt in dict.fromkeys(prompts):
         try:
             ids = tokenizer.encode(prompt, add_special_tokens=False).ids
         except TypeError as error:  # a shell of another encoding leaves bytes in it that are no text
@@ -68,8 +68,8 @@ def tokenize(tokenizer: Tokenizer, prompts: list, context: int) -> torch.Tensor:
         if len(ids) > context - 2:
             note(f"'{prompt}' has {len(ids)} tokens; the last {len(ids) - context + 2} are cut")
         ids = [start, *ids[:context - 2], end]
-        rows.append(ids + [end] * (context - len(ids)))
-    return torch.tensor(rows)
+        rows[prompt] = ids + [end] * (context - len(ids))
+    return torch.tensor([rows[prompt] for prompt in prompts])
 
 
 # ------------------------------------------------------------------------------------------------
