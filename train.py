@@ -486,7 +486,7 @@ class Recipe:
     ema: float = .999
 
 
-RECIPES = {  # about as many steps in one run as the weights in weights/ had in several, before their last, on a GPU; the README has the commands
+RECIPES = {  # about as many steps in one run as the weights in weights/ had in several, before the last ones, on a GPU; the README has the commands
     "vae": Recipe(steps=32000, batch=32, lr=1.5e-3),
     "clip": Recipe(steps=700, batch=128, lr=1e-3),
     "image": Recipe(steps=4500, batch=128, lr=1e-3),
