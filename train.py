@@ -555,8 +555,7 @@ def prepare_clip(args) -> Setup:
     model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=args.side))
     words = sorted({word for line in captions + data["captions"] for word in re.findall(r"\w+", line.lower())})
     context = model.config.context
-    distinct, rows = numbered(data["captions"])
-    ids = text.tokenize(tokenizer, distinct, context)[rows]                         # (N, L)
+    ids = text.tokenize(tokenizer, data["captions"], context)                       # (N, L)
     motion_ids = text.tokenize(tokenizer, captions, context)
 
     def batch_of(step, samples):
