@@ -41,7 +41,7 @@ from tqdm import tqdm
 # spatial layer is (B, T, H*W, C) to a convolution over time without moving a byte.
 
 def sinusoid(position: torch.Tensor, dim: int) -> torch.Tensor:
-    """[cos, sin] of a position (N,) at dim/2 frequencies from 1 down to 1/10000. (N, dim)"""
+    """[cos, sin] of a position (N,) at dim/2 frequencies from 1 down towards 1/10000. (N, dim)"""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=position.device) / (dim // 2))
     angle = position.float()[:, None] * frequency                                   # (N, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
@@ -59,7 +59,7 @@ class PseudoConv3d(nn.Conv2d):
 
     A Conv2d of Stable Diffusion, parameter names included, and `over_time`, a convolution over frames that starts as the identity: two
     calls, so that the input of the first, which is large for a large clip, can be freed before the second.
-    (B*T, C, H, W) -> (B*T, C', H', W'), and (B*T, C', H', W') as it is."""
+    (B*T, C, H, W) -> (B*T, C', H, W), and over_time keeps that shape."""
 
     def __init__(self, in_channels: int, out_channels: int, temporal: bool):
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -68,7 +68,7 @@ class PseudoConv3d(nn.Conv2d):
             nn.init.dirac_(self.temporal.weight)
             nn.init.zeros_(self.temporal.bias)
 
-    def over_time(self, x, frames: int = 1):                                        # (B*T, C, H, W)
+    def over_time(self, x, frames: int):                                            # (B*T, C, H, W)
         if frames == 1 or not hasattr(self, "temporal"):
             return x
         N, C, H, W = x.shape
@@ -230,7 +230,7 @@ class AttentionGate(nn.Module):
 
     def __init__(self, skip_channels: int, gating_channels: int):
         super().__init__()
-        inner = max(skip_channels // 2, 1)
+        inner = skip_channels // 2
         self.to_skip = nn.Conv2d(skip_channels, inner, 1, bias=False)
         self.to_gating = nn.Conv2d(gating_channels, inner, 1)
         self.psi = zeroed(nn.Conv2d(inner, 1, 1))
@@ -258,8 +258,9 @@ class TemporalPrior(nn.Module):
     before the U-Net learns from video: at the noisiest timesteps, where motion is decided, it is the best possible prediction, and
     the U-Net gets it as an input."""
 
-    def __init__(self, context_dim: int, channels: int, dim: int = 128):
+    def __init__(self, context_dim: int, channels: int):
         super().__init__()
+        dim = 128
         self.norm = nn.LayerNorm(context_dim)
         self.prompt, self.moment, self.place = nn.Linear(context_dim, dim), nn.Linear(64, dim), nn.Linear(64, dim)
         self.rate, self.linear_1, self.linear_2 = nn.Linear(64, dim), nn.Linear(dim, dim), zeroed(nn.Linear(dim, channels))
@@ -432,7 +433,7 @@ def shifted(u: float, shift: float) -> float:
 
     Frames with independent noise show the same thing again and again: 16 of them at t = 844 reveal as much as one picture at t = 500,
     and which way a thing goes is decided among the noisiest levels. So shift is sqrt(frames). superres.py explains shifts below 1.
-    On other schedules than the cosine this is approximate."""
+    On other schedules than the cosine this is approximate. Differs: the papers' steps are even."""
     return 2 / math.pi * math.atan(shift * math.tan(math.pi / 2 * u))
 
 
@@ -492,7 +493,7 @@ class Diffusion:
         Errors of noise and of the clean x, where these are the target, are alpha_t and sigma_t times those of v.
 
         Next to no noise, v asks for detail that cannot be predicted, next to pure noise for a clip that z does not show: the error
-        at both ends is ten times that in the middle, where things and their paths take shape."""
+        at both ends is ten times that in the middle, where things and their paths take shape. Differs: the papers weigh all alike."""
         alpha, sigma = self.alpha_sigma(t, like)
         return 2 * alpha * sigma / {"v": 1, "epsilon": alpha, "sample": sigma}[self.target] ** 2
 
@@ -680,7 +681,7 @@ def device(text: str) -> str:
     """An argparse type: a device that this machine has."""
     try:
         torch.zeros(1, device=text).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # a RuntimeError, AssertionError, ModuleNotFoundError ..., by kind of device
         raise argparse.ArgumentTypeError(f"'{text}' cannot be used here: {str(error).splitlines()[0]}")
     return text
 
@@ -725,7 +726,7 @@ def run(main):
 def atomic(path):
     """Yield a temporary path beside `path` and rename it when all went well: no half-written file has the final name."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -885,7 +886,7 @@ def stable_diffusion(folder: Path, stages: tuple) -> dict:
     """One part of a downloaded Stable Diffusion 1.x folder (unet/, vae/, text_encoder/, tokenizer/; .safetensors or .bin) as
     load_weights would give it, but for `settings`, the part's own config.json, instead of a config of ours. Raises UserError."""
     def part_file(part: str) -> Path:
-        names = [stem + kind for kind in (".safetensors", ".fp16.safetensors", ".bin")
+        names = [stem + kind for kind in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
                  for stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
         found = [folder / part / name for name in names if (folder / part / name).is_file()]
         if not found or not (folder / part / "config.json").is_file():
@@ -906,11 +907,13 @@ def stable_diffusion(folder: Path, stages: tuple) -> dict:
         raise UserError(f"{folder} is a folder, where weights of {' or '.join(stages)} are wanted")
     part, needed = SD_PARTS[stage]
     path = part_file(part)
+    reading = path.parent / "config.json"
     try:
-        settings = {"norm_num_groups": 32, "sample_size": 64} | json.loads((path.parent / "config.json").read_text())
+        settings = {"norm_num_groups": 32, "sample_size": 64} | json.loads(reading.read_text())
+        reading = path
         tensors = dict(load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # json's, safetensors' and torch's
-        raise UserError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        raise UserError(f"{reading} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     version = {1024: "2.x", 1280: "XL", 2048: "XL"}.get(settings.get("cross_attention_dim", settings.get("hidden_size")))
     if version:
         raise UserError(f"{folder} is Stable Diffusion {version}, whose text is not 768 wide as that of 1.x is; only 1.x is read")
@@ -929,7 +932,7 @@ def stable_diffusion(folder: Path, stages: tuple) -> dict:
         if kind != "position_ids":
             model[name] = tensor
     ids = {key: name_of(part_file(part)) for key, part in (("vae", "vae"), ("text", "text_encoder"))} if stage == "image" else {}
-    made_by, own = {"stage": stage, "side": settings.get("sample_size"), **ids}, name_of(path)
+    made_by, own = {"stage": stage, "side": settings["sample_size"], **ids}, name_of(path)
     note(f"Stable Diffusion's {part}: {len(model)} tensors read")
     return {"config": None, "settings": settings, "model": model, "made_by": made_by, "own": own, "hash": own}
 

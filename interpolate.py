@@ -111,10 +111,15 @@ def random_known(rng, frames: int = WINDOW) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------
 # Sampling: one window, then a timeline of them.
 
-def windows(frames: int, stride: int) -> list:
-    """Where windows begin: a stride apart, the last slid back to end at the last frame."""
-    last = max(0, frames - WINDOW)
-    return list(range(0, last, stride)) + [last]
+def windows(known, stride: int) -> list:
+    """Where windows begin, of a timeline whose frames are known (T,) or not: a stride apart, but no later than the last known frame of
+    the window before where more are known behind that; the last slid back to end at the last frame."""
+    starts, last = [0], len(known) - WINDOW
+    while starts[-1] < last:
+        start = starts[-1]
+        within = [i for i in range(start + 1, start + WINDOW) if known[i]] if known[start + WINDOW:].any() else []
+        starts.append(min(start + stride, last, *within[-1:]))
+    return starts
 
 
 STEPS = 8  # of sampling a window: a blend is nearly right to begin with, and 16 are no better
@@ -140,10 +145,9 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, said: dict, fps: f
     noise = base.initial_noise(x.shape, seed).to(device)  # of the timeline: windows that share a frame share its noise
     x, made = x.to(device).float().clone(), known.to(device).clone()
     tokens, null = said["tokens"].to(device).float(), said["null_tokens"].to(device).float()
-    meet_at = max((i for i in range(1, min(WINDOW, T)) if known[i]), default=WINDOW - 1)  # the last known frame of the first window
-    starts = windows(T, meet_at if parallel else 10)
-    if known[-1] and not known[0]:  # only what came before is missing: from the end backwards
-        starts = [max(0, T - WINDOW) - start for start in starts]
+    backwards = known[-1] and not known[0]  # only what came before is missing
+    starts = windows(known.flip(0) if backwards else known, WINDOW - 1 if parallel else 10)
+    starts = [max(0, T - WINDOW) - start for start in starts] if backwards else starts
     starts = [start for start in starts if not known[start:start + WINDOW].all()]
     if parallel and not all(known[start:start + WINDOW].any() for start in starts):
         raise UserError(f"a window of {WINDOW} frames would know none of them; go on without --parallel")
@@ -237,6 +241,8 @@ def main(argv=None):
         args.steps = args.steps or STEPS
     if args.oscillate is not None and not args.double:
         raise UserError("--oscillate is for --double")
+    if args.skip and args.skip >= WINDOW:
+        raise UserError(f"--skip is {args.skip}, where a window of {WINDOW} frames must hold two keyframes; do it in two runs")
     if args.fps and not args.animate:
         raise UserError("--fps is for --animate: a clip has its own frame rate")
     base.check_sampling(args)
@@ -260,7 +266,9 @@ def main(argv=None):
         raise UserError(f"{args.animate or args.input}: latents of autoencoder {stage['vae']}, but the weights were trained on {made_by['vae']}")
     said = stage["text"]
     if said is None:  # a clip that came without a prompt
-        said = text.unprompted(base.weights_in(args.weights, "text"), len(x))
+        if args.guidance != 1:
+            raise UserError(f"{args.input} came without a prompt: there is nothing to guide")
+        said = text.unprompted(args.weights, len(x))
     base.check_encoder(args.input, said, args.weights, made_by)
     fps = stage["fps"] * (args.skip or 1)
     base.remark_rate(fps, x.shape[1])

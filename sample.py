@@ -28,7 +28,7 @@ from base import WEIGHTS, Parser, UserError, load_stage, positive, run
 # What follows the keyframes of base.py. Each stage: its name, which is its file's too; the script that makes it, its weights, and
 # what it is told; GIVEN is the file of the stage before.
 CASCADES = {
-    "make-a-video": [("interpolate", interpolate.main, "interpolate", "GIVEN --skip 5"),       # 76 x 64 x 64, latents
+    "make-a-video": [("interpolate", interpolate.main, "interpolate", "GIVEN --skip 5"),       # 76 x 8 x 8 latents
                      ("decode", vae.main, "vae", "decode GIVEN"),                              # 76 x 64 x 64
                      ("low", superres.main, "superres-low", "low GIVEN"),                      # 76 x 256 x 256
                      ("high", superres.main, "superres-high", "high GIVEN")],                  # 76 x 768 x 768
@@ -39,7 +39,6 @@ CASCADES = {
                      ("tsr-64", interpolate.main, "tsr-128", "GIVEN --double tsr-128"),        # 64 x 256 x 256
                      ("tsr-128", interpolate.main, "tsr-128", "GIVEN --double tsr-128"),       # 128 x 256 x 256
                      ("ssr-768", superres.main, "ssr-768", "ssr-768 GIVEN")]}                  # 128 x 768 x 768
-UNTIL = ["base", *dict.fromkeys(name for stages in CASCADES.values() for name, *_ in stages if name != "decode")]
 
 
 def cascade(args, prompts: list, folder: Path) -> list:
@@ -54,11 +53,11 @@ def cascade(args, prompts: list, folder: Path) -> list:
         chosen = [stage for stage in chosen if stage[1] is not interpolate.main]
     weights = lambda name: base.weights_in(args.weights, name)
     missing = lambda name: not weights(name).exists()
-    lacking = [i for i, (_, _, weights, _) in enumerate(chosen) if weights != "vae" and missing(weights)]
+    lacking = [i for i, (_, _, own, _) in enumerate(chosen) if own != "vae" and missing(own)]
     if lacking and not args.until:  # as far as the weights go, and the decoder
         base.note(f"{args.weights / chosen[lacking[0]][2]}.pt is not there: stopping before {chosen[lacking[0]][0]}")
         chosen = [stage for i, stage in enumerate(chosen) if i < lacking[0] or stage[0] == "decode"]
-    for name in ["interpolate"] * bool(args.animate) + [weights for _, _, weights, _ in chosen]:
+    for name in ["interpolate"] * bool(args.animate) + [own for _, _, own, _ in chosen]:
         if missing(name):
             raise UserError(f"{args.weights / name}.pt: no such weights; train them with `python train.py {name}`, or stop before with --until")
     file = lambda name: str(folder / f"{name}.pt")
@@ -149,7 +148,7 @@ def main(argv=None):
     parser.add_argument("--guidance", type=base.finite, default=base.GUIDANCE, help="classifier-free guidance scale; 1 is none")
     parser.add_argument("-o", "--out", default="out", help="a folder, or a file: .mp4, .gif, or .png for one contact sheet of all")
     parser.add_argument("--cascade", choices=CASCADES, default="make-a-video", help="whose design goes on from the keyframes of base")
-    parser.add_argument("--until", choices=UNTIL, metavar="STAGE", help="where the cascade stops, as far as there are weights if not given: base "
+    parser.add_argument("--until", metavar="STAGE", help="where the cascade stops, as far as there are weights if not given: base "
                         "has 16 frames of 64 x 64, then make-a-video: interpolate 76, low 256 x 256, high 768 x 768; imagen-video: tsr-N N frames, ssr-N N x N")
     parser.add_argument("--animate", metavar="PICTURE", help="bring this picture to life, instead of starting from noise")
     parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file in this folder")

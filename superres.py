@@ -129,8 +129,8 @@ def predict_with(unet: UNet, stage: Stage, large, level, fps=None, context=None,
 
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.Tensor:
-    """Loss per clip, (B,). batch: pixels (B, T, 3, H, W), small (B, T, C, h, w) as `upscale` is given it, level (B,), fps (B,), noise
-    like pixels, t (B,), and for SSR and TSR context (B, L, D).
+    """Loss per clip, (B,). batch: pixels (B, T, 3, H, W), small (B, T, C, h, w), both in -1...1, C as in `upscale`, level (B,),
+    fps (B,), noise like pixels, t (B,), and for SSR and TSR context (B, L, D).
 
     |x - x'|^2, weighted alike at all noise levels. Differs: v implies |x - x'|^2 / sigma^2, which counts most next to no noise, where z
     gives the answer away; but edges are learnt from the small clip, and detail from a z that shows it faintly."""
@@ -161,7 +161,7 @@ def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: di
 
     One step predicts the mean of what may be there; each next one sees a little of it, and adds more. So few steps draw less texture
     than many; but the student is taught what many draw. Differs: the paper halves the steps again and again, from hundreds to eight;
-    from four or sixteen, one to three rounds suffice, and a round may leave less than half. Its student samples with fresh noise,
+    from four to sixteen, one to three rounds suffice, and a round may leave less than half. Its student samples with fresh noise,
     ours by DDIM; it weights by the signal-to-noise ratio, where here all levels count alike, as in `loss`."""
     large = enlarge(batch["small"], stage.scale, batch["level"])
     said, taught = (predict_with(model, stage, large, batch["level"], batch["fps"], batch.get("context")) for model in (unet, teacher))
@@ -225,7 +225,7 @@ def read_pixels(path) -> dict:
     if Path(path).suffix.lower() not in vae.VIDEOS + vae.PICTURES:
         return load_stage(path, "pixels")
     video, fps = vae.read_video(path)
-    return {"data": video[None], "text": None, "prompts": [Path(path).stem], "fps": fps, "history": [], "vae": None}
+    return {"data": video[None], "text": None, "prompts": [Path(path).stem], "fps": fps, "history": []}
 
 
 def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, args, **how):
@@ -241,8 +241,7 @@ def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, ar
         raise UserError(f"{args.input} came without a prompt, or {which} does not hear it: there is nothing to guide")
     told = [{}] * len(clips["data"])                                                # of each clip
     if unet.config.pooled:
-        beside = base.weights_in(path.parent, "text")
-        said = clips["text"] or text.unprompted(beside if beside.exists() else WEIGHTS / "text.pt", len(told))
+        said = clips["text"] or text.unprompted(path.parent, len(told))
         base.check_encoder(args.input, said, path, weights["made_by"])
         guidance = base.oscillating(args.guidance, args.oscillate, args.steps, stage.shift)
         told = [{"context": one[None], "null_context": said["null_tokens"], "guidance_scale": guidance} for one in said["tokens"]]
@@ -257,7 +256,7 @@ def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, ar
     done = f"{name_of(which)} {weights['hash']} {args.sampler} steps {args.steps}" + " independent noise" * how.get("independent", False)
     done += "".join(f" {key} {value:g}" for key, value in remarks.items() if value is not None)
     save_stage(args.out, "pixels", made, text=clips["text"], prompts=clips["prompts"], fps=clips["fps"],
-               seed=args.seed, history=clips["history"] + [done], vae=clips["vae"])
+               seed=args.seed, history=clips["history"] + [done])
 
 
 def main(argv=None):

@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from base import WEIGHTS, Parser, UserError, attend, check_out, configure, fill, load_weights, note, run, save_stage
+from base import WEIGHTS, Parser, UserError, attend, check_out, configure, fill, load_weights, note, run, save_stage, weights_in
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -258,9 +258,11 @@ def encode(clip: CLIP, tokenizer: Tokenizer, prompts: list, encoder: str = "") -
             "null_pooled": pooled[-1:].clone(), "encoder": encoder}
 
 
-def unprompted(path, count: int) -> dict:
-    """What the `text` of a stage file would hold for clips that came without a prompt."""
-    clip, tokenizer, weights = load(path)
+def unprompted(folder, count: int) -> dict:
+    """What the `text` of a stage file would hold for clips that came without a prompt: by the text encoder in this folder of weights, or
+    by ours, where it has none."""
+    path = weights_in(folder, "text")
+    clip, tokenizer, weights = load(path if path.exists() else WEIGHTS / "text.pt")
     return encode(clip, tokenizer, [""] * count, weights["hash"])
 
 

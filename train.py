@@ -237,7 +237,7 @@ def world_stills(count: int, seed: int, side: int) -> dict:
         scene = draw_scene(rng, "still")
         pixels.append(render(scene, [SCENE_SECONDS * rng.beta(.25, .25)], side))
         captions.append(caption(scene, still=True))
-    return {"pixels": torch.stack(pixels), "captions": captions, "fps": torch.ones(count)}  # (N, 1, 3, side, side)
+    return {"pixels": torch.stack(pixels), "captions": captions, "fps": torch.ones(count)}          # (N, 1, 3, side, side), N, (N,)
 
 
 def rate_at(share: float) -> float:
@@ -273,11 +273,13 @@ def folder_clips(folder, frames: int, side: int):
     if (folder / "captions.csv").is_file():
         try:
             table = csv.DictReader(io.StringIO((folder / "captions.csv").read_text("utf-8-sig")))  # spreadsheets put a mark before the first name
+            rows = list(table)
         except UnicodeDecodeError as error:
             raise UserError(f"{folder / 'captions.csv'} is not written in UTF-8") from error
+        except csv.Error as error:
+            raise UserError(f"{folder / 'captions.csv'} cannot be read: {error}") from error
         if not {"file", "caption"} <= set(table.fieldnames or ()):
             raise UserError(f"{folder / 'captions.csv'} has no columns 'file' and 'caption' in its first line")
-        rows = list(table)
         captions = {row["file"]: row["caption"] or "" for row in rows}
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (vae.VIDEOS if frames > 1 else vae.VIDEOS + vae.PICTURES))
     for path in tqdm(files, desc=f"reading {folder}"):
@@ -306,7 +308,7 @@ def folder_clips(folder, frames: int, side: int):
     for line in skipped:
         print(f"skipped {line}")
     print(f"{folder}: {used} files used, {silent} of them without a caption, {len(skipped)} skipped")
-    unread = len(rows) - len(captions.keys() & {path.relative_to(folder).as_posix() for path in files})
+    unread = len(rows) - len(captions.keys() & {path.relative_to(folder).as_posix() for path in folder.rglob("*")})
     if unread:
         print(f"{unread} rows of captions.csv are of no such file, or of one that a later row names too")
     if not used:
@@ -441,7 +443,8 @@ def pairs(args, which: str) -> tuple[dict, dict]:
             captions.append(line)
         return {key: torch.cat([block[key] for block in blocks])[:len(captions)] for key in blocks[0]} | {"captions": captions}
 
-    return cached(args, f"pairs-{which}-{digest(p)}", p.count, make, weights["own"]), {"vae": weights["hash"], "decoder": weights["own"]}
+    decoder = weights["own"] if p.side == 64 else "none"
+    return cached(args, f"pairs-{which}-{digest(p)}", p.count, make, decoder), {"vae": weights["hash"], "decoder": decoder}
 
 
 def batches(items: list, size: int) -> list:
@@ -510,7 +513,7 @@ class Setup:
     loss_of: Callable        # (model, batch) -> loss of each sample (N,)
     preview: Callable        # (model) -> picture, uint8 (3, H, W)
     config_of: Callable      # (model) -> config, as the weights keep it
-    facts: dict              # hashes of the weights it stands on
+    facts: dict              # what its weights keep of how they were made: hashes of the weights they stand on, and more
 
 
 def prepare_vae(args) -> Setup:
@@ -550,13 +553,12 @@ def training_captions() -> list:
 def prepare_clip(args) -> Setup:
     data = pictures(args)
     captions = training_captions() if args.data == "world" else sorted(set(data["captions"]))
-    vocab, merges = text.learn_tokenizer(captions + data["captions"])
+    every = captions + data["captions"]
+    vocab, merges = text.learn_tokenizer(every)
     tokenizer = text.build_tokenizer(vocab, merges)
     model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=args.side))
-    words = sorted({word for line in captions + data["captions"] for word in re.findall(r"\w+", line.lower())})
-    context = model.config.context
-    ids = text.tokenize(tokenizer, data["captions"], context)                       # (N, L)
-    motion_ids = text.tokenize(tokenizer, captions, context)
+    words = sorted({word for line in every for word in re.findall(r"\w+", line.lower())})
+    motion_ids, ids = text.tokenize(tokenizer, every, model.config.context).split([len(captions), len(data["captions"])])      # (N, L) each
 
     def batch_of(step, samples):
         rngs, picks = draw(args, step, samples, len(ids))
@@ -652,8 +654,8 @@ def prepare_image(args) -> Setup:
 def parent(path, stage: str, facts: dict) -> dict:
     """The weights to start from, of `stage`, if they stand on the same autoencoder and text encoder."""
     weights = base.load_weights(path, stage)
-    if any(weights["made_by"][key] != facts[key] for key in ("vae", "text") if key in facts):
-        raise UserError(f"{path} is of another autoencoder or text encoder; train it anew with `python train.py {stage} --fresh`")
+    if any(weights["made_by"].get(key) != facts[key] for key in ("vae", "text", "prior") if key in facts):
+        raise UserError(f"{path} is of another autoencoder, text encoder or prior; train it anew with `python train.py {stage} --fresh`")
     return weights
 
 
@@ -744,7 +746,7 @@ def prepare_interpolate(args) -> Setup:
 
 
 def prepare_pixels(args, which: str) -> Setup:
-    """A network between pixels, from nothing, on windows of clips. Every fourth step is of single frames, but for TSR, which has nothing
+    """A network between pixels, on windows of clips. Every fourth step is of single frames, but for TSR, which has nothing
     to double in one."""
     stage, doubles, taught = replace(NETWORKS[which], blank=args.blank), which in interpolate.TSR, {}
     if args.distill:
@@ -885,6 +887,8 @@ def train(stage: str, args):
         torch.cuda.reset_peak_memory_stats(args.device)
     if args.init:  # what cannot be read or written is refused before an hour of making data
         base.load_weights(args.init, stage)
+    if args.distill and Path(args.init).resolve() == (args.weights / OUTPUT[stage]).resolve():
+        raise UserError(f"the student would be written over {args.init}, its teacher; copy that first, and name the copy")
     if RANK == 0:
         base.check_folder(folder)
         base.check_folder(args.weights)
@@ -897,7 +901,7 @@ def train(stage: str, args):
     groups = [{"params": [p for n, p in model.named_parameters() if p.requires_grad and fresh(n)], "base_lr": recipe.fresh_lr},
               {"params": [p for n, p in model.named_parameters() if p.requires_grad and not fresh(n)], "base_lr": recipe.lr}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
-    start, minutes, checkpoint = 0, 0., folder / "checkpoint.pt"
+    start, minutes, running, checkpoint = 0, 0., math.nan, folder / "checkpoint.pt"
     state = read_pt(checkpoint) if checkpoint.is_file() and not args.fresh else None
     if args.init:  # go on from finished weights of this very stage
         weights = parent(args.init, stage, setup.facts)
@@ -906,22 +910,23 @@ def train(stage: str, args):
         base.fill(model, weights, args.init)
         made_by, before = weights["made_by"], state["origin"] if state else {}
         facts = {"init": weights["own"], "init_steps": made_by.get("steps", 0), "init_minutes": made_by.get("minutes", 0.)}
-        own = "init" in before and before["init"] == made_by.get("init")  # this run has written its weights over those it began from
+        own = not args.distill and "init" in before and before["init"] == made_by.get("init")  # this run has written its weights over those it began from
         setup.facts |= {key: before[key] for key in facts} if own else facts
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     for average, parameter in zip(ema.parameters(), model.parameters()):
         if not parameter.requires_grad:  # what is frozen is its own average: of Stable Diffusion, 3 GiB
             average.data = parameter.data
     origin = {"stage": stage, "seed": args.seed, "data": name_of_data(args), "stills": args.stills, "clips": args.clips,
-              "side": args.side, "joint": args.joint, "freeze": args.freeze, **setup.facts}
+              "side": args.side, "joint": args.joint and stage == "base", "freeze": args.freeze, **setup.facts}
     if state:
-        same_recipe = state["recipe"] | {"steps": recipe.steps} == asdict(recipe) and recipe.steps >= state["step"]
-        if not same_recipe or state["origin"] != origin:
-            raise UserError(f"{checkpoint} is of another recipe, seed, data or weights; --fresh starts over")
+        now, then = asdict(recipe) | origin, state["recipe"] | state["origin"] | {"steps": max(recipe.steps, state["step"])}
+        other = [key for key in now | then if now.get(key) != then.get(key)]
+        if other:
+            raise UserError(f"{checkpoint} differs in {', '.join(other)} from what is asked for; --fresh starts over")
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        start, minutes = state["step"], state["minutes"]
+        start, minutes, running = state["step"], state["minutes"], state["loss"]
         if start >= recipe.steps and (args.weights / OUTPUT[stage]).is_file():
             return say(f"{stage}: already trained; --fresh starts over")
         say(f"{stage}: going on from step {start}")
@@ -936,7 +941,7 @@ def train(stage: str, args):
     def save(step):
         write_pt(checkpoint, {
             "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-            "step": step, "minutes": minutes, "recipe": asdict(recipe), "origin": origin})
+            "step": step, "minutes": minutes, "loss": running, "recipe": asdict(recipe), "origin": origin})
 
     def export(path, step):
         with torch.inference_mode():
@@ -957,7 +962,7 @@ def train(stage: str, args):
     parts = batches(mine, len(mine) // args.accumulate)
     ready = ahead(setup.batch_of, ((step, part) for step in range(start, recipe.steps) for part in parts))
     bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=stage, unit="step", disable=RANK > 0)
-    window, running, step, saves, last_save, last_step = [], math.nan, start, 0, time.time(), time.time()
+    window, step, saves, last_save, last_step = [], start, 0, time.time(), time.time()
     try:
         for step in bar:
             seen = []

@@ -3,14 +3,15 @@
 Latent diffusion (2112.10752) section 3.1 compresses pictures before any diffusion happens, here eightfold per side: base.py and
 interpolate.py see 8 x 8 x 4 numbers instead of 64 x 64 x 3. Frames are coded one by one; time is theirs.
 
-    encode   clip.mp4 .gif .webm .png .jpg          ->  latents (1, T, 4, H/8, W/8) of unit variance
+    encode   any video or picture                   ->  latents (1, T, 4, H/8, W/8) of unit variance
     decode   latents (B, T, 4, h, w)                ->  video .mp4 .gif, contact sheet .png, or pixels .pt (B, T, 3, 8h, 8w)
 
     python vae.py encode clip.mp4 -o z.pt
     python vae.py decode z.pt -o video.mp4
 
 Layers bear Stable Diffusion's names. Differs: the authors add a perceptual and an adversarial loss to the pixel loss;
-in a world whose truth is known exactly, distance to that truth is the honest measure, and the only one used here.
+in a world whose truth is known exactly, distance to that truth is the honest measure, and the only one used here. And
+diffusion learns from the mean of a picture's posterior, where theirs is a sample of it.
 """
 import logging
 import math
@@ -24,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from base import (MADE_BY, WEIGHTS, Attention, Downsample, Parser, ResnetBlock, Upsample, UserError, atomic, check_out, configure,
+from base import (WEIGHTS, Attention, Downsample, Parser, ResnetBlock, Upsample, UserError, atomic, check_out, configure,
                   fast_autocast, fill, load_stage, load_weights, note, run, save_stage)
 
 CHUNK = 32 * 64 * 64  # pixels coded at a time, so that memory does not grow with the length of a video
@@ -153,7 +154,8 @@ def loss(vae: AutoencoderKL, batch: dict) -> torch.Tensor:
     """Reconstruction plus KL, one number per picture. batch: pixels (N, 3, H, W) in -1...1, noise (N, 4, h, w).
 
     A pixel counts the more the further it is from its picture's mean colour: with equal weights a small object drowns in
-    its ground, and its colour is the first thing lost. Differs: the authors' L1 becomes L1 + L2, for PSNR's sake."""
+    its ground, and its colour is the first thing lost. Differs: the authors' L1 becomes L1 + L2, for PSNR's sake, and the KL counts a
+    few thousand times more: theirs is 1e-6 of a sum over latents beside a sum over pixels, here both are means."""
     x = batch["pixels"]
     mean, logvar = vae.encode(x)
     mean, logvar = mean.float(), logvar.float()
@@ -246,8 +248,8 @@ def read_video(path):
             elif suffix == ".gif":  # a frame that is shown longer than others stands for several; under 20 ms means 100, as in browsers
                 last = [file.metadata(index=i).get("duration", 0) for i in range(file.properties(index=...).n_images)]
                 last = [ms if ms >= 20 else 100 for ms in last]
-                fps = 1000 / min(last)
                 frames = [frame for frame, ms in zip(map(on_black, file.iter(mode="RGBA")), last) for _ in range(round(ms / min(last)))]
+                fps = 1000 * len(frames) / sum(last)  # 15 fps are frames of 60 and of 70 ms
             else:  # as they are: else ffmpeg fills the pauses of an uneven clip with copies
                 fps, frames = float(file.metadata()["fps"]), file.iter(output_params=["-fps_mode", "passthrough"])
             frames = [torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames]      # (3, H, W) each
@@ -286,9 +288,7 @@ def write_video(path, video: torch.Tensor, fps: float):
                 note(f"{path}: a gif counts in 1/100 s, so {fps:g} fps is written as {100 / delay:.4g}")
             iio.imwrite(temporary, video.permute(0, 2, 3, 1).numpy(), duration=10 * delay, loop=0)
         else:
-            for side in (2, 3):
-                if video.shape[side] % 2:  # which the codec does not take
-                    video = torch.cat([video, video.narrow(side, -1, 1)], side)
+            video = F.pad(video, (0, video.shape[3] % 2, 0, video.shape[2] % 2), mode="replicate")  # the codec takes even sides alone
             iio.imwrite(temporary, video.permute(0, 2, 3, 1).numpy(), plugin="FFMPEG", fps=fps, codec="libx264",
                         macro_block_size=1, quality=None, ffmpeg_log_level="error", output_params=["-crf", "12"])
 
@@ -310,7 +310,7 @@ def write_videos(path, videos: torch.Tensor, fps: float) -> list:
 def main(argv=None):
     parser = Parser("Encode a video file into latents, or decode latents into a video file.")
     parser.add_argument("action", choices=("encode", "decode"), help="pixels to latents, or latents to pixels")
-    parser.add_argument("input", help="encode: .mp4 .gif .webm .png .jpg; decode: a .pt of latents")
+    parser.add_argument("input", help=f"encode: {' '.join(VIDEOS + PICTURES)}; decode: a .pt of latents")
     parser.add_argument("--weights", default=WEIGHTS / "vae.pt", help="autoencoder weights, written by train.py, or a Stable Diffusion 1.x folder")
     parser.add_argument("-o", "--out", required=True,
                         help="encode: a .pt of latents; decode: .mp4, .gif, .png (a contact sheet), or a .pt of pixels")
@@ -325,7 +325,7 @@ def main(argv=None):
         pad_h, pad_w = -H % vae.config.factor, -W % vae.config.factor
         if pad_h or pad_w:
             note(f"{W} x {H} is padded at the right and below to fit the autoencoder's stride of {vae.config.factor}, and cropped when decoded")
-            video = F.pad(video.float(), (0, pad_w, 0, pad_h), mode="replicate").byte()
+            video = F.pad(video, (0, pad_w, 0, pad_h), mode="replicate")
         latents = encode_video(vae, video[None], label="vae encode")
         save_stage(args.out, "latents", latents, text=None, prompts=[Path(args.input).stem], fps=fps, seed=None,
                    history=[f"encode {weights['hash']} {Path(args.input).name}"], vae=weights["hash"], size=(H, W) if pad_h or pad_w else None)
@@ -334,7 +334,7 @@ def main(argv=None):
         vae, weights = load(args.weights, args.device)
         if stage["vae"] != weights["hash"]:
             raise UserError(f"{args.input} holds latents of autoencoder {stage['vae']}, but {args.weights} is {weights['hash']}; "
-                            f"make them anew with `{MADE_BY['latents']}`")
+                            "decode them with the weights that made them")
         H, W = stage["size"] or (None, None)
         pixels = decode_video(vae, stage["data"], label="vae decode")[..., :H, :W]  # (B, T, 3, H, W)
         if Path(args.out).suffix.lower() == ".pt":
