@@ -73,6 +73,15 @@ def inputs(batch: int = 2, frames: int = 5, channels: int = 4, side: int = 8, di
             torch.randn(batch, 6, dim, generator=g), torch.full((batch,), 4.))
 
 
+def told(model, call) -> list:
+    """What a U-Net is told in each of its calls beside the noisy clip: t, context, fps, level, given, as far as they were said."""
+    seen = []
+    hook = model.register_forward_pre_hook(lambda module, args: seen.append(args[1:]))
+    call()
+    hook.remove()
+    return seen
+
+
 def complaint(main, argv) -> str:
     """What a program that must refuse says on stderr; asserts exit code 2, one line, and no traceback."""
     stderr = io.StringIO()
@@ -263,6 +272,13 @@ def test_frames_see_each_other_only_through_trained_temporal_layers():
             assert all(not torch.equal(before[:, i], after[:, i]) for i in others)
 
 
+def test_attention_over_time_knows_which_frame_is_which():
+    layer, order = shaken(base.TemporalAttention(8, 2)), [2, 0, 4, 1, 3]
+    x = torch.randn(5, 8, 2, 2, generator=torch.Generator().manual_seed(0))         # (B*T, C, H, W)
+    with torch.no_grad():
+        assert not torch.allclose(layer(x[order], 5), layer(x, 5)[order], atol=1e-2)
+
+
 def test_every_fresh_parameter_learns_within_two_steps():
     trained_before = lambda name: not UNet.is_inflation(name) or "temporal_prior." in name
     model = shaken(UNet(SMALL), only=trained_before)
@@ -328,11 +344,23 @@ def test_the_prior_learns_the_mean_clip_of_each_prompt_and_frame_rate():
     assert (prior(context, fps, 5, 6, 8) - means).pow(2).mean() < .1 * means.pow(2).mean()
 
 
-def test_a_longer_video_than_was_trained_runs():
-    x, t, context, fps = inputs(frames=40)
+def test_the_prior_counts_time_in_seconds():
+    prior, (_, _, context, _) = shaken(base.TemporalPrior(8, 4)), inputs()
+    base.zeroed(prior.rate)                                                         # which it hears besides
+    slow, fast = (prior(context, torch.full((2,), fps), T, 4, 4) for fps, T in ((4., 5), (8., 9)))
+    torch.testing.assert_close(slow, fast[:, ::2])
+    assert not torch.allclose(slow, fast[:, :5], atol=1e-2)
+
+
+def test_a_prompt_is_summed_up_by_its_last_token():
+    (unet, _, stage), prior, (_, t, context, fps) = small_upscaler("tsr-128"), shaken(base.TemporalPrior(8, 4)), inputs()
+    x, beside, level = torch.randn(2, 2, 3, 8, 8), torch.randn(2, 2, 6, 8, 8), torch.zeros(2)
+    first, last = context.clone(), context.clone()
+    first[:, :-1] += 1
+    last[:, -1] += torch.randn(8, generator=torch.Generator().manual_seed(0))       # the same to all would be lost in a norm
     with torch.no_grad():
-        made = shaken(UNet(SMALL))(x, t, context, fps)
-    assert made.shape == x.shape and made.isfinite().all()
+        for say in (lambda context: prior(context, fps, 3, 4, 4), lambda context: unet(x, t, context, fps, level, beside)):
+            assert torch.equal(say(first), say(context)) and not torch.allclose(say(last), say(context), atol=1e-4)
 
 
 @pytest.mark.parametrize("patch, H, W", [(1, 7, 9), (2, 16, 16), (4, 19, 11)])
@@ -379,6 +407,14 @@ def test_all_targets_weigh_an_error_alike():
         losses.append(diffusion.loss(lambda z, t: wrong, x, noise, t, diffusion.balance(t, x)))
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=0)
+
+
+def test_the_loss_counts_least_at_both_ends_of_the_noise():
+    x, _, context, fps = inputs(batch=3)
+    noise, t, diffusion = torch.randn_like(x), torch.tensor([0, 499, 999]), Diffusion()
+    loss = base.loss(UNet(SMALL), diffusion, {"latents": x, "noise": noise, "t": t, "context": context, "fps": fps})  # fresh, it says 0
+    plain = diffusion.target_of(x, noise, t).pow(2).mean((1, 2, 3, 4))
+    torch.testing.assert_close(loss / plain, (math.pi * (t + .5) / 1000).sin())     # 2 alpha sigma
 
 
 def test_schedules():
@@ -587,6 +623,24 @@ def test_a_video_does_not_depend_on_what_else_is_made(sampler):
     assert not torch.allclose(make(context[1:], 8), make(context[1:], 9), atol=1e-2)
 
 
+def test_the_video_model_is_told_prompt_rate_and_timesteps():
+    model, diffusion, (x, t, context, _) = shaken(UNet(SMALL)).eval(), Diffusion(), inputs(frames=4)
+    fps, said = torch.tensor([8., 24.]), {"tokens": context, "null_tokens": 0 * context[:1]}
+    (at, heard, rate), = told(model, lambda: base.loss(model, diffusion, {"latents": x, "noise": x, "t": t, "context": context, "fps": fps}))
+    assert torch.equal(at, t) and torch.equal(heard, context) and torch.equal(rate, fps)
+    for shared, sampler, shift in ((False, "ancestral", 2.), (True, "ddim", 1.)):   # the square root of how many frames have noises of their own
+        calls = told(model, lambda: base.generate(model, diffusion, said, 4, 24., steps=4, sampler=sampler, shared_noise=shared))
+        assert [int(at[0]) for at, *_ in calls] == base.walk(4, shift) and all((rate == 24).all() for _, _, rate, *_ in calls)
+        assert all(torch.equal(heard, torch.cat([context, 0 * context])) for _, heard, *_ in calls)
+
+
+def test_gamma_reaches_the_ancestral_sampler_and_clips_and_pictures_have_samplers_of_their_own():
+    model, (_, _, context, _) = shaken(UNet(SMALL)).eval(), inputs(batch=1)
+    make = lambda gamma: base.generate(model, Diffusion(), {"tokens": context, "null_tokens": 0 * context}, 2, 4., steps=3, sampler="ancestral", gamma=gamma)
+    assert not torch.allclose(make(0.), make(1.), atol=1e-2)
+    assert base.usual(16) == (48, "ancestral") and base.usual(1) == (16, "dpmpp") and base.usual(16, 5, "ddim") == (5, "ddim")
+
+
 def test_a_small_model_learns_one_clip():
     torch.manual_seed(0)
     model, diffusion = UNet(replace(SMALL, channels=(32,), attention=(True,))), Diffusion()
@@ -674,7 +728,7 @@ def test_known_frames_come_back_to_the_bit_where_they_belong(how):
     assert where == [how.get("before", 0) + how.get("skip", 1) * i for i in range(7)]
 
 
-@pytest.mark.parametrize("where", [[0], [9], [15], [0, 15], [3, 4, 12]])
+@pytest.mark.parametrize("where", [[9], [0, 15], [3, 4, 12]])
 def test_frames_known_anywhere_come_back_to_the_bit(where):
     tagged = torch.arange(1., 17).view(1, 16, 1, 1, 1) + .01 * torch.randn(2, 16, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     known = torch.zeros(16, dtype=torch.bool)
@@ -726,6 +780,26 @@ def test_known_frames_are_noised_while_a_window_is_filled():
     assert len(seen) == 3
     for z, t in seen:
         torch.testing.assert_close(z[known], diffusion.add_noise(x, noise, t)[known])
+
+
+def test_windows_that_share_a_frame_share_its_noise(monkeypatch):
+    seen = []
+    monkeypatch.setattr(interpolate, "fill", lambda unet, diffusion, x, known, noise, *rest, **how: seen.append(noise) or x)
+    x, known = interpolate.timeline(torch.ones(1, 8, 4, 2, 2), skip=5)              # 36 frames, in windows at 0, 10, 20
+    interpolate.fill_timeline(small_interpolator(), Diffusion(), x, known, words(), 20.)
+    assert len(seen) == 3 and all(torch.equal(a[:, 10:], b[:, :6]) and not torch.equal(a, b) for a, b in zip(seen, seen[1:]))
+
+
+def test_the_interpolator_is_told_prompt_and_rate_and_can_be_guided():
+    model, diffusion, said, fps = small_interpolator().eval(), Diffusion(), words(2), torch.tensor([8., 24.])
+    clips, t, known = torch.randn(2, 16, 4, 4, 4), torch.tensor([10, 900]), torch.arange(16) % 5 == 0
+    batch = {"latents": clips, "noise": clips, "t": t, "context": said["tokens"], "fps": fps, "known": known.expand(2, 16)}
+    (at, heard, rate, *_), = told(model, lambda: interpolate.loss(model, diffusion, batch))
+    assert torch.equal(at, t) and torch.equal(heard, said["tokens"]) and torch.equal(rate, fps)
+    fill = lambda **how: interpolate.fill_timeline(model, diffusion, clips, known, said, 24., steps=2, **how)
+    calls = told(model, fill)
+    assert len(calls) == 2 and all(torch.equal(heard, said["tokens"]) and (rate == 24).all() for _, heard, rate, *_ in calls)
+    assert not torch.allclose(fill(), fill(guidance=4.), atol=1e-2)
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -840,12 +914,59 @@ def test_doubling_learns_a_step_between_two_frames():
     assert error() < before / 2  # 3 dB above the blend that it began with, on bars it has not seen
 
 
+def test_a_share_of_one_is_the_frame_after():
+    class Says(torch.nn.Module):
+        def forward(self, z, *rest):
+            return torch.full_like(z, self.share - .5)
+    unet, both = Says(), torch.cat([torch.zeros(1, 2, 3, 4, 4), torch.ones(1, 2, 3, 4, 4)], dim=2)      # black before, white after
+    predict = superres.predict_with(unet, interpolate.TSR["tsr-32"], both, torch.zeros(1), None, torch.zeros(1, 6, 8))
+    def made(share: float, training: bool) -> float:
+        unet.train(training).share = share
+        return predict(both[:, :, :3], torch.tensor([999])).unique().item()
+    assert [made(share, False) for share in (0., .25, 1., 2., -1.)] == pytest.approx([0, .25, 1, 1, 0])
+    assert [made(share, True) for share in (2., -1.)] == [2, -1]                    # where a clamp would stop the gradient
+
+
 def test_a_network_without_attention_hears_the_prompt_and_can_be_guided():
     unet, diffusion, stage = small_upscaler("tsr-128")
     clip = fit_for("tsr-128", torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
     say = lambda seed, **how: superres.upscale(unet, diffusion, stage, clip, 8., steps=2, **prompt_for(stage, seed), **how)
     assert torch.equal(say(0), say(0)) and not torch.equal(say(0), say(1))
     assert not torch.equal(say(0), say(0, guidance_scale=4.)) and not torch.equal(say(0, guidance_scale=4.), say(0, guidance_scale=base.oscillating(4., 1., 2)))
+
+
+@pytest.mark.parametrize("which", ["low", "ssr-128", "tsr-32"])
+def test_a_network_between_pixels_is_told_prompt_rate_level_and_timesteps(which):
+    unet, diffusion, stage = small_upscaler(which)
+    clip, prompt = fit_for(which, torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), prompt_for(stage)
+    shift = {"low": 1 / 8, "ssr-128": 1 / 4, "tsr-32": 1.}[which]                  # what is missing is faint, and decided at low noise
+    for asked, level in ((.25, .25), (None, stage.level), (0., 0.)):
+        calls = told(unet, lambda: superres.upscale(unet, diffusion, stage, clip, 24., steps=4, level=asked, **prompt))
+        assert [int(t[0]) for t, *_ in calls] == base.walk(4, shift) and stage.level == {"low": .3, "ssr-128": .2, "tsr-32": 0.}[which]
+        for _, context, fps, heard, _ in calls:
+            assert (fps == 24).all() and torch.allclose(heard, torch.tensor(level)) and (context is None or torch.equal(context, prompt["context"]))
+    large = torch.zeros(2, 1, 3, 8 * stage.scale, 8 * stage.scale)
+    batch = {"pixels": large, "noise": large, "small": torch.zeros(2, 1, clip.shape[1], 8, 8), "level": torch.tensor([.5, .75]),
+             "fps": torch.tensor([8., 24.]), "t": torch.tensor([10, 900])} | ({"context": torch.randn(2, 6, 8)} if prompt else {})
+    (t, context, fps, level, _), = told(unet, lambda: superres.loss(unet, diffusion, batch, stage))
+    assert all(torch.equal(got, batch[key]) for key, got in (("t", t), ("fps", fps), ("level", level))) and (not prompt or torch.equal(context, batch["context"]))
+
+
+def test_a_level_of_augmentation_is_told_in_hundredths():
+    unet, _, _ = small_upscaler("low")
+    seen = []
+    unet.level_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].item()))
+    unet(torch.zeros(1, 1, 3, 16, 16), torch.tensor([5]), None, torch.ones(1), torch.tensor([.3]), torch.zeros(1, 1, 3, 16, 16))
+    assert seen == pytest.approx([30])                                              # from 0 to 1, all sinusoids are much the same
+
+
+def test_what_is_guided_is_thresholded_at_every_step(monkeypatch):
+    unet, diffusion, stage = small_upscaler("tsr-32")
+    clip, calls = fit_for("tsr-32", torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), []
+    monkeypatch.setattr(base, "dynamic_threshold", lambda x: calls.append(tuple(x.shape)) or x)
+    for scale in (1., 4.):
+        superres.upscale(unet, diffusion, stage, clip, 8., steps=3, guidance_scale=scale, **prompt_for(stage))
+    assert calls == [(1, 4, 3, 8, 8)] * 3
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
@@ -855,6 +976,14 @@ def test_shared_noise_keeps_a_static_clip_static(sampler):
     flicker = lambda video: (video[1:].int() - video[:-1].int()).abs().max().item()
     assert flicker(superres.upscale(unet, diffusion, stage, still, 4., sampler=sampler)) <= 1
     assert flicker(superres.upscale(unet, diffusion, stage, still, 4., sampler=sampler, independent=True)) > 1
+
+
+@pytest.mark.parametrize("which", ["low", "ssr-128"])
+def test_another_seed_draws_other_detail(which):
+    unet, diffusion, stage = small_upscaler(which)
+    clip = torch.full((2, 3, 8, 8), 128, dtype=torch.uint8)
+    make = lambda seed: superres.upscale(unet, diffusion, stage, clip, 8., steps=1, seed=seed, **prompt_for(stage))
+    assert torch.equal(make(3), make(3)) and (make(3).int() - make(4).int()).abs().max() > 1
 
 
 @pytest.mark.parametrize("which", ["low", "high", "ssr-128", "tsr-128", "ssr-768"])
@@ -913,6 +1042,24 @@ def test_a_student_starts_where_its_teacher_is():
     assert error.min() > 1e-6 and all(p.grad is None for p in teacher.parameters()) and sum(p.grad.abs().sum() for p in unet.parameters()) > 0
 
 
+def test_weights_say_in_how_many_steps_and_what_between_frames_they_were_trained():
+    stage = interpolate.TSR["tsr-32"]
+    fit = lambda **made_by: superres.fitted(stage, {"made_by": made_by, "config": {"unet": asdict(SMALL), "diffusion": Diffusion().config}})
+    assert (fit().steps, fit().blank, fit().config) == (stage.steps, False, SMALL)
+    assert fit(distill=[4, 2]).steps == 2 and fit(blank=True).blank
+
+
+def test_every_clip_of_a_file_has_its_own_seed_and_prompt(tmp_path, monkeypatch):
+    unet, diffusion, stage = small_upscaler("ssr-128")
+    said, seen = words(2) | {"encoder": "one", "pooled": torch.zeros(2, 8), "null_pooled": torch.zeros(1, 8)}, []
+    weights = {"hash": "own", "made_by": {"text": "one"}, "config": {"unet": asdict(unet.config), "diffusion": diffusion.config}}
+    monkeypatch.setattr(superres, "upscale", lambda unet, diffusion, stage, clip, fps, seed, context, **how: seen.append((seed, context)) or clip)
+    clips = {"data": torch.zeros(2, 1, 3, 8, 8, dtype=torch.uint8), "text": said, "prompts": ["a", "b"], "fps": 8., "history": []}
+    args = argparse.Namespace(input="in.pt", out=tmp_path / "out.pt", steps=None, sampler="ddim", guidance=1., oscillate=None, seed=7)
+    superres.process(clips, "ssr-128", stage, (unet, diffusion, weights), tmp_path / "ssr-128.pt", args)
+    assert [seed for seed, _ in seen] == [7, 8] and all(torch.equal(context, said["tokens"][[i]]) for i, (_, context) in enumerate(seen))
+
+
 @pytest.mark.parametrize("which", ["low", "high", "ssr-256", "tsr-32"])
 def test_sizes_that_do_not_fit_are_padded_and_cropped_back(which):
     unet, diffusion, stage = small_upscaler(which)
@@ -930,14 +1077,21 @@ def test_a_window_is_rendered_as_it_is_cut_from_the_whole():
     assert torch.equal(train.render(scene, times, 96, window), train.cut(train.render(scene, times, 96), window))
 
 
-def test_crops_cut_every_frame_and_size_at_the_same_place():
-    at = torch.stack(torch.meshgrid(torch.arange(64.), torch.arange(64.), indexing="ij"))[None].expand(4, 2, 64, 64)  # each pixel its place
-    large = at.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    for x, y in ((.5, .5), (0., 1.), (.9, .2)):
-        window = train.window_about(x, y, 16, 64)
-        small, big = train.cut(at, window), train.cut(large, [4 * n for n in window])
-        assert small.shape == (4, 2, 16, 16) and torch.equal(big, small.repeat_interleave(4, 2).repeat_interleave(4, 3))
-        assert (small == small[:1]).all()
+def test_a_window_keeps_left_and_top_apart():
+    video = 10 * torch.arange(8).view(8, 1) + torch.arange(8)                       # row and column of each pixel
+    assert train.cut(video, (5, 2, 2)).tolist() == [[25, 26], [35, 36]]
+    assert train.window_about(.75, .25, 4, 16) == (10, 2, 4) and train.window_about(0., 1., 4, 16) == (0, 12, 4)
+
+
+@pytest.mark.parametrize("data", ["world", "clips"])
+def test_the_large_window_shows_what_the_small_one_does(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "RUNS", tmp_path)
+    monkeypatch.setattr(train, "name_of_data", lambda args: data)
+    monkeypatch.setattr(train, "folder_clips", lambda *a: iter([(train.render(scene_of((i, 3, 0, 1), i), [0., .5], 256)[None], ["a star"], [8.]) for i in range(4)]))
+    monkeypatch.setitem(train.PAIRS, "ssr-256", replace(train.PAIRS["ssr-256"], frames=2, count=6, inner=24))
+    made, _ = train.pairs(argparse.Namespace(data=data, weights=WEIGHTS, device="cpu", seed=0, side=64), "ssr-256")
+    small = F.avg_pool2d(made["pixels"].flatten(0, 1).float(), 2).unflatten(0, made["pixels"].shape[:2])     # (N, T, 3, 24, 24)
+    assert made["small"].shape[-2:] == (24, 24) and (small - made["small"].float()).abs().mean((1, 2, 3, 4)).max() < 4
 
 
 # ------------------------------------------------------------------------------------------------
@@ -982,6 +1136,28 @@ def test_equal_captions_are_all_right():
     assert logits.grad.abs().max() < 1e-3                                           # nothing to mend
 
 
+def test_pictures_choose_among_captions_and_captions_among_pictures():
+    class Judge:
+        language_loss = staticmethod(lambda ids: torch.zeros(2))
+    def loss(logits):
+        Judge.similarity = staticmethod(lambda pixels, ids: logits)
+        return text.loss(Judge, {"pixels": None, "ids": torch.tensor([[1, 2], [3, 4]]), "motion_ids": None}).mean()
+    lopsided = torch.tensor([[2., 0.], [9., 11.]])                                  # each picture is right, the first caption is not
+    torch.testing.assert_close(loss(lopsided), loss(lopsided.T))
+    assert loss(lopsided) > 1
+
+
+def test_the_language_loss_is_of_the_words_and_their_end():
+    tokens, pooled, end = torch.zeros(1, 8, 12, requires_grad=True), torch.zeros(1, 12, requires_grad=True), 11
+    embedding = argparse.Namespace(weight=torch.eye(12))                            # so that states are logits
+    class Model:
+        embeddings = argparse.Namespace(token_embedding=embedding)
+        __call__ = lambda self, ids: (tokens, pooled)
+    text.CLIP.language_loss(argparse.Namespace(text_model=Model()), torch.tensor([[10, 3, 4, end, end, end, end, end]])).sum().backward()
+    assert [row.argmin().item() if row.any() else None for row in tokens.grad[0]] == [3, 4, end] + [None] * 5   # each asked for the next
+    assert (pooled.grad[0] < 0).nonzero().flatten().tolist() == [3, 4]              # and the last for all words, in no order
+
+
 def test_every_word_of_the_world_is_one_token(clip):
     _, tokenizer, _ = clip
     for line in train.training_captions()[::37]:
@@ -991,9 +1167,8 @@ def test_every_word_of_the_world_is_one_token(clip):
 def test_a_linear_probe_reads_every_factor_of_held_out_captions(clip):
     model, tokenizer, _ = clip
     factors = lambda splits: [(c, s, m, g) for split in splits for c, s, m in train.TRIPLES[split] for g in range(len(train.GROUNDS))]
-    describe_in_words = lambda f: train.caption(dict(zip(("colour", "shape", "motion", "ground"), f)))
     known, held = factors(["train"]), factors(["held-out", "unseen"])
-    states = lambda rows: F.pad(text.encode(model, tokenizer, [describe_in_words(f) for f in rows])["tokens"].flatten(1), (0, 1), value=1.)
+    states = lambda rows: F.pad(text.encode(model, tokenizer, [in_words(f) for f in rows])["tokens"].flatten(1), (0, 1), value=1.)
     x, y = states(known).double(), states(held).double()                            # (K, L*D + 1)
     for factor in range(4):
         labels = torch.tensor([f[factor] for f in known])
@@ -1011,9 +1186,52 @@ def test_one_other_word_moves_the_tokens_far(clip):
         assert (first - second).norm() > .3 * first.norm(), (a, b)
 
 
+def test_shipped_clip_knows_which_caption_a_picture_has(clip):
+    model, tokenizer, _ = clip
+    scenes = [train.draw_scene(np.random.default_rng((80, i)), "any", ground=i % 5) for i in range(24)]
+    captions = [train.caption(scene, still=True) for scene in scenes]
+    distinct = sorted(set(captions))
+    pixels = vae.to_float(torch.cat([train.render(scene, [1.]) for scene in scenes]))
+    with torch.no_grad():
+        share = model.similarity(pixels, text.tokenize(tokenizer, distinct, model.config.context)).softmax(1)
+    right = torch.tensor([distinct.index(words) for words in captions])
+    assert len(distinct) > 20 and (share.argmax(1) == right).double().mean() > .8 and share[range(24), right].mean() > .5
+
+
 def test_latents_have_unit_variance(autoencoder):
     frames = torch.stack([train.draw_clip(np.random.default_rng((5, i)))[1][:4] for i in range(64)])
     assert abs(vae.encode_video(autoencoder, frames).std() - 1) < .05
+
+
+def test_a_new_autoencoder_is_scaled_to_unit_variance(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "RUNS", tmp_path)
+    args = argparse.Namespace(data="world", stills=16, side=32, seed=0, freeze="none", device="cpu")
+    setup, pixels = train.prepare_vae(args), train.pictures(args)["pixels"]
+    with torch.no_grad():
+        setup.config_of(setup.model.eval())
+    assert abs(vae.encode_video(setup.model, pixels).std() - 1) < .02
+
+
+def test_the_loss_of_the_autoencoder():
+    x = torch.zeros(1, 3, 8, 8)
+    x[..., 2, 3] = 1.                                                               # a small object on its ground
+    def loss(made=x, mean=0., logvar=0., noise=0.):
+        code = lambda value: torch.full((1, 4, 2, 2), float(value))
+        stub = argparse.Namespace(encode=lambda pixels: (code(mean), code(logvar)), decode=lambda z: seen.append(z) or made)
+        return vae.loss(stub, {"pixels": x, "noise": code(noise)}).item()
+    seen = []
+    assert loss() == 0
+    kl = [loss(mean=1.), loss(mean=-1.), loss(logvar=math.log(4.)), loss(logvar=math.log(.25))]   # of a normal distribution with that of 0 and 1
+    assert kl == pytest.approx([5e-5, 5e-5, .5e-4 * (4 - 1 - math.log(4)), .5e-4 * (.25 - 1 + math.log(4))])
+    loss(mean=1., logvar=math.log(4.), noise=3.)
+    assert seen[-1].unique().item() == pytest.approx(1 + 2 * 3)                     # what is decoded has that mean and deviation
+    off = lambda row, column: loss(x + .1 * (torch.arange(64).view(8, 8) == 8 * row + column))
+    assert off(2, 3) > 20 * off(5, 5) > 0                                           # an error on the object drowns in none on the ground
+
+
+def test_all_256_values_come_back():
+    values = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(vae.to_uint8(vae.to_float(values)), values) and vae.to_uint8(torch.tensor([-9., 9., .9999])).tolist() == [0, 255, 255]
 
 
 def test_decoding_in_chunks_is_decoding_whole(autoencoder, monkeypatch):
@@ -1318,12 +1536,43 @@ def test_training_clips_lie_in_their_scene_at_the_rate_they_say(monkeypatch):
     assert .4 < np.mean(np.array(rates) == 4) < .6 and min(rates) == 4 and 25 < max(rates) <= 30
 
 
+def test_things_move_as_the_words_say():
+    def path(motion: str) -> torch.Tensor:                                          # (4, T): x, y, radius, angle
+        scene = {"x": .5, "y": .5, "radius": .1, "motion": MOTIONS.index(motion), "phase": 0.}
+        return torch.stack(trajectory(scene, torch.arange(16) / 8))
+    for axis, sign, motion in ((0, -1, "moving left"), (0, 1, "moving right"), (1, -1, "moving up"), (1, 1, "moving down"),   # y points down
+                               (2, 1, "growing"), (2, -1, "shrinking"), (3, 1, "spinning")):
+        steps = path(motion).diff()
+        assert (sign * steps[axis] > 0).all() and not steps[[i for i in range(4) if i != axis]].any(), motion
+    x, y = path("circling")[:2] - .5
+    assert (x[:-1] * y[1:] - y[:-1] * x[1:] > 0).all()                              # clockwise, where y points down
+    assert (path("bouncing")[1] <= .74).all() and not path("bouncing")[0].diff().any()
+
+
+def test_shapes_stand_upright_and_turn_clockwise():
+    def top(shape: str, seconds: float):                                            # the rows of the picture, and the place of its highest point
+        scene = {"colour": 0, "shape": SHAPES.index(shape), "motion": MOTIONS.index("spinning"), "ground": 0, "x": .5, "y": .5, "radius": .4, "phase": 0., "seed": 0}
+        seen = train.render(scene, [seconds])[0, 0] > 60                            # (S, S)
+        rows = seen.sum(1)[seen.any(1)]
+        return rows, (seen[seen.any(1)][0] * (torch.arange(64) + .5)).sum() / rows[0]
+    for shape in ("triangle", "star"):
+        (rows, upright), (_, turned) = top(shape, 0.), top(shape, .2)               # by twelve degrees
+        assert rows[0] < 8 and abs(upright - 32) < 1 and turned > 34, shape
+    assert top("triangle", 0.)[0][-1] > 30                                          # which stands on an edge
+
+
+def test_stills_are_of_every_moment(monkeypatch, tmp_path):
+    moments = []
+    monkeypatch.setattr(train, "render", lambda scene, times, side: moments.append(times[0]) or torch.zeros(1, 3, side, side, dtype=torch.uint8))
+    train.world_stills(400, 0, 8)
+    early, late = (np.array(moments) < .5).mean(), (np.array(moments) > train.SCENE_SECONDS - .5).mean()
+    assert .25 < early < .5 and .25 < late < .5 and 0 <= min(moments) and max(moments) <= train.SCENE_SECONDS   # most at either end
+
+
 def test_a_scene_looks_the_same_at_any_size():
-    for i in range(40):
-        assert train.draw_clip(np.random.default_rng(i))[1].shape == (16, 3, 64, 64)
     scene = train.draw_scene(np.random.default_rng(0), ground=1)
     small, large = train.render(scene, [.5], 64)[0].float(), train.render(scene, [.5], 256)[0].float()
-    assert (F.avg_pool2d(large, 4) - small).abs().mean() < 4  # the same picture at any size
+    assert (F.avg_pool2d(large, 4) - small).abs().mean() < 4
 
 
 def test_every_fourth_step_of_base_is_of_pictures(monkeypatch):
@@ -1379,6 +1628,88 @@ def test_a_sample_is_a_function_of_seed_step_and_number_alone():
     assert not torch.equal(whole["noise"], other["noise"]) and whole["noise"].flatten(1).unique(dim=0).shape[0] == 8
 
 
+def test_a_sample_has_the_caption_and_rate_of_its_own_clip():
+    count = torch.arange(50.)
+    data = {"latents": count.view(50, 1, 1, 1, 1).expand(50, 2, 4, 2, 2), "tokens": count.flip(0).view(50, 1, 1).expand(50, 6, 8),
+            "rows": torch.arange(50).flip(0), "null": torch.full((6, 8), -1.), "fps": count, "captions": [str(i) for i in range(50)]}
+    batch = train.diffusion_batch(argparse.Namespace(seed=0), data, 9, range(40))
+    which, heard = batch["latents"][:, 0, 0, 0, 0], batch["context"][:, 0, 0]
+    said = heard >= 0                                                               # where the prompt was not dropped
+    assert len(which.unique()) > 10 and torch.equal(batch["fps"], which) and torch.equal(heard[said], which[said]) and 0 < (~said).sum() < 20
+    assert batch["captions"] == [str(int(i)) if spoken else "" for i, spoken in zip(which, said)]
+
+
+@pytest.mark.parametrize("which", ["low", "ssr-128", "tsr-32"])
+def test_what_a_network_between_pixels_learns_from(which, monkeypatch):
+    N, T, stage = 40, 4, train.NETWORKS[which]
+    clips = (torch.arange(N).view(N, 1) + 50 * torch.arange(T)).byte().view(N, T, 1, 1, 1)          # clip i is i, i + 50, i + 100, i + 150
+    small = clips.expand(N, T, 3, 4, 4)
+    data = {"small": small, "decoded": small + 1, "pixels": clips.expand(N, T, 3, 4 * stage.scale, 4 * stage.scale), "fps": torch.arange(float(N)),
+            "captions": [str(i) for i in range(N)]}
+    tokens = torch.arange(float(N)).flip(0).view(N, 1, 1).expand(N, 6, 8)
+    monkeypatch.setattr(train, "pairs", lambda args, which: (data, {"vae": "a"}))
+    monkeypatch.setattr(train, "caption_tokens", lambda args, captions: (tokens, torch.arange(N).flip(0), torch.full((6, 8), -1.), "b"))
+    batch_of = train.prepare_pixels(argparse.Namespace(distill=None, blank=False, seed=0, data="world", device="cpu"), which).batch_of
+    byte = lambda frames: vae.to_uint8(frames)[..., 0, 0]                           # (N, T, C)
+    batch, single = batch_of(2, range(200)), batch_of(3, range(4))
+    at = byte(batch["pixels"])[:, 0, 0]
+    assert torch.equal(batch["fps"], at.float()) and single["pixels"].shape[1] == (T if which == "tsr-32" else 1)
+    told = byte(batch["small"])[:, :, 0].int()                                      # (N, T)
+    faults = (told[:, ::2] - byte(batch["pixels"])[:, ::2, 0].int())                # 0 in a clean clip, 1 in a decoded one
+    assert torch.equal(faults.amin(1), faults.amax(1)) and .3 < faults.float().mean() < .7
+    same = [torch.equal(*batch["noise"][i, :2]) for i in range(200)]
+    assert all(same) if which == "low" else not any(same)
+    shift = {"low": 1 / 8, "ssr-128": 1 / 4, "tsr-32": 1.}[which]
+    assert .4 < (batch["t"] < 1000 * base.shifted(.5, shift)).float().mean() < .6   # half of them on either side of the middle
+    if stage.config.pooled:
+        heard = batch["context"][:, 0, 0]
+        assert torch.equal(heard[heard >= 0], at[heard >= 0].float()) and (heard >= 0).float().mean() > .8
+
+
+def test_clip_is_shown_pictures_with_their_own_captions(monkeypatch):
+    lines = ["a red star", "a blue ring", "a pink cross", "a cyan circle"] * 5
+    data = {"pixels": torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1, 1).expand(20, 1, 3, 8, 8), "captions": lines}
+    monkeypatch.setattr(train, "pictures", lambda args: data)
+    setup = train.prepare_clip(argparse.Namespace(data="clips", side=8, seed=0))
+    batch, made = setup.batch_of(0, range(16)), setup.config_of(setup.model)
+    own = [lines[i] for i in vae.to_uint8(batch["pixels"])[:, 0, 0, 0]]
+    assert batch["captions"] == own and torch.equal(batch["ids"], text.tokenize(text.build_tokenizer(**made["tokenizer"]), own, 16))
+
+
+def test_video_stages_learn_at_the_noise_where_paths_are_decided_and_from_the_weights_before(monkeypatch):
+    data = {"tokens": torch.zeros(1, 6, 128), "rows": torch.zeros(5, dtype=torch.long), "null": torch.zeros(6, 128), "fps": torch.ones(5), "captions": ["a star"] * 5}
+    facts = {key: base.load_weights(WEIGHTS / "base.pt", "base")["made_by"][key] for key in ("vae", "text", "side")}
+    monkeypatch.setattr(train, "with_tokens", lambda args, kind: (data | {"latents": torch.zeros(5, 16 if kind == "clips" else 1, 4, 2, 2)}, dict(facts)))
+    args = argparse.Namespace(weights=WEIGHTS, seed=0, data="world", device="cpu", joint=True, freeze="none")
+    base_setup, between = train.prepare_base(args), train.prepare_interpolate(args)
+    middle = lambda batch: batch["t"].float().median().item()
+    clips, pictures, hidden = base_setup.batch_of(0, range(400)), base_setup.batch_of(3, range(100)), between.batch_of(0, range(400))
+    assert 810 < middle(clips) < 875 and 810 < middle(hidden) < 875 and 450 < middle(pictures) < 550     # shifted by the root of 16: 844
+    assert not torch.equal(hidden["known"], between.batch_of(1, range(400))["known"])
+    prior = base.load_weights(WEIGHTS / "prior.pt", "prior")["model"]
+    assert equal(base_setup.model.temporal_prior.state_dict(), {name: tensor.float() for name, tensor in prior.items()})
+
+
+def test_weights_that_stand_on_others_are_no_parents():
+    made_by = base.load_weights(WEIGHTS / "base.pt", "base")["made_by"]
+    facts = {key: made_by[key] for key in ("vae", "text", "prior")}
+    train.parent(WEIGHTS / "base.pt", "base", facts)
+    for key in facts:
+        with pytest.raises(UserError, match="is of another autoencoder"):
+            train.parent(WEIGHTS / "base.pt", "base", facts | {key: "00000000"})
+
+
+def test_another_autoencoder_makes_latents_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "RUNS", tmp_path)
+    monkeypatch.setattr(train, "name_of_world", lambda: "world")
+    args, made = argparse.Namespace(data="world", stills=2, side=8, seed=0, weights=WEIGHTS, device="cpu"), {}
+    for name in "aba":
+        monkeypatch.setattr(vae, "load", lambda *a: (None, {"hash": name}))
+        monkeypatch.setattr(vae, "encode_video", lambda *a: torch.full((2, 1, 4, 1, 1), float(ord(name))))
+        made.setdefault(name, []).append(train.latents(args, "stills")[0]["latents"])
+    assert torch.equal(*made["a"]) and not torch.equal(made["a"][0], made["b"][0])
+
+
 def shipped(folder, names=("vae", "text")) -> Path:
     """A folder of weights that has some of ours alone, which others stand on."""
     (folder / "weights").mkdir()
@@ -1419,6 +1750,55 @@ def test_batches_made_ahead_come_in_order_and_are_not_too_many():
         next(broken)
 
 
+class Two(torch.nn.Module):
+    """One number that an image model has, and one that it has not."""
+    def __init__(self):
+        super().__init__()
+        self.spatial, self.temporal = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+
+
+def two_run(folder, monkeypatch, loss_of, *flags, **recipe) -> dict:
+    """The checkpoint of a run of stage base on such a model."""
+    levels = torch.tensor([100, 300, 600, 900])
+    batch_of = lambda step, samples: {"pixels": torch.zeros(len(samples), 3, 8, 8), "t": levels[list(samples)], "captions": ["a star"] * len(samples)}
+    monkeypatch.setattr(train, "RUNS", folder / "runs")
+    monkeypatch.setattr(train, "name_of_world", lambda: "two")
+    monkeypatch.setitem(train.PREPARE, "base", lambda args: train.Setup(
+        Two(), batch_of, loss_of, lambda model: torch.zeros(3, 8, 8, dtype=torch.uint8), lambda model: {}, {}))
+    monkeypatch.setitem(train.RECIPES, "base", train.Recipe(batch=4, **recipe))
+    train.main(["base", "--weights", str(folder / "weights"), "--device", "cpu", *flags])
+    return base.read_pt(folder / "runs/base/checkpoint.pt")
+
+
+def falling(model, batch):
+    """A loss that falls for ever, by a gradient of (3000, 4000)."""
+    return (3000 * model.spatial + 4000 * model.temporal).expand(len(batch["t"]))
+
+
+@pytest.mark.parametrize("flags, share", [([], 1), (["--lr", ".005"], .5)])
+def test_every_layer_goes_at_its_own_rate_up_along_and_down(flags, share, tmp_path, monkeypatch):
+    made = two_run(tmp_path, monkeypatch, falling, *flags, steps=4, lr=.01, fresh_lr=.03, warmup=2)["model"]
+    went = .5 + 1 + .75 + .375                                                      # the schedule; Adam goes by the rate alone
+    assert (-made["spatial"].item(), -made["temporal"].item()) == pytest.approx((share * .01 * went, share * .03 * went), rel=1e-2)
+
+
+def test_a_gradient_is_clipped_to_the_length_of_one(tmp_path, monkeypatch):
+    moments = two_run(tmp_path, monkeypatch, falling, steps=1, lr=.01)["optimizer"]["state"].values()
+    assert sorted(moment["exp_avg"].item() for moment in moments) == pytest.approx([.1 * .6, .1 * .8], rel=1e-3)   # a tenth of it after one step
+
+
+@pytest.mark.parametrize("ema, share", [(.999, .9), (.05, .95)])
+def test_the_average_follows_young_weights_fast_and_old_ones_as_the_recipe_says(ema, share, tmp_path, monkeypatch):
+    made = two_run(tmp_path, monkeypatch, falling, steps=1, lr=.01, ema=ema)
+    torch.testing.assert_close(made["ema"]["spatial"], share * made["model"]["spatial"])
+
+
+def test_the_log_tells_losses_apart_by_noise(tmp_path, monkeypatch):
+    two_run(tmp_path, monkeypatch, lambda model, batch: batch["t"] / 100 + 0 * (model.spatial + model.temporal), steps=1, lr=.01)
+    row = (tmp_path / "runs/base/log.csv").read_text().splitlines()[1].split(",")
+    assert list(map(float, row[2:])) == pytest.approx([4.75, 1, 3, 6, 9])
+
+
 def test_weights_are_packed_and_read_back_to_the_bit(tmp_path):
     model = torch.nn.Linear(256, 256)
     for name in ("a.pt", "b.pt"):
@@ -1441,17 +1821,6 @@ def at_step(step: int, happen, patch):
     """Let something happen in the midst of a run's step."""
     rate = train.learning_rate
     patch.setattr(train, "learning_rate", lambda n, recipe: (n == step and happen(), rate(n, recipe))[1])
-
-
-def test_an_interrupted_run_reaches_the_very_bits_of_an_uninterrupted_one(tmp_path, monkeypatch):
-    whole = tiny_run(tmp_path / "whole", monkeypatch)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at_step(3, pull_the_plug, patch)
-        tiny_run(tmp_path / "parts", patch, "--save-minutes", "1e-9")
-    resumed = tiny_run(tmp_path / "parts", monkeypatch)
-    assert all(equal(whole[key], resumed[key]) for key in ("model", "ema", "optimizer", "step"))
-    weights = [base.read_pt(tmp_path / part / "weights/vae.pt") for part in ("whole", "parts")]
-    assert equal(weights[0]["model"], weights[1]["model"]) and weights[0]["config"] == weights[1]["config"]
 
 
 def test_ctrl_c_saves_the_step_it_fell_in(tmp_path, monkeypatch):
@@ -1791,18 +2160,6 @@ def test_a_dry_run_counts_what_a_step_would_take(capsys):
     assert said["recompute"][5] < .5 * activations and abs(said["half"][5] / activations - .5) < .05 and said["half"][2] < .6 * flops
 
 
-def test_a_learning_rate_that_is_asked_for_is_that_of_every_layer(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **k: seen.append([g["base_lr"] for g in groups]) or sys.exit())
-    monkeypatch.setattr(train, "PREPARE", train.PREPARE | {"base": lambda args: train.Setup(UNet(SMALL), *[None] * 4, {})})
-    for flags in ([], ["--lr", "2e-4"], ["--freeze", "spatial", "--lr", "2e-4"]):
-        with pytest.raises(SystemExit):
-            train.main(["base", *flags])
-    recipe = train.RECIPES["base"]
-    assert np.allclose(seen[0], [recipe.fresh_lr, recipe.lr]) and np.allclose(seen[1], [2e-4 * recipe.fresh_lr / recipe.lr, 2e-4])
-    assert np.allclose(seen[2], seen[1][:1])
-
-
 # ------------------------------------------------------------------------------------------------
 # The reader
 
@@ -2022,6 +2379,26 @@ def test_the_pipeline_by_hand_is_the_pipeline_in_one_command(tmp_path, monkeypat
     assert (tmp_path / "video.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
     again = base.load_stage(tmp_path / "z.pt", "latents")
     assert again["data"].shape == (1, 4, 4, 8, 8) and again["fps"] == 8 and vae.read_video(tmp_path / "video.mp4")[1] == 8
+
+
+def test_the_program_tells_the_interpolator_the_rate_it_makes(stages, monkeypatch):
+    monkeypatch.chdir(stages)
+    vae.write_picture("picture.png", torch.zeros(3, 64, 64, dtype=torch.uint8))
+    asked = []
+    monkeypatch.setattr(interpolate, "fill_timeline", lambda unet, diffusion, x, known, said, fps, *rest, guidance, **how: asked.append((fps, guidance)) or x)
+    for argv in (["latents.pt", "--skip", "5"], ["latents.pt", "--extend", "3"], ["text.pt", "--animate", "picture.png", "--fps", "8"]):
+        interpolate.main([*argv, "-o", "out.pt", "--device", "cpu"])
+        assert base.load_stage("out.pt", "latents")["fps"] == asked[-1][0]
+    assert asked == [(20., 1.), (4., 1.), (8., base.GUIDANCE)]                      # a picture without guidance hardly heeds its prompt
+
+
+@pytest.mark.parametrize("name", sample.CASCADES)
+def test_a_cascade_hands_on_what_it_was_asked_for(name, tmp_path):
+    args = argparse.Namespace(cascade=name, until=None, frames=5, animate=None, weights=WEIGHTS, seed=3, fps=8., steps=7, guidance=3.5, shared_noise=True, device="cpu")
+    argv = {stage: argv for stage, _, argv, *_ in sample.cascade(args, ["a red star"], tmp_path)}
+    asked = lambda stage, flag: argv[stage][argv[stage].index(flag) + 1] if flag in argv[stage] else None
+    assert [asked("base", flag) for flag in ("--frames", "--fps", "--steps", "--guidance", "--seed")] == ["5", "8.0", "7", "3.5", "3"]
+    assert "--shared-noise" in argv["base"] and all(asked(stage, "--seed") == "3" for stage in argv if stage not in ("text", "decode"))
 
 
 @pytest.fixture
@@ -2808,8 +3185,8 @@ SHOWN = ["a red circle moving left", "a yellow triangle growing", "a cyan square
 def close_up(picture: torch.Tensor, at, side: int = 384) -> torch.Tensor:
     """A half of the picture (3, S, S) each way, about a point of the unit square, every pixel as large as `side` asks."""
     half, S = picture.shape[-1] // 2, picture.shape[-1]
-    left, top = (min(max(0, round(float(a) * S) - half // 2), S - half) for a in at)
-    return picture[:, top:top + half, left:left + half].repeat_interleave(side // half, 1).repeat_interleave(side // half, 2)
+    cut = train.cut(picture, train.window_about(*map(float, at), half, S))
+    return cut.repeat_interleave(side // half, 1).repeat_interleave(side // half, 2)
 
 
 def draw_cascade(assets: Path, prompt: str = "a red star moving left on sand"):
