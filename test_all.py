@@ -2672,7 +2672,8 @@ def print_fidelity(name: str, factors: list, videos=None, **settings) -> torch.T
     n = len(factors) + 4  # Agresti and Coull: two more of each, so that 0 of 96 is not certainty
     middle = (share["first three"] * len(factors) + 2) / n
     error = 1.96 * math.sqrt(middle * (1 - middle) / n)
-    print(f"  {name:34s} {len(factors):4d}   " + "   ".join(f"({100 * v:5.1f})" if factor == "nearest" else f"{100 * v:5.1f}" for factor, v in share.items()) + f" ± {100 * error:.1f}", flush=True)
+    least, most = max(0., middle - error), min(1., middle + error)
+    print(f"  {name:34s} {len(factors):4d}   " + "   ".join(f"({100 * v:5.1f})" if factor == "nearest" else f"{100 * v:5.1f}" for factor, v in share.items()) + f" ({100 * least:.0f} to {100 * most:.0f})", flush=True)
     return videos
 
 
@@ -2703,27 +2704,29 @@ def evaluate_interpolation(args, clips: int = 96, timelines: int = 16):
     def latents(grounds, times, motions=range(9), count=clips):
         factors = [f for f in factors_of(["held-out"], grounds, 9 * count) if f[2] in motions][:count]
         truth = torch.stack([train.render(scene_of(f, i), times) for i, f in enumerate(factors)])   # (N, T, 3, H, W)
-        return factors, vae.encode_video(autoencoder, truth), text.encode(clip, tokenizer, [in_words(f) for f in factors])
-    def between(skip, grounds, motions=range(9)):  # all frames, those that are given in place, which these are, and what is made of them
-        _, z, said = latents(grounds, np.arange(15 * skip + 1) / (4 * skip), motions, timelines)
+        return factors, truth, vae.encode_video(autoencoder, truth), text.encode(clip, tokenizer, [in_words(f) for f in factors])
+    def between(skip, grounds, motions=range(9)):  # all frames, and as latents, those that are given in place, which these are, and what is made of them
+        _, truth, z, said = latents(grounds, np.arange(15 * skip + 1) / (4 * skip), motions, timelines)
         x, known = interpolate.timeline(z[:, ::skip], skip)
-        return z, x, known, interpolate.fill_timeline(unet, diffusion, x, known, said, 4. * skip)
-    print(f"\nInterpolation: what is made between 16 frames at 4 fps, {timelines} held-out clips against decode(encode(truth)), moving pixels only")
+        return truth, z, x, known, interpolate.fill_timeline(unet, diffusion, x, known, said, 4. * skip)
+    print(f"\nInterpolation: what is made between 16 frames at 4 fps, {timelines} held-out clips, moving pixels only, in dB"
+          "\n           against decode(encode(truth))               against the truth                          sliding objects'"
+          "\n           ours    linear blend, of latents            ours    linear blend, of latents           centroid off by")
     for skip in (2, 3, 4, 5, 6):
-        z, x, known, made = between(skip, range(5))
+        truth, z, x, known, made = between(skip, range(5))
         start = interpolate.blends(x, known.expand(x.shape[:2]))
-        truth, made, start = (vae.decode_video(autoencoder, video) for video in (z, made, start))
-        linear, where = blend(truth, skip), moving(truth) & ~known.view(-1, 1, 1, 1)
-        near = lambda video: f"{psnr(video[where], truth[where]):5.2f} dB"
-        print(f"  skip {skip}   ours {near(made)}   linear blend {near(linear)}, of latents {near(start)}", end="")
-        z, _, known, made = between(skip, [0], range(4))                            # what slides, on black
+        again, made, start = (vae.decode_video(autoencoder, video) for video in (z, made, start))
+        linear, where = blend(again, skip), moving(again) & ~known.view(-1, 1, 1, 1)
+        near = ["   ".join(f"{psnr(video[where], aim[where]):9.2f}" for video in (made, linear, start)) for aim in (again, truth)]
+        print(f"  skip {skip}{near[0]}          {near[1]}", end="")
+        _, z, _, known, made = between(skip, [0], range(4))                         # what slides, on black
         off = [light_centre(vae.decode_video(autoencoder, video))[:, ~known] for video in (made, z)]
-        print(f"   centroid of sliding objects off by {(off[0] - off[1]).norm(dim=-1).mean():.2f} px")
-    factors, z, said = latents(range(5), np.arange(16) / 8)
+        print(f"           {(off[0] - off[1]).norm(dim=-1).mean():.2f} px", flush=True)
+    factors, _, z, said = latents(range(5), np.arange(16) / 8)
     whole = interpolate.fill_timeline(unet, diffusion, *interpolate.timeline(z, after=15), said, 8.)
     right = [describe(video, 8.)["motion"] == f[2] for video, f in zip(vae.decode_video(autoencoder, whole), factors)]
     print(f"  16 known and 15 new frames at 8 fps: the motion read from the whole is the clip's own in {100 * sum(right) / clips:.0f} % of {clips}")
-    factors, z, said = latents(range(5), np.arange(1) / 4)
+    factors, _, z, said = latents(range(5), np.arange(1) / 4)
     whole = interpolate.fill_timeline(unet, diffusion, *interpolate.timeline(z, after=15), said, 4., guidance=GUIDANCE)
     right = [describe(video)["motion"] == f[2] for video, f in zip(vae.decode_video(autoencoder, whole), factors)]
     print(f"  stills animated at 4 fps: the prompt's motion in {100 * sum(right) / clips:.0f} % of {clips}")
@@ -3046,7 +3049,7 @@ def compare(args):
             "peak memory": f"{max(memory):.1f} GiB"}
         for part, share in zip(("base", "last stage"), both):
             rows[cascade] |= {f"{what}, after the {part}": f"{100 * share[what]:.0f} %" for what in ("colour", "shape", "motion", "nearest", "ground")}
-        rows[cascade] |= {"flicker of still ground": f"{np.mean(flicker):.2f}/255",
+        rows[cascade] |= {f"flicker of still ground (n = {len(flicker)})": f"{np.mean(flicker):.2f}/255",
                           "and with --independent-noise": f"{np.mean(independent):.2f}/255" if independent else "as it is"}
     for cascade, known in against_truth().items():
         rows[cascade] |= known
@@ -3163,16 +3166,21 @@ def peers(args, size: int = 16, batch: int = 2, wanted: float = 8e6):
         parameters = lambda width: sum(p.numel() for p in build(width)[0].parameters())
         net, call = build(min(range(32, 129, 8), key=lambda width: abs(parameters(width) - wanted)))
         net.eval()
-        if build is ours:
-            net.to(memory_format=torch.channels_last)  # as its own loader has it
         def forward(fast: bool = False):
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=fast):
                 call()
         def both():
             net.zero_grad()
             call().float().square().mean().backward()
-        line = f"  {build.__name__:26s} {sum(p.numel() for p in net.parameters()) / 1e6:5.2f} M   forward {rate(forward):6.2f} clips/s   and backward {rate(both):6.2f}"
-        print(line + f"   forward in bf16 {rate(partial(forward, True)):6.2f}" * (build is ours), flush=True)
+        rates = []  # as they come, and channels last, which is faster for some, and how our own loader has ours
+        for last in (False, True):
+            for parameter in net.parameters() if last else ():
+                if parameter.ndim > 3:
+                    parameter.data = parameter.data.to(memory_format=torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d)
+            rates.append([rate(forward), rate(both), rate(partial(forward, True)) if base.has_fast_bf16("cpu") else 0.])
+        plain, grown, fast = map(max, zip(*rates))
+        line = f"  {build.__name__:26s} {sum(p.numel() for p in net.parameters()) / 1e6:5.2f} M   forward {plain:6.2f} clips/s   and backward {grown:6.2f}"
+        print(line + f"   forward in bf16 {fast:6.2f}" * (fast > 0), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3207,9 +3215,9 @@ def draw_between(assets: Path):
     (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = interpolate.load(device=DEVICE), vae.load(device=DEVICE), text.load()
     factors, rows = factors_of(["held-out"], [0], 200), []
     for f in [next(f for f in factors if f[2] == motion) for motion in (1, 7)]:
-        z = vae.encode_video(autoencoder, train.render(scene_of(f, 3), np.arange(16) / 10)[None])
+        z = vae.encode_video(autoencoder, train.render(scene_of(f, 3), np.arange(16) / 20)[None])  # keyframes at 4 fps, as the cascade has them
         x, known = interpolate.timeline(z[:, ::5], 5)
-        made = interpolate.fill_timeline(unet, diffusion, x, known, text.encode(clip, tokenizer, [in_words(f)]), 10.)
+        made = interpolate.fill_timeline(unet, diffusion, x, known, text.encode(clip, tokenizer, [in_words(f)]), 20.)
         truth, made = (vae.decode_video(autoencoder, video) for video in (z, made))                 # (1, 16, 3, 64, 64)
         rows += [truth[:, [t // 5 * 5 for t in range(16)]], blend(truth, 5), made, truth]
     vae.write_picture(assets / "between.png", vae.contact_sheet(torch.cat(rows)))
