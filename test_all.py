@@ -344,6 +344,13 @@ def test_the_prior_learns_the_mean_clip_of_each_prompt_and_frame_rate():
     assert (prior(context, fps, 5, 6, 8) - means).pow(2).mean() < .1 * means.pow(2).mean()
 
 
+def test_a_longer_video_than_was_trained_runs():
+    x, t, context, fps = inputs(frames=40)
+    with torch.no_grad():
+        made = shaken(UNet(SMALL))(x, t, context, fps)
+    assert made.shape == x.shape and made.isfinite().all()
+
+
 def test_the_prior_counts_time_in_seconds():
     prior, (_, _, context, _) = shaken(base.TemporalPrior(8, 4)), inputs()
     base.zeroed(prior.rate)                                                         # which it hears besides
@@ -728,7 +735,7 @@ def test_known_frames_come_back_to_the_bit_where_they_belong(how):
     assert where == [how.get("before", 0) + how.get("skip", 1) * i for i in range(7)]
 
 
-@pytest.mark.parametrize("where", [[9], [0, 15], [3, 4, 12]])
+@pytest.mark.parametrize("where", [[0], [9], [15], [0, 15], [3, 4, 12]])
 def test_frames_known_anywhere_come_back_to_the_bit(where):
     tagged = torch.arange(1., 17).view(1, 16, 1, 1, 1) + .01 * torch.randn(2, 16, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     known = torch.zeros(16, dtype=torch.bool)
@@ -1075,6 +1082,16 @@ def test_a_window_is_rendered_as_it_is_cut_from_the_whole():
     scene, times = scene_of((0, 3, 8, 3), 1), [.5, 1.]
     window = train.window_about(.4, .6, 24, 96)
     assert torch.equal(train.render(scene, times, 96, window), train.cut(train.render(scene, times, 96), window))
+
+
+def test_crops_cut_every_frame_and_size_at_the_same_place():
+    at = torch.stack(torch.meshgrid(torch.arange(64.), torch.arange(64.), indexing="ij"))[None].expand(4, 2, 64, 64)  # each pixel its place
+    large = at.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    for x, y in ((.5, .5), (0., 1.), (.9, .2)):
+        window = train.window_about(x, y, 16, 64)
+        small, big = train.cut(at, window), train.cut(large, [4 * n for n in window])
+        assert small.shape == (4, 2, 16, 16) and torch.equal(big, small.repeat_interleave(4, 2).repeat_interleave(4, 3))
+        assert (small == small[:1]).all()
 
 
 def test_a_window_keeps_left_and_top_apart():
@@ -1775,11 +1792,11 @@ def falling(model, batch):
     return (3000 * model.spatial + 4000 * model.temporal).expand(len(batch["t"]))
 
 
-@pytest.mark.parametrize("flags, share", [([], 1), (["--lr", ".005"], .5)])
-def test_every_layer_goes_at_its_own_rate_up_along_and_down(flags, share, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags, share, moves", [([], 1, 1), (["--lr", ".005"], .5, 1), (["--freeze", "spatial", "--lr", ".005"], .5, 0)])
+def test_every_layer_goes_at_its_own_rate_up_along_and_down(flags, share, moves, tmp_path, monkeypatch):
     made = two_run(tmp_path, monkeypatch, falling, *flags, steps=4, lr=.01, fresh_lr=.03, warmup=2)["model"]
     went = .5 + 1 + .75 + .375                                                      # the schedule; Adam goes by the rate alone
-    assert (-made["spatial"].item(), -made["temporal"].item()) == pytest.approx((share * .01 * went, share * .03 * went), rel=1e-2)
+    assert (-made["spatial"].item(), -made["temporal"].item()) == pytest.approx((moves * share * .01 * went, share * .03 * went), rel=1e-2)
 
 
 def test_a_gradient_is_clipped_to_the_length_of_one(tmp_path, monkeypatch):
@@ -1821,6 +1838,17 @@ def at_step(step: int, happen, patch):
     """Let something happen in the midst of a run's step."""
     rate = train.learning_rate
     patch.setattr(train, "learning_rate", lambda n, recipe: (n == step and happen(), rate(n, recipe))[1])
+
+
+def test_an_interrupted_run_reaches_the_very_bits_of_an_uninterrupted_one(tmp_path, monkeypatch):
+    whole = tiny_run(tmp_path / "whole", monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_step(3, pull_the_plug, patch)
+        tiny_run(tmp_path / "parts", patch, "--save-minutes", "1e-9")
+    resumed = tiny_run(tmp_path / "parts", monkeypatch)
+    assert all(equal(whole[key], resumed[key]) for key in ("model", "ema", "optimizer", "step"))
+    weights = [base.read_pt(tmp_path / part / "weights/vae.pt") for part in ("whole", "parts")]
+    assert equal(weights[0]["model"], weights[1]["model"]) and weights[0]["config"] == weights[1]["config"]
 
 
 def test_ctrl_c_saves_the_step_it_fell_in(tmp_path, monkeypatch):
@@ -3173,10 +3201,10 @@ def peers(args, size: int = 16, batch: int = 2, wanted: float = 8e6):
             net.zero_grad()
             call().float().square().mean().backward()
         rates = []  # as they come, and channels last, which is faster for some, and how our own loader has ours
-        for last in (False, True):
-            for parameter in net.parameters() if last else ():
-                if parameter.ndim > 3:
-                    parameter.data = parameter.data.to(memory_format=torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d)
+        for layouts in ({}, {4: torch.channels_last, 5: torch.channels_last_3d}):
+            for parameter in net.parameters():
+                if parameter.ndim in layouts:
+                    parameter.data = parameter.data.to(memory_format=layouts[parameter.ndim])
             rates.append([rate(forward), rate(both), rate(partial(forward, True)) if base.has_fast_bf16("cpu") else 0.])
         plain, grown, fast = map(max, zip(*rates))
         line = f"  {build.__name__:26s} {sum(p.numel() for p in net.parameters()) / 1e6:5.2f} M   forward {plain:6.2f} clips/s   and backward {grown:6.2f}"

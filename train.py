@@ -887,8 +887,6 @@ def train(stage: str, args):
         torch.cuda.reset_peak_memory_stats(args.device)
     if args.init:  # what cannot be read or written is refused before an hour of making data
         base.load_weights(args.init, stage)
-    if args.distill and Path(args.init).resolve() == (args.weights / OUTPUT[stage]).resolve():
-        raise UserError(f"the student would be written over {args.init}, its teacher; copy that first, and name the copy")
     if RANK == 0:
         base.check_folder(folder)
         base.check_folder(args.weights)
@@ -1103,6 +1101,8 @@ def main(argv=None):
         raise UserError("--freeze encoder is for stage vae, and for weights that --init names: a decoder trained further")
     if args.distill and not (args.init and args.stage in map(superres.name_of, superres.STAGES)):
         raise UserError("--distill is for the super-resolution stages, and for weights that --init names, which are the teacher")
+    if args.distill and Path(args.init).resolve() == (args.weights / OUTPUT[args.stage]).resolve():
+        raise UserError(f"the student would be written over {args.init}, its teacher; copy that first, and name the copy")
     if args.blank and not args.stage.startswith("tsr"):
         raise UserError("--blank is for the stages tsr-32 and tsr-128")
     if args.data != "world" and not Path(args.data).is_dir():
