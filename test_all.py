@@ -2238,6 +2238,37 @@ def test_rulers_measure_what_their_names_say():
     assert flicker_of(ramp[0], torch.eye(2).bool()) == 10 and psnr(ramp, ramp + 1) == pytest.approx(48.13, abs=.01)
 
 
+def test_margins_and_their_intervals():
+    truth = torch.full((16, 2, 3, 4, 4), 100, dtype=torch.uint8)
+    ours, plain = truth + 2, truth + 4
+    assert margin(ours, plain, truth) == "+6.0 (+6.0 to +6.0)" and margin(plain, ours, truth) == "-6.0 (-6.0 to -6.0)"
+    ours[:, :, :, 0] += 40                                                          # in a row that does not count
+    assert margin(ours, plain, truth, torch.arange(4).view(4, 1).expand_as(truth) > 0) == "+6.0 (+6.0 to +6.0)"
+    ours[1:] = truth[1:] + 2
+    middle, least, most = map(float, re.findall(r"[-+][\d.]+", margin(ours, plain, truth)))
+    assert least < middle < most and most == 6                                      # some draws do not have the one bad clip
+    assert middle == pytest.approx(psnr(ours, truth) - psnr(plain, truth), abs=.06)
+    for frames, fps in ((8, 20.), (31, 8.)):
+        times = moments(frames, fps, 16)
+        assert times.shape == (16, frames) and np.allclose(np.diff(times), 1 / fps) and 0 <= times.min() and times.max() <= train.SCENE_SECONDS
+    assert np.ptp(moments(8, 20., 16)[:, 0]) > .9 * (train.SCENE_SECONDS - 7 / 20)
+    still, slides = scene_of((0, 0, 8, 0), 0), scene_of((0, 0, 1, 0), 0)
+    videos = render_all([still, slides], np.array([[0., .1], [1., 1.1]]))
+    assert torch.equal(videos[1], train.render(slides, [1., 1.1])) and torch.equal(videos[0], train.render(still, [0., .1]))
+
+
+def test_peers_are_timed_in_bf16_where_that_is_fast(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(base, "has_fast_bf16", lambda device: True)
+    ticks = iter(range(0, 10 ** 6, 10))
+    monkeypatch.setattr(time, "time", lambda: next(ticks))                          # so that three calls are enough
+    peers(None, size=4, batch=1, wanted=2e6)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ["torch", "make_a_video_pytorch", "video_diffusion_pytorch", "diffusers", "imagen_pytorch", "ours"]
+    assert all("not installed" in line for line in said[1:5])
+    assert all(float(rate) > 0 for rate in re.fullmatch(r".* M   forward +(\S+) clips/s   and backward +(\S+)   forward in bf16 +(\S+)", said[5]).groups())
+
+
 def test_own_videos_train_the_temporal_layers_of_stable_diffusion_alone(stable, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
     shutil.copytree(stable[0], tmp_path / "stable")
@@ -2610,6 +2641,27 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return 10 * math.log10(255 ** 2 / max(1e-9, (a.double() - b.double()).pow(2).mean().item()))
 
 
+def margin(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, where=None) -> str:
+    """By how many dB `ours` is above `plain`, all uint8 clips (N, ...), and in brackets the middle 95 % of that over 2,000 other draws of
+    N of these clips. `where` (N, ...) says which pixels count."""
+    where = torch.ones_like(truth) if where is None else where
+    errors = [np.array([((a.float() - b.float()).pow(2) * w).double().sum() for a, b, w in zip(video, truth, where)]) for video in (plain, ours)]
+    among = lambda picks: 10 * np.log10(errors[0][picks].sum(-1) / errors[1][picks].sum(-1))
+    least, most = np.percentile(among(np.random.default_rng(0).integers(len(truth), size=(2000, len(truth)))), (2.5, 97.5))
+    return f"{among(np.arange(len(truth))):+.1f} ({least:+.1f} to {most:+.1f})"
+
+
+def moments(frames: int, fps: float, clips: int) -> np.ndarray:
+    """Times of consecutive frames of several clips, in seconds, whose beginnings are spread evenly over the scene. (N, T)"""
+    latest = train.SCENE_SECONDS - (frames - 1) / fps
+    return latest * (np.arange(clips)[:, None] + .5) / clips + np.arange(frames) / fps
+
+
+def render_all(scenes: list, times: np.ndarray, size: int = 64) -> torch.Tensor:
+    """Each scene at times of its own (N, T), as uint8 (N, T, 3, size, size)."""
+    return torch.stack([train.render(scene, own, size) for scene, own in zip(scenes, times)])
+
+
 def scene_of(factors: tuple, seed: int) -> dict:
     """A scene with given (colour, shape, motion, ground), its free numbers drawn from a seed no training run uses."""
     for attempt in range(100000):
@@ -2801,10 +2853,10 @@ BEFORE = {"low": [], "high": ["low"], "tsr-32": [], "ssr-128": [], "ssr-256": ["
           "ssr-768": ["ssr-128", "ssr-256"]}  # the enlargements that a stage's input has behind it
 
 
-def as_made(which: str, scenes: list, factors: list, times, fps: float) -> torch.Tensor:
-    """Clips as the stages before make them, out of the autoencoder's reading of the truth: uint8 (N, T, 3, h, w)."""
+def as_made(which: str, scenes: list, factors: list, times: np.ndarray, fps: float) -> torch.Tensor:
+    """Clips as the stages before make them, out of the autoencoder's reading of the truth: uint8 (N, T, 3, h, w), at times (N, T)."""
     autoencoder, _ = vae.load(device=DEVICE)
-    video = vae.decode_video(autoencoder, vae.encode_video(autoencoder, torch.stack([train.render(s, times) for s in scenes])))
+    video = vae.decode_video(autoencoder, vae.encode_video(autoencoder, render_all(scenes, times)))
     for earlier in BEFORE[which]:
         video = enlarged(earlier, video, factors, fps)
     return video
@@ -2812,17 +2864,17 @@ def as_made(which: str, scenes: list, factors: list, times, fps: float) -> torch
 
 def evaluate_doubling(which: str, name: str, fps: float, clips: int):
     """Imagen Video's TSR, to `fps`: held-out clips of which every second frame is given, against the rendered truth."""
-    side, times = train.PAIRS[which].side, np.arange(31) / fps
+    side, times = train.PAIRS[which].side, moments(31, fps, clips)
     factors = factors_of(["held-out"], range(5), clips)
     scenes = [scene_of(f, i) for i, f in enumerate(factors)]
-    truth = torch.stack([train.render(s, times, side) for s in scenes])             # (N, 31, 3, S, S)
+    truth = render_all(scenes, times, side)                                           # (N, 31, 3, S, S)
     every, new = moving(truth), new_frames(truth)  # given frames come back as they are, from either
-    for kind, given in (("clean", truth[:, ::2]), ("as made", as_made(which, scenes, factors, times[::2], fps / 2))):
+    for kind, given in (("clean", truth[:, ::2]), ("as made", as_made(which, scenes, factors, times[:, ::2], fps / 2))):
         ours = enlarged(which, interpolate.double(given), factors, fps)[:, :31]
         linear = midway(given)
         off = lambda video, where: psnr(video[where], truth[where])
         print(f"  {name:8s} {fps / 2:2g} to {fps:2g} fps   {kind:8s} new frames: ours {off(ours, new):5.2f} dB, linear blend {off(linear, new):5.2f} dB   "
-              f"all frames: {off(ours, every):5.2f}, {off(linear, every):5.2f}   ({clips} clips)", flush=True)
+              f"{margin(ours, linear, truth, new)}   all frames: {margin(ours, linear, truth, every)}", flush=True)
 
 
 def flicker_of(video: torch.Tensor, still: torch.Tensor) -> float:
@@ -2836,9 +2888,9 @@ def away_from(cover: torch.Tensor, size: int) -> torch.Tensor:
     return free.repeat_interleave(size // SIZE, 1).repeat_interleave(size // SIZE, 2)
 
 
-def bare_ground(scenes: list, times, size: int) -> torch.Tensor:
-    """Where no frame of a scene has its object, nor anything within two of 64 pixels of it. (N, size, size) bool"""
-    seen = torch.stack([train.render(s | {"ground": 0}, times) for s in scenes]).amax((1, 2)) >= 8       # (N, 64, 64)
+def bare_ground(scenes: list, times: np.ndarray, size: int) -> torch.Tensor:
+    """Where no frame of a scene, at times (N, T), has its object, nor anything within two of 64 pixels of it. (N, size, size) bool"""
+    seen = render_all([scene | {"ground": 0} for scene in scenes], times).amax((1, 2)) >= 8                # (N, 64, 64)
     return away_from(seen[:, None].float(), size)
 
 
@@ -2847,29 +2899,27 @@ def evaluate_superres(which: str, clips: int = 16):
     (unet, diffusion, stage), side = upscaler(which), train.PAIRS[which].side
     fps = {"ssr-128": 8., "ssr-256": 8., "ssr-768": 32.}.get(which, 20.)
     frames, size = 8 if side * stage.scale < 768 else 4, stage.scale * side
-    times = np.arange(frames) / fps
+    times = moments(frames, fps, clips)
     print(f"\nSuper-resolution, {which}: {side} to {size} in {stage.steps} step{'s' * (stage.steps > 1)}, {clips} held-out clips, augmentation level {stage.level:g}")
     for name, grounds in (("black", [0]), ("all grounds", range(5))):
         factors = factors_of(["held-out"], grounds, clips)
         scenes = [scene_of(f, i) for i, f in enumerate(factors)]
-        at = lambda S: torch.stack([train.render(s, times, S) for s in scenes])                            # (N, T, 3, S, S)
-        truth, given = at(size), {"clean": at(side)}
-        given |= {f"after {earlier}": enlarged(earlier, at(train.PAIRS[earlier].side), factors, fps) for earlier in BEFORE[which][-1:]}
+        truth, given = render_all(scenes, times, size), {"clean": render_all(scenes, times, side)}                # (N, T, 3, S, S)
+        given |= {f"after {earlier}": enlarged(earlier, render_all(scenes, times, train.PAIRS[earlier].side), factors, fps) for earlier in BEFORE[which][-1:]}
         given["as made"] = as_made(which, scenes, factors, times, fps)
         still = bare_ground(scenes, times, size)
         fine = lambda video: (vae.to_float(video) - superres.blur(vae.to_float(video), 2.)).pow(2).mean(2)           # (N, T, H, W)
         energy = lambda video: (fine(video).mean(1) * still).sum() / still.sum()
         for kind, small in given.items():
             ours, cubic = enlarged(which, small, factors, fps), bicubic(small, stage.scale)
-            line = f"  {name:12s} {kind:13s} ours {psnr(ours, truth):5.2f} dB   bicubic {psnr(cubic, truth):5.2f} dB"
+            line = f"  {name:12s} {kind:13s} ours {psnr(ours, truth):5.2f} dB   bicubic {psnr(cubic, truth):5.2f} dB   {margin(ours, cubic, truth)}"
             if grounds != [0]:
                 line += f"   fine detail of the ground {100 * energy(ours) / energy(truth):.0f} % of the truth's (bicubic {100 * energy(cubic) / energy(truth):.0f} %)"
             print(line, flush=True)
     if which not in ("low", "high"):
         return
-    scenes = [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], range(1, 5), 4))]
-    still = bare_ground(scenes, times, size)
-    small = torch.stack([train.render(s, times, side) for s in scenes])
+    scenes, times = [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], range(1, 5), 4))], moments(frames, fps, 4)
+    still, small = bare_ground(scenes, times, size), render_all(scenes, times, side)
     whole = lambda video, **how: superres.upscale(unet, diffusion, stage, video, 20., **how)
     one_by_one = lambda video: torch.cat([whole(frame[None]) for frame in video])  # same noise, but a single frame skips the temporal layers
     ways = {"with shared noise": whole, "with independent noise": partial(whole, independent=True)}
@@ -2892,7 +2942,7 @@ def evaluate_pixels(args):
         if have(*map(superres.name_of, [which, *BEFORE[which]])):
             evaluate_superres(which)
     if have("tsr-32", "tsr-128", *BEFORE["tsr-128"]):
-        print("\nTemporal super-resolution: held-out clips against the truth, moving pixels only, augmentation level 0")
+        print("\nTemporal super-resolution: held-out clips (16 of tsr-32, 8 of the others) against the truth, moving pixels only, augmentation level 0")
         for which, name, fps, clips in (("tsr-32", "tsr-32", 8., 16), ("tsr-128", "tsr-64", 16., 8), ("tsr-128", "tsr-128", 32., 8)):
             evaluate_doubling(which, name, fps, clips)
 
@@ -2911,6 +2961,7 @@ def evaluate_fidelity(args):
     videos = print_fidelity("held-out triples, all grounds", factors, **settings)
     if have("interpolate"):
         print_fidelity("a quarter of these", factors[:quarter], videos[:quarter])
+        print_fidelity("each frame five times", factors[:quarter], videos[:quarter].repeat_interleave(5, 1)[:, :76], skip=5)
         print_fidelity("and interpolated, 76 frames read", factors[:quarter], skip=5, **settings)
     for split, grounds, name in (("unseen", [0], "unseen pairs on black"), ("unseen", range(5), "unseen pairs, all grounds"),
                                  ("train", range(5), "trained triples, all grounds")):
@@ -3024,9 +3075,9 @@ def against_truth(clips: int = 16) -> dict:
     rows = {cascade: {"a frame between two, 64 x 64, moving": psnr(video[new], truth[new]), "  linear blending of these two": psnr(midway(given)[new], truth[new])}
             for cascade, video in made.items()}
 
-    factors, times = factors_of(["held-out"], [0], clips), np.arange(4) / 8
+    factors, times = factors_of(["held-out"], [0], clips), moments(4, 8., clips)
     scenes = [scene_of(f, i) for i, f in enumerate(factors)]
-    truth, small = torch.stack([train.render(s, times, 768) for s in scenes]), as_made("low", scenes, factors, times, 8.)   # (N, 4, 3, S, S)
+    truth, small = render_all(scenes, times, 768), as_made("low", scenes, factors, times, 8.)                                 # (N, 4, 3, S, S)
     plain = psnr(bicubic(small, 12), truth)
     for cascade in rows:
         video, last = small, sample.CASCADES[cascade][-1][0]
@@ -3208,7 +3259,7 @@ def peers(args, size: int = 16, batch: int = 2, wanted: float = 8e6):
             rates.append([rate(forward), rate(both), rate(partial(forward, True)) if base.has_fast_bf16("cpu") else 0.])
         plain, grown, fast = map(max, zip(*rates))
         line = f"  {build.__name__:26s} {sum(p.numel() for p in net.parameters()) / 1e6:5.2f} M   forward {plain:6.2f} clips/s   and backward {grown:6.2f}"
-        print(line + f"   forward in bf16 {fast:6.2f}" * (fast > 0), flush=True)
+        print(line + f"   forward in bf16 {fast:6.2f}" * bool(fast), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
