@@ -578,18 +578,12 @@ def prepare_clip(args) -> Setup:
     return Setup(model, batch_of, text.loss, preview, config_of, {})
 
 
-def numbered(captions: list) -> tuple[list, list]:
-    """The distinct captions, sorted, and which of them each caption is."""
-    distinct = sorted(set(captions))
-    rows = {words: i for i, words in enumerate(distinct)}
-    return distinct, [rows[words] for words in captions]
-
-
 def caption_tokens(args, captions: list):
     """Tokens (K, L, D) of every distinct caption, the row of each caption in them (N,), the null prompt's tokens (L, D),
     and the hash of the text encoder."""
     clip, tokenizer, weights = text.load(weights_in(args.weights, "text"), args.device)
-    distinct, rows = numbered(captions)
+    distinct = sorted(set(captions))
+    row_of = {words: i for i, words in enumerate(distinct)}
 
     def make():
         groups = tqdm(batches(distinct, 256), desc="encoding captions", disable=len(distinct) < 4096)
@@ -597,7 +591,7 @@ def caption_tokens(args, captions: list):
         return {"tokens": torch.cat([part["tokens"] for part in encoded]), "null": encoded[0]["null_tokens"][0].clone()}  # (K, L, D), (L, D)
 
     made = kept(f"tokens-{digest(distinct)}-{weights['hash']}", make)
-    return made["tokens"], torch.tensor(rows), made["null"], weights["hash"]
+    return made["tokens"], torch.tensor([row_of[words] for words in captions]), made["null"], weights["hash"]
 
 
 def spoken(rngs, tokens, null, captions: list):
