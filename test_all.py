@@ -2253,6 +2253,7 @@ def test_margins_and_their_intervals():
         assert times.shape == (16, frames) and np.allclose(np.diff(times), 1 / fps) and 0 <= times.min() and times.max() <= train.SCENE_SECONDS
     assert np.ptp(moments(8, 20., 16)[:, 0]) > .9 * (train.SCENE_SECONDS - 7 / 20)
     left, right = scene_of((0, 0, 0, 0), 0), scene_of((0, 0, 1, 0), 0)
+    assert torch.equal(render_all([left, right], np.array([0., .1]))[1], train.render(right, [0., .1]))
     videos = render_all([left, right], np.array([[0., .1], [1., 1.1]]))
     assert torch.equal(videos[0], train.render(left, [0., .1])) and torch.equal(videos[1], train.render(right, [1., 1.1]))
 
@@ -2659,17 +2660,23 @@ def moments(frames: int, fps: float, clips: int) -> np.ndarray:
     return latest * (np.arange(clips)[:, None] + .5) / clips + np.arange(frames) / fps
 
 
-def render_all(scenes: list, times: np.ndarray, size: int = 64) -> torch.Tensor:
-    """Each scene at times of its own (N, T), as uint8 (N, T, 3, size, size)."""
-    return torch.stack([train.render(scene, own, size) for scene, own in zip(scenes, times)])
-
-
 def scene_of(factors: tuple, seed: int) -> dict:
     """A scene with given (colour, shape, motion, ground), its free numbers drawn from a seed no training run uses."""
     for attempt in range(100000):
         scene = train.draw_scene(np.random.default_rng((77, seed, attempt)), "any", factors[3])
         if scene["motion"] == factors[2]:  # ranges depend on the motion alone
             return scene | dict(zip(("colour", "shape"), factors))
+
+
+def scenes_of(factors: list) -> list:
+    """A scene for each of them, from a seed of its own."""
+    return [scene_of(f, i) for i, f in enumerate(factors)]
+
+
+def render_all(scenes: list, times: np.ndarray, size: int = 64) -> torch.Tensor:
+    """Scenes at the same times (T,), or each at its own (N, T), as uint8 (N, T, 3, size, size)."""
+    each = times if times.ndim == 2 else [times] * len(scenes)
+    return torch.stack([train.render(scene, own, size) for scene, own in zip(scenes, each)])
 
 
 def factors_of(splits, grounds, count: int) -> list:
@@ -2688,10 +2695,10 @@ def evaluate_autoencoder(args, clips: int = 96):
     autoencoder = vae.load(device=DEVICE)[0]
     print("\nAutoencoder: decode(encode(x)) against x, new scenes of held-out triples at 4 fps (of stills, none is held out)")
     for name, grounds in (("black", [0]), ("all grounds", range(5))):
-        scenes = [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], grounds, clips))]
-        truth = torch.stack([train.render(s, np.arange(16) / 4) for s in scenes])                # (N, T, 3, H, W)
+        scenes, times = scenes_of(factors_of(["held-out"], grounds, clips)), np.arange(16) / 4
+        truth = render_all(scenes, times)                                                        # (N, T, 3, H, W)
         made = vae.decode_video(autoencoder, vae.encode_video(autoencoder, truth), label=name)
-        bare = torch.stack([train.render(s | {"ground": 0}, np.arange(16) / 4) for s in scenes]).float().sum(2)  # (N, T, H, W)
+        bare = render_all([scene | {"ground": 0} for scene in scenes], times).float().sum(2)     # (N, T, H, W)
         inside = -F.max_pool2d(-(bare > 150).float(), 3, 1, 1)                                   # the object without its rim
         mean = lambda video: (video.float() * inside[:, :, None]).sum((1, 3, 4)) / inside.sum((1, 2, 3))[:, None]
         colour = (mean(truth) - mean(made)).abs().max(1).values
@@ -2707,7 +2714,7 @@ def evaluate_hearing(args, clips: int = 64):
     down exchanged. Equal losses mean that the word is not used: this shows long before samples do."""
     (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = base.load(args.weights, DEVICE), vae.load(device=DEVICE), text.load()
     slides = [(c, s, m, g) for c, s, m, g in factors_of(["train"], [0], 20 * clips) if m < 4 and (c, s, m ^ 1) in train.TRIPLES["train"]][:clips]
-    truth = torch.stack([train.render(scene_of(f, i), np.arange(16) / 4) for i, f in enumerate(slides)])
+    truth = render_all(scenes_of(slides), np.arange(16) / 4)                        # (N, T, 3, H, W)
     x, fps = vae.encode_video(autoencoder, truth).to(DEVICE), torch.full((clips,), 4., device=DEVICE)
     noise = base.initial_noise(x.shape, seed=0).to(DEVICE)
     contexts = [text.encode(clip, tokenizer, [in_words(f) for f in words])["tokens"].to(DEVICE)
@@ -2755,7 +2762,8 @@ def print_fidelity(name: str, factors: list, videos=None, **settings) -> torch.T
     middle = (share["first three"] * len(factors) + 2) / n
     error = 1.96 * math.sqrt(middle * (1 - middle) / n)
     least, most = max(0., middle - error), min(1., middle + error)
-    print(f"  {name:34s} {len(factors):4d}   " + "   ".join(f"({100 * v:5.1f})" if factor == "nearest" else f"{100 * v:5.1f}" for factor, v in share.items()) + f" ({100 * least:.0f} to {100 * most:.0f})", flush=True)
+    columns = "   ".join(f"({100 * v:5.1f})" if factor == "nearest" else f"{100 * v:5.1f}" for factor, v in share.items())
+    print(f"  {name:34s} {len(factors):4d}   {columns} ({100 * least:.0f} to {100 * most:.0f})", flush=True)
     return videos
 
 
@@ -2785,7 +2793,7 @@ def evaluate_interpolation(args, clips: int = 96, timelines: int = 16):
     (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = interpolate.load(device=DEVICE), vae.load(device=DEVICE), text.load()
     def latents(grounds, times, motions=range(9), count=clips):
         factors = [f for f in factors_of(["held-out"], grounds, 9 * count) if f[2] in motions][:count]
-        truth = torch.stack([train.render(scene_of(f, i), times) for i, f in enumerate(factors)])   # (N, T, 3, H, W)
+        truth = render_all(scenes_of(factors), times)                               # (N, T, 3, H, W)
         return factors, truth, vae.encode_video(autoencoder, truth), text.encode(clip, tokenizer, [in_words(f) for f in factors])
     def between(skip, grounds, motions=range(9)):  # all frames, and as latents, those that are given in place, which these are, and what is made of them
         _, truth, z, said = latents(grounds, np.arange(15 * skip + 1) / (4 * skip), motions, timelines)
@@ -2868,8 +2876,8 @@ def evaluate_doubling(which: str, name: str, fps: float, clips: int):
     """Imagen Video's TSR, to `fps`: held-out clips of which every second frame is given, against the rendered truth."""
     side, times = train.PAIRS[which].side, moments(31, fps, clips)
     factors = factors_of(["held-out"], range(5), clips)
-    scenes = [scene_of(f, i) for i, f in enumerate(factors)]
-    truth = render_all(scenes, times, side)                                           # (N, 31, 3, S, S)
+    scenes = scenes_of(factors)
+    truth = render_all(scenes, times, side)                                         # (N, 31, 3, S, S)
     every, new = moving(truth), new_frames(truth)  # given frames come back as they are, from either
     for kind, given in (("clean", truth[:, ::2]), ("as made", as_made(which, scenes, factors, times[:, ::2], fps / 2))):
         ours = enlarged(which, interpolate.double(given), factors, fps)[:, :31]
@@ -2892,7 +2900,7 @@ def away_from(cover: torch.Tensor, size: int) -> torch.Tensor:
 
 def bare_ground(scenes: list, times: np.ndarray, size: int) -> torch.Tensor:
     """Where no frame of a scene, at times (N, T), has its object, nor anything within two of 64 pixels of it. (N, size, size) bool"""
-    seen = render_all([scene | {"ground": 0} for scene in scenes], times).amax((1, 2)) >= 8                # (N, 64, 64)
+    seen = render_all([scene | {"ground": 0} for scene in scenes], times).amax((1, 2)) >= 8              # (N, 64, 64)
     return away_from(seen[:, None].float(), size)
 
 
@@ -2905,8 +2913,8 @@ def evaluate_superres(which: str, clips: int = 16):
     print(f"\nSuper-resolution, {which}: {side} to {size} in {stage.steps} step{'s' * (stage.steps > 1)}, {clips} held-out clips, augmentation level {stage.level:g}")
     for name, grounds in (("black", [0]), ("all grounds", range(5))):
         factors = factors_of(["held-out"], grounds, clips)
-        scenes = [scene_of(f, i) for i, f in enumerate(factors)]
-        truth, given = render_all(scenes, times, size), {"clean": render_all(scenes, times, side)}                # (N, T, 3, S, S)
+        scenes = scenes_of(factors)
+        truth, given = render_all(scenes, times, size), {"clean": render_all(scenes, times, side)}            # (N, T, 3, S, S)
         given |= {f"after {earlier}": enlarged(earlier, render_all(scenes, times, train.PAIRS[earlier].side), factors, fps) for earlier in BEFORE[which][-1:]}
         given["as made"] = as_made(which, scenes, factors, times, fps)
         still = bare_ground(scenes, times, size)
@@ -2920,7 +2928,7 @@ def evaluate_superres(which: str, clips: int = 16):
             print(line, flush=True)
     if which not in ("low", "high"):
         return
-    scenes, times = [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], range(1, 5), 4))], moments(frames, fps, 4)
+    scenes, times = scenes_of(factors_of(["held-out"], range(1, 5), 4)), moments(frames, fps, 4)
     still, small = bare_ground(scenes, times, size), render_all(scenes, times, side)
     whole = lambda video, **how: superres.upscale(unet, diffusion, stage, video, 20., **how)
     one_by_one = lambda video: torch.cat([whole(frame[None]) for frame in video])  # same noise, but a single frame skips the temporal layers
@@ -3069,7 +3077,7 @@ def against_truth(clips: int = 16) -> dict:
     autoencoder, _ = vae.load(device=DEVICE)
     (unet, diffusion, _), (clip, tokenizer, _) = interpolate.load(device=DEVICE), text.load()
     factors = factors_of(["held-out"], range(5), clips)
-    truth = torch.stack([train.render(scene_of(f, i), np.arange(31) / 8) for i, f in enumerate(factors)])   # (N, 31, 3, 64, 64)
+    truth = render_all(scenes_of(factors), np.arange(31) / 8)                       # (N, 31, 3, 64, 64)
     z, said, new = vae.encode_video(autoencoder, truth[:, ::2]), text.encode(clip, tokenizer, [in_words(f) for f in factors]), new_frames(truth)
     given = vae.decode_video(autoencoder, z)                                        # (N, 16, 3, 64, 64)
     made = {"make-a-video": vae.decode_video(autoencoder, interpolate.fill_timeline(unet, diffusion, *interpolate.timeline(z, 2), said, 8.)),
@@ -3078,8 +3086,8 @@ def against_truth(clips: int = 16) -> dict:
             for cascade, video in made.items()}
 
     factors, times = factors_of(["held-out"], [0], clips), moments(4, 8., clips)
-    scenes = [scene_of(f, i) for i, f in enumerate(factors)]
-    truth, small = render_all(scenes, times, 768), as_made("low", scenes, factors, times, 8.)                                 # (N, 4, 3, S, S)
+    scenes = scenes_of(factors)
+    truth, small = render_all(scenes, times, 768), as_made("low", scenes, factors, times, 8.)                               # (N, 4, 3, S, S)
     plain = psnr(bicubic(small, 12), truth)
     for cascade in rows:
         video, last = small, sample.CASCADES[cascade][-1][0]
@@ -3307,7 +3315,7 @@ def draw_between(assets: Path):
 def draw_enlarged(assets: Path):
     """Bicubic, ours and the truth, from 64 to 256 and from 256 to 768 pixels, close up; and how much consecutive frames differ
     on a still ground, 24 times as bright, with shared and with independent noise."""
-    changes, scenes = [], [scene_of(f, i) for i, f in enumerate(factors_of(["held-out"], range(5), 4))]
+    changes, scenes = [], scenes_of(factors_of(["held-out"], range(5), 4))
     for which, side in (("low", 64), ("high", 256)):
         (unet, diffusion, stage), columns = upscaler(which), []
         for scene in scenes:
