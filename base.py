@@ -593,11 +593,19 @@ def oscillating(high: float, low: float | None, steps: int, shift: float = 1.):
     return scale
 
 
+def within(interval: tuple, guidance_scale: float):
+    """A guidance scale as a function of t: 1 at most, the prompt alone, but where low < t <= high.       Limited interval (2404.07724)
+
+    Where nothing is guided, a step costs half. Above, where paths are decided, guidance makes things too fast; below, it bends outlines."""
+    low, high = interval
+    return lambda t: guidance_scale if low < t <= high else min(guidance_scale, 1.)
+
+
 def guided(unet: UNet, context, null_context, fps, guidance_scale, given=None, level=None):
     """Classifier-free guidance as a predict(z, t): null + scale * (prompt - null), on all channels.
 
     A scale of 1 is the prompt alone, 0 the null prompt alone; Imagen Video's weight w is scale - 1 (Eq. 5). It is a number, or
-    a function of t (`oscillating`). `given` are further input channels (B, T, C', h, w), the same at every t: the known frames
+    a function of t (`oscillating`, `within`). `given` are further input channels (B, T, C', h, w), the same at every t: the known frames
     of interpolate.py, the small clip of superres.py, whose augmentation is `level` (B,)."""
     twice = lambda x: None if x is None else torch.cat([x, x])
     def predict(z, t):
@@ -1021,7 +1029,8 @@ def build(weights: dict, path, **changes):
     return fill(UNet(replace(config, **changes)), weights, path, may_lack), diffusion
 
 
-GUIDANCE = 2.  # where no scale is asked for: 3 is as faithful, but things then move too fast at high frame rates
+GUIDANCE = 2.  # where no scale is asked for
+INTERVAL = (500, 844)  # where a clip is guided: from the middle of its walk of moved steps to where noise and clip are equal
 
 
 def usual(frames: int, steps: int | None = None, sampler: str | None = None) -> tuple[int, str]:
@@ -1033,16 +1042,18 @@ def usual(frames: int, steps: int | None = None, sampler: str | None = None) -> 
 
 def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int | None = None,
              guidance: float = GUIDANCE, sampler: str | None = None, gamma: float = 0., seed: int = 0, label: str = "",
-             shared_noise: bool = False, oscillate: float | None = None):
-    """Latents of one video per prompt, (B, T, 4, side, side). Steps and sampler are the `usual` ones if not given."""
+             shared_noise: bool = False, oscillate: float | None = None, interval: tuple | None = None):
+    """Latents of one video per prompt, (B, T, 4, side, side). Steps and sampler are the `usual` ones if not given; guided is a clip within
+    INTERVAL then, a picture at all noise levels."""
     independent = 1 if shared_noise else frames  # frames with noises of their own
     (steps, sampler), shift = usual(independent, steps, sampler), math.sqrt(independent)
     device = next(unet.parameters()).device
     tokens, null = text["tokens"].to(device).float(), text["null_tokens"].to(device).float()
     z = initial_noise((len(tokens), independent, unet.config.out_channels, side, side), seed).to(device)
     z = z.expand(-1, frames, -1, -1, -1)                                            # (B, T, 4, side, side)
-    predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device),
-                     oscillating(guidance, oscillate, steps, shift))
+    interval = interval or (INTERVAL if independent > 1 else (-1, 999))
+    scale = within(interval, guidance) if oscillate is None else oscillating(guidance, oscillate, steps, shift)
+    predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device), scale)
     return diffusion.sample(predict, z, steps, sampler, gamma, seed, label, shift=shift).cpu()
 
 
@@ -1078,6 +1089,8 @@ def main(argv=None):
     parser.add_argument("--steps", type=positive(int), help="sampling steps, 1000 at most; 48 if not given, or 16 for a picture and "
                         "with --shared-noise")
     parser.add_argument("--guidance", type=finite, default=GUIDANCE, help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("--interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="guide at timesteps above LOW, up to HIGH, alone; "
+                        f"{INTERVAL[0]} {INTERVAL[1]} if not given, or all for a picture, with --shared-noise and with --oscillate")
     parser.add_argument("--oscillate", type=finite, metavar="LOW", help="in the second half, guide every other step by this scale")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral"), help="DPM-Solver++(2M), DDIM, or with fresh noise at each "
                         "step; ancestral if not given, or dpmpp for a picture and with --shared-noise")
@@ -1090,6 +1103,8 @@ def main(argv=None):
     check_sampling(args)
     if not 0 <= args.gamma <= 1 or args.gamma and args.sampler != "ancestral":
         raise UserError(f"--gamma is {args.gamma:g}, where 0 to 1 is wanted, and 0 with any sampler but ancestral")
+    if args.interval and (args.oscillate is not None or args.interval[0] >= args.interval[1]):
+        raise UserError(f"--interval {args.interval[0]} {args.interval[1]}: LOW below HIGH is wanted, and no --oscillate, which has an order of its own")
     if args.shared_noise and args.sampler == "ancestral":
         raise UserError("--shared-noise wants --sampler dpmpp or ddim: ancestral steps give every frame fresh noise of its own")
     stage = load_stage(args.text, "text")
@@ -1098,9 +1113,10 @@ def main(argv=None):
     check_encoder(args.text, text, args.weights, made_by)
     remark_rate(args.fps, args.frames)
     latents = generate(unet, diffusion, text, args.frames, args.fps, made_by["side"], args.steps, args.guidance,
-                       args.sampler, args.gamma, args.seed, "base", args.shared_noise, args.oscillate)
+                       args.sampler, args.gamma, args.seed, "base", args.shared_noise, args.oscillate, args.interval)
     history = f"base {weights['hash']} {args.sampler} steps {args.steps} guidance {args.guidance:g} fps {args.fps:g}"
     history += "" if args.oscillate is None else f" oscillate {args.oscillate:g}"
+    history += "" if args.interval is None else f" interval {args.interval[0]} {args.interval[1]}"
     history += f" gamma {args.gamma:g}" * (args.sampler == "ancestral")
     history += " shared noise" * args.shared_noise
     save_stage(args.out, "latents", latents, text=text, prompts=stage["prompts"], fps=args.fps, seed=args.seed,

@@ -616,8 +616,22 @@ def test_guidance_oscillates_in_the_second_half(shift):
 def test_a_clip_is_guided_in_turns():
     model, (_, _, context, _) = shaken(UNet(SMALL)).eval(), inputs(batch=1)
     said = {"tokens": context, "null_tokens": 0 * context}
-    make = lambda low: base.generate(model, Diffusion(), said, 3, 4., steps=4, guidance=4., oscillate=low)
-    assert torch.equal(make(None), make(4.)) and not torch.allclose(make(None), make(1.), atol=1e-2)
+    make = lambda low, **how: base.generate(model, Diffusion(), said, 3, 4., steps=4, guidance=4., oscillate=low, **how)
+    all_levels = make(None, interval=(-1, 999))
+    assert torch.equal(all_levels, make(4.)) and not torch.allclose(all_levels, make(1.), atol=1e-2)
+
+
+def test_a_clip_is_guided_at_middling_noise_alone():
+    assert [base.within((500, 844), 3.)(t) for t in (0, 500, 501, 844, 845, 999)] == [1., 1., 3., 3., 1., 1.]
+    assert base.within((500, 844), 0.)(999) == 0.                                   # the null prompt alone is that everywhere
+    model, (_, _, context, _) = shaken(UNet(SMALL)).eval(), inputs(batch=1)
+    said = {"tokens": context, "null_tokens": 0 * context}
+    make = lambda frames=16, **how: base.generate(model, Diffusion(), said, frames, 4., steps=8, **how)
+    guided_at = lambda **how: [int(t[0]) for t, heard, *_ in told(model, lambda: make(**how)) if len(heard) == 2]
+    walk = base.walk(8, 4.)
+    assert guided_at() == [t for t in walk if 500 < t <= 844] and 0 < len(guided_at()) < len(walk)
+    assert guided_at(interval=(844, 999)) == [t for t in walk if t > 844] and guided_at(frames=1) == base.walk(8) and guided_at(guidance=1.) == []
+    assert not torch.allclose(make(), make(interval=(844, 999)), atol=1e-2) and torch.equal(make(), make(interval=base.INTERVAL))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "ancestral"])
@@ -638,7 +652,8 @@ def test_the_video_model_is_told_prompt_rate_and_timesteps():
     for shared, sampler, shift in ((False, "ancestral", 2.), (True, "ddim", 1.)):   # the square root of how many frames have noises of their own
         calls = told(model, lambda: base.generate(model, diffusion, said, 4, 24., steps=4, sampler=sampler, shared_noise=shared))
         assert [int(at[0]) for at, *_ in calls] == base.walk(4, shift) and all((rate == 24).all() for _, _, rate, *_ in calls)
-        assert all(torch.equal(heard, torch.cat([context, 0 * context])) for _, heard, *_ in calls)
+        both, alone = torch.cat([context, 0 * context]), context
+        assert all(torch.equal(heard, both if shared or 500 < int(at[0]) <= 844 else alone) for at, heard, *_ in calls)
 
 
 def test_gamma_reaches_the_ancestral_sampler_and_clips_and_pictures_have_samplers_of_their_own():
@@ -2226,6 +2241,15 @@ def test_long_clips_are_read_as_well():
     assert right >= 17
 
 
+def test_a_frame_is_compared_with_the_nearest_picture_of_its_shape():
+    for f in ((0, 1, 8, 0), (3, 3, 8, 0), (5, 4, 0, 0), (6, 5, 2, 0)):              # turned shapes, and such as move
+        video = train.render(scene_of(f, 0), np.arange(4) / 4)
+        assert shape_psnr(video, f).min() > 55
+        assert shape_psnr(video, (f[0], (f[1] + 1) % 6, *f[2:])).max() < 30         # of another shape
+    bent = torch.cat([video[..., :32].roll(1, 2), video[..., 32:]], 3)              # its left half a pixel lower
+    assert (shape_psnr(bent, f) < shape_psnr(video, f) - 20).all()
+
+
 def test_rulers_measure_what_their_names_say():
     scene = dict(colour=0, shape=0, motion=1, ground=0, x=.3, y=.5, radius=.1, phase=0., seed=0)
     for fps in (4., 8.):
@@ -2580,6 +2604,7 @@ def test_a_clip_that_is_not_ours(tmp_path, all_weights, monkeypatch):
             (superres.main, ["ssr-128", "clip.mp4", "--sampler", "dpmpp", "--oscillate", 1], "wants --sampler ddim"),
             (superres.main, ["ssr-128", "said.pt", "--guidance", 3, "--oscillate", 1], "there is but one"),
             (base.main, ["text.pt", "--sampler", "dpmpp", "--oscillate", 1], "wants --sampler ddim"), (base.main, ["text.pt", "--sampler", "ddim", "--gamma", .5], "--gamma"),
+            (base.main, ["text.pt", "--interval", 5, 5], "LOW below HIGH"), (base.main, ["text.pt", "--interval", 5, 9, "--sampler", "ddim", "--oscillate", 1], "--oscillate"),
             (train.main, ["base", "--blank"], "--blank")):
         assert wanted in complaint(program, [*argv, *([] if program is train.main else ["-o", "out.pt"])])
     for flags, wanted in ((["--skip", "1"], "nothing between"), (["--skip", "0"], "not a positive"), ([], "required"),
@@ -2978,6 +3003,39 @@ def evaluate_fidelity(args):
         print_fidelity(name, factors_of([split], grounds, quarter), **settings)
 
 
+def shape_psnr(video: torch.Tensor, factors: tuple) -> torch.Tensor:
+    """How near each frame of a clip on black, uint8 (T, 3, 64, 64), is to a picture of the shape that it should show, at whatever place, size
+    and turn suit the frame best: PSNR (T,). These are found by trying ever smaller steps from what `look` says."""
+    scene, frames = dict(zip(("colour", "shape", "motion", "ground"), factors)), video.float() / 255
+    _, area, centre, score, *_ = look(video).values()
+    turn = score[:, scene["shape"]].argmax(1) % TURNS / TURNS * 2 * math.pi / SYMMETRY[SHAPES[scene["shape"]]]
+    path = torch.stack([*centre.T / SIZE, (area / unit_areas()[scene["shape"]]).sqrt() / SIZE, turn], 1)                    # (T, 4)
+    error = lambda path: (train.paint(scene | {"seed": 0}, path.unbind(1)) - frames).square().mean((1, 2, 3))               # (T,)
+    least = error(path)
+    for halvings in range(8):
+        step = torch.diag(torch.tensor([.02, .02, .01, .1])) / 2 ** halvings
+        for direction in [*step, *-step] * 3:
+            tried = error(path + direction)
+            path = torch.where((tried < least)[:, None], path + direction, path)
+            least = torch.minimum(tried, least)
+    return -10 * least.log10()
+
+
+def evaluate_outlines(args):
+    """Has the object its shape in every frame, or something like it?"""
+    kinds = {"sliding": range(4), "spinning": [MOTIONS.index("spinning")], "all others": range(4, 8)}
+    count, every = max(1, args.prompts // 8), factors_of(["held-out"], [0], 16 * args.prompts)
+    print("\nOutlines: each frame at 4 fps against the nearest picture of its shape, held-out triples on black, in dB")
+    print(f"  {'':12s} clips   mean   worst tenth   first, last frame   rendered and decoded")
+    autoencoder, _ = vae.load(device=DEVICE)
+    for name, motions in kinds.items():
+        factors = [f for f in every if f[2] in motions][:count]
+        truth = vae.decode_video(autoencoder, vae.encode_video(autoencoder, render_all(scenes_of(factors), np.arange(16) / 4)))
+        ours, best = (torch.stack(list(map(shape_psnr, videos, factors))) for videos in (make(factors, label=name, **asked_of(args)), truth))   # (N, T)
+        worst = ours.flatten().sort().values[:-(-ours.numel() // 10)]
+        print(f"  {name:12s} {len(factors):4d}   {ours.mean():5.1f}     {worst.mean():5.1f}        {ours[:, 0].mean():5.1f}, {ours[:, -1].mean():5.1f}            {best.mean():5.1f}")
+
+
 def evaluate_rate(args):
     """Does the frame rate reach the motion?"""
     print("\nFrame rate: median displacement per frame of the four translations (held-out triples on black), in pixels")
@@ -3013,7 +3071,7 @@ def evaluate_cascades(args):
 
 
 PARTS = {"reader": evaluate_reader, "autoencoder": evaluate_autoencoder, "hearing": evaluate_hearing, "interpolation": evaluate_interpolation,
-         "pixels": evaluate_pixels, "fidelity": evaluate_fidelity, "rate": evaluate_rate, "cascades": evaluate_cascades}
+         "pixels": evaluate_pixels, "fidelity": evaluate_fidelity, "outlines": evaluate_outlines, "rate": evaluate_rate, "cascades": evaluate_cascades}
 
 
 def here() -> str:
@@ -3100,7 +3158,8 @@ def against_truth(clips: int = 16) -> dict:
 def compare(args):
     """Both cascades on the same held-out prompts, each video by the reader's own command, one after the other; then on clips whose truth is known."""
     factors = factors_of(["held-out"], range(5), args.prompts)
-    evaluations = {"vae": 0, "interpolate": interpolate.STEPS * len(interpolate.windows(torch.arange(76) % 5 == 0, 10))}
+    guided = lambda t: base.INTERVAL[0] < t <= base.INTERVAL[1]
+    evaluations = {"base": sum(1 + guided(t) for t in base.walk(STEPS, 4.)), "vae": 0, "interpolate": interpolate.STEPS * len(interpolate.windows(torch.arange(76) % 5 == 0, 10))}
     rows = {}
     for cascade, times in ENDS_AT.items():
         stages = sample.CASCADES[cascade]
@@ -3133,7 +3192,7 @@ def compare(args):
             "": cascade,
             "parameters": f"{sum(t.numel() for w in weights.values() for t in w['model'].values()) / 1e6:.1f} M",
             "minutes of its last two trainings": f"{sum(w['made_by'].get('minutes', 0) + w['made_by'].get('init_minutes', 0) for w in weights.values()):.0f}",
-            "denoising steps, guided ones twice": str(2 * STEPS + sum(evaluations[own] for _, _, own, _ in stages)),
+            "denoising steps, guided ones twice": str(evaluations["base"] + sum(evaluations[own] for _, _, own, _ in stages)),
             "seconds per video": f"{np.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})",
             "peak memory": f"{max(memory):.1f} GiB"}
         for part, share in zip(("base", "last stage"), both):
@@ -3183,7 +3242,7 @@ def benchmark(args):
     latents = base.generate(unet, diffusion, words, 16, 4., steps=1)
     blank = lambda frames, side: torch.zeros(frames, 3, side, side, dtype=torch.uint8)
     rows = {"text: 1 prompt": lambda: text.encode(clip, tokenizer, ["a red star moving left"]),
-            f"base: 16 frames, {args.steps} guided steps": lambda: base.generate(unet, diffusion, words, 16, 4., steps=args.steps, guidance=args.guidance),
+            f"base: 16 frames, {args.steps} steps": lambda: base.generate(unet, diffusion, words, 16, 4., steps=args.steps, guidance=args.guidance),
             "vae encode: 16 frames": lambda: vae.encode_video(autoencoder, blank(16, 64)[None]),
             "vae decode: 16 frames": lambda: vae.decode_video(autoencoder, latents)}
     if have("interpolate"):

@@ -202,13 +202,12 @@ def cut(video: torch.Tensor, window) -> torch.Tensor:
     return video[..., top:top + side, left:left + side]
 
 
-def render(scene: dict, times, size: int = 64, window=None) -> torch.Tensor:
-    """Frames of a scene at the given times (seconds), or a window of each, as `cut` would cut it. Returns uint8 (T, 3, size, size),
-    or (T, 3, side, side)."""
+def paint(scene: dict, path, size: int = 64, window=None) -> torch.Tensor:
+    """A scene's object on its ground, at places (0...1), radii and clockwise angles `path`, each (T,): frames (T, 3, size, size) in 0...1,
+    or a window of each, (T, 3, side, side), as `cut` would cut it."""
     window = window or (0, 0, size)
     left, top, side = window
-    t = torch.as_tensor(times, dtype=torch.float32)
-    x, y, r, angle = (value[:, None, None] for value in trajectory(scene, t))      # (T, 1, 1)
+    x, y, r, angle = (value[:, None, None] for value in path)                      # (T, 1, 1)
     centre = (torch.arange(size) + .5) / size
     u = (centre[None, None, left:left + side] - x) / r                             # (T, 1, S)
     v = (centre[None, top:top + side, None] - y) / r                               # (T, S, 1)
@@ -216,7 +215,12 @@ def render(scene: dict, times, size: int = 64, window=None) -> torch.Tensor:
     cover = (.5 - distance * r * size).clamp(0, 1)[:, None]                        # (T, 1, S, S): share of a pixel covered
     shade = (.94 - .085 * (u + v)).clamp(0, 1.1)[:, None]                          # light falls from the upper left
     colour = torch.tensor(list(COLOURS.values())[scene["colour"]]).view(1, 3, 1, 1) / 255
-    frames = cover * (colour * shade).clamp(0, 1) + (1 - cover) * cut(render_ground(scene, size), window)
+    return cover * (colour * shade).clamp(0, 1) + (1 - cover) * cut(render_ground(scene, size), window)            # (T, 3, S, S)
+
+
+def render(scene: dict, times, size: int = 64, window=None) -> torch.Tensor:
+    """Frames of a scene at the given times (seconds), or a window of each. Returns uint8 (T, 3, size, size), or (T, 3, side, side)."""
+    frames = paint(scene, trajectory(scene, torch.as_tensor(times, dtype=torch.float32)), size, window)
     return (frames * 255).round().to(torch.uint8)                                  # (T, 3, S, S)
 
 
