@@ -596,7 +596,7 @@ def oscillating(high: float, low: float | None, steps: int, shift: float = 1.):
 def within(interval: tuple, guidance_scale: float):
     """A guidance scale as a function of t: 1 at most, the prompt alone, but where low < t <= high.       Limited interval (2404.07724)
 
-    Where nothing is guided, a step costs half. Above, where paths are decided, guidance makes things too fast; below, it bends outlines."""
+    Where nothing is guided, a step costs half; and there guidance, which is needed between, bends outlines."""
     low, high = interval
     return lambda t: guidance_scale if low < t <= high else min(guidance_scale, 1.)
 
