@@ -10,8 +10,8 @@ connections (1804.03999), and what a prompt's clips look like on average, as a p
 
     python base.py text.pt -o base.pt --frames 16 --fps 4 --steps 48 --guidance 2 --seed 0
 
-Read top to bottom: pseudo-3D layers, the U-Net, diffusion and its samplers; then the files and the command line that all
-stages share, and main.
+Read top to bottom: pseudo-3D layers, the U-Net, diffusion and its samplers, the base model. What follows is in no paper: errors, files
+and the command line, as all stages share them; and main.
 Shapes: (B, T, C, H, W) is a video, (B*T, C, H, W) are its frames, (B, L, D) is text.
 """
 import argparse
@@ -55,11 +55,11 @@ def zeroed(layer: nn.Module) -> nn.Module:
 
 
 class PseudoConv3d(nn.Conv2d):
-    """Conv_P3D(h) = Conv1D( Conv2D(h) . T ) . T                                       Make-A-Video, Eq. 2
+    """Conv_P3D(h) = Conv1D( Conv2D(h) o T ) o T, where o T swaps space and time       Make-A-Video, Eq. 2
 
-    A Conv2d of Stable Diffusion, parameter names included, and `over_time`, a convolution over frames that starts as the identity: two
-    calls, so that the input of the first, which is large for a large clip, can be freed before the second.
-    (B*T, C, H, W) -> (B*T, C', H, W), and over_time keeps that shape."""
+    A Conv2d of Stable Diffusion, names included, (B*T, C, H, W) -> (B*T, C', H, W); then `over_time`, a convolution over frames that
+    starts as the identity and keeps that shape. Two calls, so that the input of the first, large for a large clip, is freed before the
+    second."""
 
     def __init__(self, in_channels: int, out_channels: int, temporal: bool):
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -73,13 +73,14 @@ class PseudoConv3d(nn.Conv2d):
             return x
         N, C, H, W = x.shape
         x = x.permute(0, 2, 3, 1).reshape(N // frames, frames, H * W, C)            # (B, T, H*W, C)
-        x = F.conv2d(x.permute(0, 3, 1, 2), self.temporal.weight[..., None], self.temporal.bias, padding=(1, 0))
+        x = x.permute(0, 3, 1, 2)                                                   # (B, C, T, H*W)
+        x = F.conv2d(x, self.temporal.weight[..., None], self.temporal.bias, padding=(1, 0))       # 3 x 1: over T alone
         return x.permute(0, 2, 3, 1).reshape(N, H, W, C).permute(0, 3, 1, 2)        # (B*T, C, H, W)
 
 
 def attend(q, k, v, is_causal: bool = False):
     """softmax(q k^T / sqrt(d)) v, all (B, heads, L, d)."""
-    if len(q) >= 2 ** 16:  # attention over time has a sequence for each place, and CUDA's kernels take fewer
+    if len(q) >= 2 ** 16:  # over time there is a sequence for each pixel, and CUDA's kernels take fewer than 2^16
         return torch.cat([attend(*parts, is_causal) for parts in zip(*(x.split(2 ** 16 - 1) for x in (q, k, v)))])
     if q.device.type == "cpu" and torch.is_grad_enabled():  # where its backward is several times slower in bf16 than in fp32
         with torch.autocast("cpu", enabled=False):
@@ -88,7 +89,7 @@ def attend(q, k, v, is_causal: bool = False):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, N, C) to itself or to a context (B, L, D)."""
+    """Multi-head attention of x (B, N, C), N places or frames, to itself or to a context (B, L, D)."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
         super().__init__()
@@ -112,7 +113,7 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, 2 * inner)
 
-    def forward(self, x):  # two products: on a CPU, gelu of a half of one, which is not contiguous, is ten times slower
+    def forward(self, x):  # two products: half of a single one is not contiguous, and its gelu ten times slower on a CPU
         weight, bias = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
         return F.linear(x, weight[0], bias[0]) * F.gelu(F.linear(x, weight[1], bias[1]))
 
@@ -192,7 +193,7 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, emb=None, frames: int = 1):                                # (B*T, C, H, W), (B*T, E)
-        in_place = not torch.is_grad_enabled()  # large clips fill memory, and nobody else holds what a norm has made
+        in_place = not torch.is_grad_enabled()  # spares a copy of a large clip: nobody else holds a norm's output
         h = self.conv1.over_time(self.conv1(F.silu(self.norm1(x), in_place)), frames)
         if emb is not None:
             h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
@@ -251,12 +252,11 @@ class Embedding(nn.Module):
 
 
 class TemporalPrior(nn.Module):
-    """The mean of all clips that a prompt describes, frame by frame: (B, L, D), (B,) -> (B, T, C, H, W).
+    """The mean of all clips that a prompt describes, frame by frame: (B, L, D), (B,) -> (B, T, C, H, W). Not Make-A-Video's prior P.
 
-    Differs: in the papers attention has to find out how prompt, moment and place belong together. Neither "left" nor the number of a
-    frame tells where in the picture a thing is; only their product does. Here that product is a feature, and the mean is regressed
-    before the U-Net learns from video: at the noisiest timesteps, where motion is decided, it is the best possible prediction, and
-    the U-Net gets it as an input."""
+    Differs: the papers leave it to attention to relate prompt, moment and place. Where a thing is depends on their product, not on
+    "left" or on the frame number alone, so here the product is a feature. The mean is regressed first, then frozen and shown to the
+    U-Net: at the noisiest timesteps, where motion is decided, no prediction is better."""
 
     def __init__(self, context_dim: int, channels: int):
         super().__init__()
@@ -266,12 +266,12 @@ class TemporalPrior(nn.Module):
         self.rate, self.linear_1, self.linear_2 = nn.Linear(64, dim), nn.Linear(dim, dim), zeroed(nn.Linear(dim, channels))
 
     def forward(self, context, fps, T: int, H: int, W: int):
-        seconds = torch.arange(T, device=fps.device) / fps[:, None]                 # (B, T)
+        seconds = torch.arange(T, device=fps.device) / fps[:, None]                 # (B, T), below scaled to be some 15 radians long
         moment = self.moment(sinusoid(4 * seconds.flatten(), 64)).unflatten(0, seconds.shape)      # (B, T, D')
         y, x = (sinusoid(8 * (torch.arange(n, device=fps.device) + .5) / n, 32) for n in (H, W))   # (H, 32), (W, 32)
         place = self.place(torch.cat([y[:, None].expand(H, W, 32), x.expand(H, W, 32)], dim=-1))   # (H, W, D')
         prompt = self.prompt(self.norm(context[:, -1]))                             # (B, D'): the last token has seen the others
-        h = (moment * (1 + 4 * prompt[:, None]))[:, :, None, None] * (1 + 4 * place)               # (B, T, H, W, D')
+        h = (moment * (1 + 4 * prompt[:, None]))[:, :, None, None] * (1 + 4 * place)               # (B, T, H, W, D'): 1 +, each alone too
         h = F.silu(self.linear_1(h) + self.rate(sinusoid(fps, 64))[:, None, None, None])
         return self.linear_2(h).permute(0, 1, 4, 2, 3)                              # (B, T, C, H, W)
 
@@ -293,7 +293,7 @@ class UNetConfig:
     gates: bool = True                    # attention gates on the skips
     patch_size: int = 1                   # fold patches into channels around the network: what makes 256 px affordable
     level: bool = False                   # level of conditioning augmentation as an input: super-resolution
-    pooled: bool = False                  # last token as a further embedding: the only text that a network without attention gets
+    pooled: bool = False                  # last token as a further embedding: all the text that a network without attention gets
 
 
 class Level(nn.Module):
@@ -313,7 +313,7 @@ class Level(nn.Module):
     def join(self, i: int, x, skip):                                                # (B*T, C, H, W), (B*T, C', H, W)
         return torch.cat([x, self.gates[i](skip, x) if self.gates else skip], dim=1)               # (B*T, C + C', H, W)
 
-    def layer(self, i: int, x, skip, emb, context, frames: int):                    # (B*T, C, H, W), (B*T, C', H, W), (B*T, E)
+    def layer(self, i: int, x, skip, emb, context, frames: int):                    # (B*T, C, H, W), (B*T, C', H, W), (B*T, E), (B, L, D)
         x = self.resnets[i](x if skip is None else self.join(i, x, skip), emb, frames)
         if i < len(self.attentions):
             x = self.attentions[i](x, context)
@@ -384,14 +384,15 @@ class UNet(nn.Module):
         B, T, _, H, W = x.shape
         emb = self.time_embedding(t)                                                # (B, E)
         if level is not None:
-            emb = emb + self.level_embedding(100 * level)  # 0 to 100, where sinusoids tell one from another
+            emb = emb + self.level_embedding(100 * level)  # from 0 to 1 all sinusoids are much the same
         if self.config.pooled:
             emb = emb + self.text_embedding(context[:, -1])
+        if T > 1 and hasattr(self, "fps_embedding"):  # a picture has no frame rate
+            emb = emb + self.fps_embedding(fps)
         emb = emb.repeat_interleave(T, 0)                                           # (B*T, E)
-        if T > 1 and hasattr(self, "fps_embedding"):  # a picture has no frame rate, and no place among others
-            emb = emb + self.fps_embedding(fps).repeat_interleave(T, 0)
         recompute = self.gradient_checkpointing and self.training
-        through = lambda layer, *args: checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False) if recompute else layer(*args)
+        def through(layer, *args):
+            return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False) if recompute else layer(*args)
 
         shown = [video.flatten(0, 1) for video in (x, given) if video is not None]  # (B*T, C, H, W) each
         few = max(1, 2 ** 24 // shown[0][0].numel())  # frames at once in conv_in and conv_out: copies of a long clip would fill memory
@@ -414,7 +415,7 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
                 skip = skips.pop()
-                if not recompute:  # joined out here, both are freed before the layer runs
+                if not recompute:  # joined out here, both are freed before the layer runs; recomputing, the whole would be kept instead
                     x, skip = block.join(i, x, skip), None
                 x = through(block.layer, i, x, skip, emb, context, T)
             for upsample in block.upsamplers:
@@ -427,9 +428,9 @@ class UNet(nn.Module):
 # Diffusion: z_t = alpha_t x + sigma_t eps, with alpha^2 + sigma^2 = 1 and alpha_bar = alpha^2.
 
 def shifted(u: float, shift: float) -> float:
-    """u in 0...1, the share of the way into noise, moved to where the cosine schedule's sigma / alpha is `shift` times as large: training
-    and sampling spend their steps at the noise levels that decide most (sampling in interpolate.py alone does not). simple diffusion
-    (2301.11093), section 3.1, does so for larger pictures.
+    """Move u in 0...1, the share of the way into noise, to where the cosine schedule's sigma / alpha is `shift` times as large, so that
+    training and sampling (but for interpolate.py's) spend their steps where most is decided. simple diffusion (2301.11093), section
+    3.1, does so for larger pictures.
 
     Frames with independent noise show the same thing again and again: 16 of them at t = 844 reveal as much as one picture at t = 500,
     and which way a thing goes is decided among the noisiest levels. So shift is sqrt(frames). superres.py explains shifts below 1.
@@ -489,11 +490,12 @@ class Diffusion:
         return (weight * error.float().pow(2)).flatten(1).mean(1)
 
     def balance(self, t, like: torch.Tensor):
-        """A weight that makes all noise levels count about alike, of timesteps (B,), shaped to multiply `like`: 2 alpha_t sigma_t for v.
-        Errors of noise and of the clean x, where these are the target, are alpha_t and sigma_t times those of v.
+        """A weight of the target's squared error at timesteps (B,), shaped to multiply `like`, that makes all noise levels count about
+        alike: 2 alpha_t sigma_t for v. Errors of noise and of the clean x, where these are the target, are alpha_t and sigma_t times v's.
 
-        Next to no noise, v asks for detail that cannot be predicted, next to pure noise for a clip that z does not show: the error
-        at both ends is ten times that in the middle, where things and their paths take shape. Differs: the papers weigh all alike."""
+        Next to no noise, v asks for detail that cannot be predicted, next to pure noise for a clip that z does not show: its error at
+        both ends is ten times that in the middle, where things and their paths take shape. Differs: Imagen Video (Eq. 2) takes the
+        plain error of the noise that v implies, which is alpha_t^2 times that of v."""
         alpha, sigma = self.alpha_sigma(t, like)
         return 2 * alpha * sigma / {"v": 1, "epsilon": alpha, "sample": sigma}[self.target] ** 2
 
@@ -505,8 +507,8 @@ class Diffusion:
         return (sigma_s / sigma_t * z).addcmul_(alpha_s - sigma_s / sigma_t * alpha_t, x)
 
     def x_of_walk(self, predict, z, walk):
-        """The x with which one step of DDIM from z ends where K steps of predict(z, t) do, through the timesteps walk (B, K + 1): the
-        target of a student.
+        """A student's target: the x that takes z in one step of DDIM to where K steps of predict(z, t) lead, through the timesteps walk
+        (B, K + 1).
 
         x = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)   Imagen Video section 2.7, after 2202.00512"""
         t, s = walk[:, 0], walk[:, -1]
@@ -544,21 +546,21 @@ class Diffusion:
         which alone draws on gamma and seed. `threshold` is for pixels under guidance, `shift` says where most steps are. A label shows
         a progress bar."""
         with torch.no_grad():  # a decorator would keep the first z alive
-            timesteps = walk(steps, shift)
-            at = lambda i: torch.full((len(z),), timesteps[i], device=z.device)
-            x_before = None
-            for i in tqdm(range(len(timesteps)), desc=label, disable=not label, leave=False):
-                t = at(i)
+            timesteps, x_before, t_before = walk(steps, shift), None, None
+            at = lambda t: torch.full((len(z),), t, device=z.device)
+            for i, step in enumerate(tqdm(timesteps, desc=label, disable=not label, leave=False), start=1):
+                t = at(step)
                 x = self.x_of(predict(z, t), z, t)
                 x = dynamic_threshold(x) if threshold else x
-                if i == len(timesteps) - 1:  # no noise is left to step to
+                if i == len(timesteps):  # no noise is left to step to
                     return x
+                s = at(timesteps[i])
                 if sampler == "dpmpp":
-                    z, x_before = self.dpmpp_step(z, x, t, at(i + 1), x_before, at(i - 1)), x
+                    z, x_before, t_before = self.dpmpp_step(z, x, t, s, x_before, t_before), x, t
                 elif sampler == "ancestral":
-                    z = self.ancestral_step(z, x, t, at(i + 1), gamma, initial_noise(z.shape, seed + 1000003 * (i + 1)).to(z))
+                    z = self.ancestral_step(z, x, t, s, gamma, initial_noise(z.shape, seed + 1000003 * i).to(z))
                 else:
-                    z, x = self.ddim_step(z, x, t, at(i + 1)), None  # x is freed before the next is predicted
+                    z, x = self.ddim_step(z, x, t, s), None  # x is freed before the next is predicted
 
 
 def dynamic_threshold(x, share: float = .995):
@@ -566,14 +568,9 @@ def dynamic_threshold(x, share: float = .995):
     back without saturating.                                                         Imagen Video section 2.6.2
 
     x (B, T, C, H, W) in -1...1: one s for all frames of a video, so that none of them flickers."""
-    def percentile(video):  # torch.quantile ends at 2^24 numbers, and sorting 10^8 takes long: the bits of floats >= 0 are in
-        # the floats' own order, so one round counts by the upper half of them, and the next sorts within one bucket
-        magnitude, rank = video.abs().float().flatten(), math.ceil(share * video.numel())
-        upper = magnitude.view(torch.int32) >> 16                                   # (N,): exponent and seven bits more
-        upto = torch.bincount(upper, minlength=2 ** 15).cumsum(0)
-        bucket = int(torch.searchsorted(upto, rank))
-        return magnitude[upper == bucket].kthvalue(rank - int(upto[bucket - 1] if bucket else 0)).values
-    s = torch.stack([percentile(video) for video in x]).clamp(min=1).view(-1, *[1] * (x.ndim - 1)).to(x)
+    rank = lambda video: math.ceil(share * video.numel())
+    s = torch.stack([video.abs().float().flatten().kthvalue(rank(video)).values for video in x])  # torch.quantile ends at 2^24 numbers
+    s = s.clamp(min=1).view(-1, *[1] * (x.ndim - 1)).to(x)                          # (B, 1, 1, 1, 1)
     return x.clamp(-s, s) / s
 
 
@@ -594,11 +591,30 @@ def oscillating(high: float, low: float | None, steps: int, shift: float = 1.):
 
 
 def within(interval: tuple, guidance_scale: float):
-    """A guidance scale as a function of t: 1 at most, the prompt alone, but where low < t <= high.       Limited interval (2404.07724)
+    """A guidance scale as a function of t: `guidance_scale` where low < t <= high, elsewhere 1 at most, the prompt alone.
 
-    Where nothing is guided, a step costs half; and there guidance, which is needed between, bends outlines."""
+    An unguided step costs half; and outside the interval guidance bends outlines.   Limited interval (2404.07724)"""
     low, high = interval
     return lambda t: guidance_scale if low < t <= high else min(guidance_scale, 1.)
+
+
+def has_fast_bf16(device) -> bool:
+    """Does the hardware multiply bf16 natively? A CPU that does not is slower in bf16 than in fp32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = torch.cpu.get_capabilities()
+    return can.get("amx_bf16", False) or can.get("avx512_bf16", False)
+
+
+def fast_autocast(device):
+    """bf16 where that is fast, fp32 elsewhere."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_fast_bf16(device))
+
+
+def initial_noise(shape: tuple, seed: int) -> torch.Tensor:
+    """Standard normal (B, ...) on the CPU, one generator per video: video i does not depend on how many are made. (Where frames or steps have
+    noises of their own, their seeds are a large prime apart, so that those of neighbouring videos never meet.)"""
+    return torch.stack([torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed + i)) for i in range(shape[0])])
 
 
 def guided(unet: UNet, context, null_context, fps, guidance_scale, given=None, level=None):
@@ -622,7 +638,55 @@ def guided(unet: UNet, context, null_context, fps, guidance_scale, given=None, l
 
 
 # ------------------------------------------------------------------------------------------------
-# What every stage shares: errors in one line, the command line, and files that are whole or not there.
+# The base model itself.
+
+TINY = UNetConfig()
+SD15 = UNetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False), heads=8,
+                  context_dim=768, groups=32)
+
+
+def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
+    """Loss per video, (B,). batch: latents (B, T, 4, h, w), context (B, L, D), fps (B,), noise like latents, t (B,)."""
+    x, t = batch["latents"], batch["t"]
+    return diffusion.loss(lambda z, t: unet(z, t, batch["context"], batch["fps"]), x, batch["noise"], t, diffusion.balance(t, x))
+
+
+def prior_loss(prior: TemporalPrior, batch: dict) -> torch.Tensor:
+    """Squared error of the mean clip, (B,): least where the prediction is the mean. batch: latents, context, fps, as above."""
+    B, T, C, H, W = batch["latents"].shape
+    return (prior(batch["context"], batch["fps"], T, H, W) - batch["latents"]).float().pow(2).flatten(1).mean(1)
+
+
+GUIDANCE = 2.  # where no scale is asked for
+INTERVAL = (500, 844)  # timesteps at which a clip is guided: at 500 noise and clip are equal, 844 is the middle of its walk
+
+
+def usual(frames: int, steps: int | None = None, sampler: str | None = None) -> tuple[int, str]:
+    """Steps and sampler: those asked for, or what suits `frames` with independent noise. A clip needs many ancestral steps: their fresh
+    noise lets later steps correct a path that the noisiest got wrong, which DPM-Solver++ would keep. A picture has no path."""
+    usual_steps, usual_sampler = (48, "ancestral") if frames > 1 else (16, "dpmpp")
+    return steps or usual_steps, sampler or usual_sampler
+
+
+def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int | None = None,
+             guidance: float = GUIDANCE, sampler: str | None = None, gamma: float = 0., seed: int = 0, label: str = "",
+             shared_noise: bool = False, oscillate: float | None = None, interval: tuple | None = None):
+    """Latents of one video per prompt, (B, T, 4, side, side). Steps and sampler are the `usual` ones if not given. By default a clip is
+    guided within INTERVAL, a picture at all noise levels."""
+    independent = 1 if shared_noise else frames  # frames with noises of their own
+    (steps, sampler), shift = usual(independent, steps, sampler), math.sqrt(independent)
+    device = next(unet.parameters()).device
+    tokens, null = text["tokens"].to(device).float(), text["null_tokens"].to(device).float()
+    z = initial_noise((len(tokens), independent, unet.config.out_channels, side, side), seed).to(device)
+    z = z.expand(-1, frames, -1, -1, -1)                                            # (B, T, 4, side, side)
+    interval = interval or (INTERVAL if independent > 1 else (-1, 999))
+    scale = within(interval, guidance) if oscillate is None else oscillating(guidance, oscillate, steps, shift)
+    predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device), scale)
+    return diffusion.sample(predict, z, steps, sampler, gamma, seed, label, shift=shift).cpu()
+
+
+# ------------------------------------------------------------------------------------------------
+# What every stage shares, and no paper has: errors in one line, the command line, and files that are whole or not there.
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 MADE_BY = {"text": 'python text.py "a red star moving left" -o text.pt', "latents": "python base.py text.pt -o base.pt",
@@ -637,7 +701,7 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Help with the default of each flag that has one."""
 
     def _get_help_string(self, action):
-        shown = action.default is not None and action.default is not False and action.default != ""  # `in` would take 0 for False
+        shown = action.default not in (None, "") and action.default is not False    # `in` would take 0 for False
         return super()._get_help_string(action) if shown else action.help
 
 
@@ -679,7 +743,7 @@ def finite(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    """An argparse type: a whole number that every random generator accepts, with any offset added."""
+    """An argparse type: a whole number small enough for every random generator, offsets included."""
     if not (text.isascii() and text.isdigit() and int(text) < 2 ** 32):
         raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0 to 4294967295")
     return int(text)
@@ -707,8 +771,8 @@ def allocator(function: str, *values: int):
 
 def keep_freed_memory():
     """glibc returns the memory of every large tensor to the system, and new pages must be mapped and cleared for the next: a quarter of
-    the time of a stage on large frames. So keep freed blocks, but those of 32 MiB or more, which would fragment memory: for these
-    torch asks for pages of 2 MiB, which are mapped and cleared faster."""
+    the time of a stage on large frames. So blocks under 32 MiB are kept when freed. Larger ones would fragment memory; for these torch
+    asks for pages of 2 MiB, which are mapped and cleared faster."""
     allocator("mallopt", -3, 2 ** 25)                                               # M_MMAP_THRESHOLD, as large as it can be
     allocator("mallopt", -1, 2 ** 31 - 1)                                           # M_TRIM_THRESHOLD: smaller blocks are kept
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -856,9 +920,9 @@ def save_weights(path, stage: str, config: dict, model: nn.Module, **made_by):
 
 
 def load_weights(path, *stages: str) -> dict:
-    """Read what save_weights wrote for one of `stages`, and add `own`, a hash of these very weights, and `hash`, by which the weights that
-    build on them refer to them: the same, except that an autoencoder whose decoder alone was trained further keeps the hash of its
-    latents. A Stable Diffusion folder has the weights of stages image, vae and clip."""
+    """Read what save_weights wrote for one of `stages`, and add `own`, a hash of these very weights, and `hash`, by which later weights
+    refer to them. They differ only for an autoencoder whose decoder alone was trained further: its latents keep their name. A Stable
+    Diffusion folder has the weights of stages image, vae and clip."""
     if Path(path).is_dir():
         return stable_diffusion(Path(path), stages)
     remedy = f"train them with `python train.py {stages[0]}`"
@@ -883,8 +947,7 @@ SD_PARTS = {  # the folder of each stage, and what its config.json must say
 
 
 def weights_in(folder, name: str) -> Path:
-    """Where the weights of a stage are: NAME.pt in this folder; or, if there is none, the folder itself, where it is one of
-    Stable Diffusion's."""
+    """Where the weights of a stage are: NAME.pt in this folder, or else the folder itself if it is Stable Diffusion's."""
     folder, path = Path(folder), Path(folder) / f"{name}.pt"
     has_part = name in ("image", "base", "vae", "text") and (folder / "unet").is_dir()
     return folder if has_part and not path.is_file() else path
@@ -966,44 +1029,6 @@ def configure(config_class, values: dict, path):
         raise UserError(f"{path} is of another config: {str(error).split('__init__() ')[-1]}") from error
 
 
-def has_fast_bf16(device) -> bool:
-    """Does the hardware multiply bf16 natively? A CPU that does not is slower in bf16 than in fp32."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    can = torch.cpu.get_capabilities()
-    return can.get("amx_bf16", False) or can.get("avx512_bf16", False)
-
-
-def fast_autocast(device):
-    """bf16 where that is fast, fp32 elsewhere."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_fast_bf16(device))
-
-
-def initial_noise(shape: tuple, seed: int) -> torch.Tensor:
-    """Standard normal (B, ...) on the CPU, one generator per video: video i does not depend on how many are made."""
-    return torch.stack([torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed + i)) for i in range(shape[0])])
-
-
-# ------------------------------------------------------------------------------------------------
-# The base model itself.
-
-TINY = UNetConfig()
-SD15 = UNetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False), heads=8,
-                  context_dim=768, groups=32)
-
-
-def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
-    """Loss per video, (B,). batch: latents (B, T, 4, h, w), context (B, L, D), fps (B,), noise like latents, t (B,)."""
-    x, t = batch["latents"], batch["t"]
-    return diffusion.loss(lambda z, t: unet(z, t, batch["context"], batch["fps"]), x, batch["noise"], t, diffusion.balance(t, x))
-
-
-def prior_loss(prior: TemporalPrior, batch: dict) -> torch.Tensor:
-    """Squared error of the mean clip, (B,): least where the prediction is the mean. batch: latents, context, fps, as above."""
-    B, T, C, H, W = batch["latents"].shape
-    return (prior(batch["context"], batch["fps"], T, H, W) - batch["latents"]).float().pow(2).flatten(1).mean(1)
-
-
 def load(path=WEIGHTS / "base.pt", device="cpu", stages: tuple = ("base", "image")):
     """The U-Net of any stage's weights, ready to sample, its Diffusion, and the weights' dict."""
     weights = load_weights(path, *stages)
@@ -1027,34 +1052,6 @@ def build(weights: dict, path, **changes):
     config, diffusion = read_config(weights, path)
     may_lack = UNet.is_inflation if changes or "settings" in weights else lambda name: False
     return fill(UNet(replace(config, **changes)), weights, path, may_lack), diffusion
-
-
-GUIDANCE = 2.  # where no scale is asked for
-INTERVAL = (500, 844)  # where a clip is guided: from the middle of its walk of moved steps to where noise and clip are equal
-
-
-def usual(frames: int, steps: int | None = None, sampler: str | None = None) -> tuple[int, str]:
-    """Steps and sampler: those asked for, or what suits `frames` with independent noise. A clip needs many ancestral steps: their fresh
-    noise lets later steps correct a path that the noisiest got wrong, which DPM-Solver++ would keep. A picture has no path."""
-    usual_steps, usual_sampler = (48, "ancestral") if frames > 1 else (16, "dpmpp")
-    return steps or usual_steps, sampler or usual_sampler
-
-
-def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int, fps: float, side: int = 8, steps: int | None = None,
-             guidance: float = GUIDANCE, sampler: str | None = None, gamma: float = 0., seed: int = 0, label: str = "",
-             shared_noise: bool = False, oscillate: float | None = None, interval: tuple | None = None):
-    """Latents of one video per prompt, (B, T, 4, side, side). Steps and sampler are the `usual` ones if not given; guided is a clip within
-    INTERVAL then, a picture at all noise levels."""
-    independent = 1 if shared_noise else frames  # frames with noises of their own
-    (steps, sampler), shift = usual(independent, steps, sampler), math.sqrt(independent)
-    device = next(unet.parameters()).device
-    tokens, null = text["tokens"].to(device).float(), text["null_tokens"].to(device).float()
-    z = initial_noise((len(tokens), independent, unet.config.out_channels, side, side), seed).to(device)
-    z = z.expand(-1, frames, -1, -1, -1)                                            # (B, T, 4, side, side)
-    interval = interval or (INTERVAL if independent > 1 else (-1, 999))
-    scale = within(interval, guidance) if oscillate is None else oscillating(guidance, oscillate, steps, shift)
-    predict = guided(unet, tokens, null, torch.full((len(tokens),), fps, device=device), scale)
-    return diffusion.sample(predict, z, steps, sampler, gamma, seed, label, shift=shift).cpu()
 
 
 def remark_rate(fps: float, frames: int):

@@ -127,9 +127,11 @@ STEPS = 8  # of sampling a window: a blend is nearly right to begin with, and 16
 
 def fill(unet: UNet, diffusion: Diffusion, x, known, noise, said: dict, fps, steps: int = STEPS, guidance: float = 1.,
          sampler: str = "dpmpp", label: str = ""):
-    """Fill in the unknown frames of windows. x and noise (B, T, 4, h, w), known (B, T) bool, fps (B,); returns x, filled in."""
+    """Fill in the unknown frames of windows. x and noise (B, T, 4, h, w), known (B, T) bool, fps (B,); returns x, filled in. What
+    guidance there is, is within base.INTERVAL."""
     at = known[:, :, None, None, None]                                              # (B, T, 1, 1, 1)
-    clean = predict_with(unet, given(x, known), said["tokens"], said["null_tokens"], fps, guidance)
+    scale = base.within(base.INTERVAL, guidance)
+    clean = predict_with(unet, given(x, known), said["tokens"], said["null_tokens"], fps, scale)
     predict = lambda z, t: clean(torch.where(at, diffusion.add_noise(x, noise, t), z), t)
     return torch.where(at, x, diffusion.sample(predict, noise, steps, sampler, label=label))
 

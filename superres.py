@@ -41,6 +41,7 @@ def blur(video, sigma: float):
     x = torch.arange(-reach, reach + 1, device=video.device, dtype=video.dtype)
     kernel = torch.softmax(-x ** 2 / (2 * sigma ** 2), 0).expand(video.shape[2], 1, 1, -1)         # (C, 1, 1, K)
     frames = F.pad(video.flatten(0, 1), (reach,) * 4, mode="replicate")                            # (B*T, C, H+2r, W+2r)
+    frames = frames.contiguous(memory_format=torch.channels_last)  # in which a CPU blurs twice as fast
     with torch.autocast(video.device.type, enabled=False):  # the same in training and in sampling
         frames = F.conv2d(F.conv2d(frames, kernel, groups=len(kernel)), kernel.transpose(2, 3), groups=len(kernel))
     return frames.unflatten(0, video.shape[:2])                                                    # (B, T, C, H, W)
@@ -55,7 +56,7 @@ def enlarge(small, scale: int, level):
     B, T, C, h, w = small.shape
     large = F.interpolate(small.flatten(0, 1), scale_factor=scale, mode="bilinear").unflatten(0, (B, T))   # (B, T, C, H, W)
     level = level.view(-1, 1, 1, 1, 1).to(large)
-    return large + level * (blur(large, scale * .75) - large) if level.any() else large
+    return large.lerp(blur(large, scale * .75), level) if level.any() else large
 
 
 # ------------------------------------------------------------------------------------------------

@@ -823,10 +823,12 @@ def test_the_interpolator_is_told_prompt_and_rate_and_can_be_guided():
     batch = {"latents": clips, "noise": clips, "t": t, "context": said["tokens"], "fps": fps, "known": known.expand(2, 16)}
     (at, heard, rate, *_), = told(model, lambda: interpolate.loss(model, diffusion, batch))
     assert torch.equal(at, t) and torch.equal(heard, said["tokens"]) and torch.equal(rate, fps)
-    fill = lambda **how: interpolate.fill_timeline(model, diffusion, clips, known, said, 24., steps=2, **how)
+    fill = lambda **how: interpolate.fill_timeline(model, diffusion, clips, known, said, 24., steps=4, **how)
     calls = told(model, fill)
-    assert len(calls) == 2 and all(torch.equal(heard, said["tokens"]) and (rate == 24).all() for _, heard, rate, *_ in calls)
+    assert len(calls) == 4 and all(torch.equal(heard, said["tokens"]) and (rate == 24).all() for _, heard, rate, *_ in calls)
     assert not torch.allclose(fill(), fill(guidance=4.), atol=1e-2)
+    calls = told(model, lambda: fill(guidance=4.))
+    assert [int(t[0]) for t, heard, *_ in calls if len(heard) == 4] == [t for t in base.walk(4) if 500 < t <= 844]  # as a clip of base is
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -856,7 +858,7 @@ def test_a_fresh_interpolator_says_the_blend(how):
     assert diffusion.target == "sample" and not (model.state_dict().keys() ^ video.state_dict().keys())
     x, known = interpolate.timeline(torch.randn(2, 6, 4, 4, 4), **how)
     said = {"tokens": torch.randn(2, 6, 128), "null_tokens": torch.randn(1, 6, 128)}
-    made = interpolate.fill_timeline(model.eval(), diffusion, x, known, said, 8., steps=2, guidance=3.)
+    made = interpolate.fill_timeline(model.eval(), diffusion, x, known, said, 8., steps=4, guidance=3.)
     torch.testing.assert_close(made, interpolate.blends(x, known.expand(2, -1)))
 
 
@@ -2480,7 +2482,7 @@ def test_the_program_tells_the_interpolator_the_rate_it_makes(stages, monkeypatc
     for argv in (["latents.pt", "--skip", "5"], ["latents.pt", "--extend", "3"], ["text.pt", "--animate", "picture.png", "--fps", "8"]):
         interpolate.main([*argv, "-o", "out.pt", "--device", "cpu"])
         assert base.load_stage("out.pt", "latents")["fps"] == asked[-1][0]
-    assert asked == [(20., 1.), (4., 1.), (8., base.GUIDANCE)]                      # a picture without guidance hardly heeds its prompt
+    assert asked == [(20., 1.), (4., 1.), (8., base.GUIDANCE)]                      # a picture does not show where it goes: its prompt says so
 
 
 @pytest.mark.parametrize("name", sample.CASCADES)
@@ -3028,18 +3030,26 @@ def shape_psnr(video: torch.Tensor, factors: tuple) -> torch.Tensor:
 
 
 def evaluate_outlines(args):
-    """Has the object its shape in every frame, or something like it?"""
+    """Has the object its shape in every frame, or something like it? In clips made of a prompt, in stills animated, and in true clips that
+    only went through the autoencoder."""
     kinds = {"sliding": range(4), "spinning": [MOTIONS.index("spinning")], "all others": range(4, 8)}
     count, every = max(1, args.prompts // 8), factors_of(["held-out"], [0], 16 * args.prompts)
     print("\nOutlines: each frame at 4 fps against the nearest picture of its shape, held-out triples on black, in dB")
-    print(f"  {'':12s} clips   mean   worst tenth   first, last frame   rendered and decoded")
-    autoencoder, _ = vae.load(device=DEVICE)
+    print(f"  {'':12s} clips   mean   worst tenth   first, last frame   stills animated   rendered and decoded")
+    (autoencoder, _), (clip, tokenizer, _) = vae.load(device=DEVICE), text.load()
     for name, motions in kinds.items():
         factors = [f for f in every if f[2] in motions][:count]
-        truth = vae.decode_video(autoencoder, vae.encode_video(autoencoder, render_all(scenes_of(factors), np.arange(16) / 4)))
-        ours, best = (torch.stack(list(map(shape_psnr, videos, factors))) for videos in (make(factors, label=name, **asked_of(args)), truth))   # (N, T)
+        of_shape = lambda videos: torch.stack(list(map(shape_psnr, videos, factors)))               # (N, T)
+        ours = of_shape(make(factors, label=name, **asked_of(args)))
+        z = vae.encode_video(autoencoder, render_all(scenes_of(factors), np.arange(16) / 4))
+        best, animated = of_shape(vae.decode_video(autoencoder, z)), ours.new_tensor(math.nan)
+        if have("interpolate"):
+            unet, diffusion, _ = interpolate.load(device=DEVICE)
+            said, still = text.encode(clip, tokenizer, [in_words(f) for f in factors]), interpolate.timeline(z[:, :1], after=15)
+            animated = of_shape(vae.decode_video(autoencoder, interpolate.fill_timeline(unet, diffusion, *still, said, 4., guidance=args.guidance)))[:, 1:]
         worst = ours.flatten().sort().values[:-(-ours.numel() // 10)]
-        print(f"  {name:12s} {len(factors):4d}   {ours.mean():5.1f}     {worst.mean():5.1f}        {ours[:, 0].mean():5.1f}, {ours[:, -1].mean():5.1f}            {best.mean():5.1f}")
+        print(f"  {name:12s} {len(factors):4d}   {ours.mean():5.1f}     {worst.mean():5.1f}        {ours[:, 0].mean():5.1f}, {ours[:, -1].mean():5.1f}"
+              f"           {animated.mean():5.1f}            {best.mean():5.1f}", flush=True)
 
 
 def evaluate_rate(args):
@@ -3199,11 +3209,11 @@ def compare(args):
             "": cascade,
             "parameters": f"{sum(t.numel() for w in weights.values() for t in w['model'].values()) / 1e6:.1f} M",
             "minutes of its last two trainings": f"{sum(w['made_by'].get('minutes', 0) + w['made_by'].get('init_minutes', 0) for w in weights.values()):.0f}",
-            "denoising steps, guided ones twice": str(evaluations["base"] + sum(evaluations[own] for _, _, own, _ in stages)),
+            "network evaluations per video": str(evaluations["base"] + sum(evaluations[own] for _, _, own, _ in stages)),
             "seconds per video": f"{np.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})",
             "peak memory": f"{max(memory):.1f} GiB"}
         for part, share in zip(("base", "last stage"), both):
-            rows[cascade] |= {f"{what}, after the {part}": f"{100 * share[what]:.0f} %" for what in ("colour", "shape", "motion", "nearest", "ground")}
+            rows[cascade][f"as the prompt says, after the {part}"] = f"{100 * share['first three']:.0f} %"
         rows[cascade] |= {f"flicker of still ground (n = {len(flicker)})": f"{np.mean(flicker):.2f}/255",
                           "and with --independent-noise": f"{np.mean(independent):.2f}/255" if independent else "as it is"}
     for cascade, known in against_truth().items():
@@ -3345,11 +3355,12 @@ SHOWN = ["a red circle moving left", "a yellow triangle growing", "a cyan square
          "a pink cross circling on grass", "a green square spinning on bricks"]
 
 
-def close_up(picture: torch.Tensor, at, side: int = 384) -> torch.Tensor:
-    """A half of the picture (3, S, S) each way, about a point of the unit square, every pixel as large as `side` asks."""
-    half, S = picture.shape[-1] // 2, picture.shape[-1]
-    cut = train.cut(picture, train.window_about(*map(float, at), half, S))
-    return cut.repeat_interleave(side // half, 1).repeat_interleave(side // half, 2)
+def close_up(picture: torch.Tensor, at, zoom: int = 2, side: int = 384) -> torch.Tensor:
+    """A window of the picture or clip (..., 3, S, S), 1/zoom of its side, about a point of the unit square; every pixel as large as `side` asks."""
+    S = picture.shape[-1]
+    window = train.cut(picture, train.window_about(*map(float, at), S // zoom, S))
+    times = side * zoom // S
+    return window.repeat_interleave(times, -2).repeat_interleave(times, -1)
 
 
 def draw_cascade(assets: Path, prompt: str = "a red star moving left on sand"):
@@ -3366,16 +3377,19 @@ def draw_cascade(assets: Path, prompt: str = "a red star moving left on sand"):
 
 
 def draw_between(assets: Path):
-    """Held-out clips of which every fifth frame is known: that frame again and again, linear blends, ours, the truth."""
+    """From one keyframe to the next in two held-out clips, close up: the first repeated, linear blends, ours, the truth."""
     (unet, diffusion, _), (autoencoder, _), (clip, tokenizer, _) = interpolate.load(device=DEVICE), vae.load(device=DEVICE), text.load()
-    factors, rows = factors_of(["held-out"], [0], 200), []
+    factors, columns = factors_of(["held-out"], [0], 200), []
     for f in [next(f for f in factors if f[2] == motion) for motion in (1, 7)]:
-        z = vae.encode_video(autoencoder, train.render(scene_of(f, 3), np.arange(16) / 20)[None])  # keyframes at 4 fps, as the cascade has them
+        scene, times = scene_of(f, 3), np.arange(16) / 20                           # keyframes at 4 fps, as the cascade has them
+        z = vae.encode_video(autoencoder, train.render(scene, times)[None])
         x, known = interpolate.timeline(z[:, ::5], 5)
         made = interpolate.fill_timeline(unet, diffusion, x, known, text.encode(clip, tokenizer, [in_words(f)]), 20.)
         truth, made = (vae.decode_video(autoencoder, video) for video in (z, made))                 # (1, 16, 3, 64, 64)
-        rows += [truth[:, [t // 5 * 5 for t in range(16)]], blend(truth, 5), made, truth]
-    vae.write_picture(assets / "between.png", vae.contact_sheet(torch.cat(rows)))
+        at = [float(axis.mean()) for axis in trajectory(scene, torch.tensor(times[:6]))[:2]]
+        rows = torch.cat([truth[:, [0] * 5 + [5]], blend(truth, 5)[:, :6], made[:, :6], truth[:, :6]])
+        columns.append(vae.contact_sheet(close_up(rows, at, side=128)))
+    vae.write_picture(assets / "between.png", torch.cat(columns, dim=2))
 
 
 def draw_enlarged(assets: Path):
@@ -3386,9 +3400,9 @@ def draw_enlarged(assets: Path):
         (unet, diffusion, stage), columns = upscaler(which), []
         for scene in scenes:
             small, large = (train.render(scene, [1., 1.05], size) for size in (side, stage.scale * side))
-            at = [float(axis[0]) for axis in trajectory(scene, torch.ones(1))[:2]]
+            x, y, radius, _ = (float(axis[0]) for axis in trajectory(scene, torch.ones(1)))
             ours = superres.upscale(unet, diffusion, stage, small, 20.)
-            columns.append(torch.cat([close_up(video[0], at) for video in (bicubic(small, stage.scale), ours, large)], dim=1))
+            columns.append(torch.cat([close_up(video[0], (x, y - radius), 4) for video in (bicubic(small, stage.scale), ours, large)], dim=1))
         vae.write_picture(assets / f"{which}.png", torch.cat(columns, dim=2))
     small = train.render(scenes[1] | {"ground": 2}, [1., 1.05], 256)
     for independent in (False, True):

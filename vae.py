@@ -190,7 +190,7 @@ def to_float(pixels: torch.Tensor) -> torch.Tensor:
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
     """float -1...1 -> uint8 0...255"""
-    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return (pixels.float() + 1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def in_chunks(function, frames: torch.Tensor, factor: int, device, label: str) -> torch.Tensor:
