@@ -612,8 +612,8 @@ def fast_autocast(device):
 
 
 def initial_noise(shape: tuple, seed: int) -> torch.Tensor:
-    """Standard normal (B, ...) on the CPU, one generator per video: video i does not depend on how many are made. (Where frames or steps have
-    noises of their own, their seeds are a large prime apart, so that those of neighbouring videos never meet.)"""
+    """Standard normal (B, ...) on the CPU, one generator per video: video i does not depend on how many are made. Steps and frames with
+    noises of their own have seeds a large prime apart, so that those of neighbouring videos never meet."""
     return torch.stack([torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed + i)) for i in range(shape[0])])
 
 
@@ -886,30 +886,26 @@ def load_stage(path, kind: str) -> dict:
     keys = {"kind", "data", "text", "prompts", "fps", "seed", "history", "vae", "size"}
     want(stage.get("format") == 1 and keys <= stage.keys(), "no stage file of format 1")
     want(stage["kind"] == kind, f"holds {stage['kind']} where {kind} {'is' if kind == 'text' else 'are'} wanted")
-    data, text, tensors = stage["data"], stage["text"], []
-    want(isinstance(stage["prompts"], list), "its prompts are no list")
+    data, text, prompts, fps, size = (stage[key] for key in ("data", "text", "prompts", "fps", "size"))
+    want(isinstance(prompts, list), "its prompts are no list")
     if kind != "text":
         is_tensor = isinstance(data, torch.Tensor)
         got = f"{data.dtype} {tuple(data.shape)}" if is_tensor else type(data).__name__
-        wanted = "float (B, T, 4, h, w)" if kind == "latents" else "torch.uint8 (B, T, 3, H, W)"
+        wanted, channels = ("float (B, T, 4, h, w)", 4) if kind == "latents" else ("torch.uint8 (B, T, 3, H, W)", 3)
         right_type = is_tensor and (data.is_floating_point() if kind == "latents" else data.dtype == torch.uint8)
-        right_shape = right_type and data.ndim == 5 and data.numel() and data.shape[2] == (4 if kind == "latents" else 3)
-        want(right_shape, f"data is {got} where {wanted} is wanted")
-        want(len(data) == len(stage["prompts"]), f"holds {len(data)} clips and {len(stage['prompts'])} prompts")
-        fps = stage["fps"]
+        want(right_type and data.ndim == 5 and data.numel() and data.shape[2] == channels, f"data is {got} where {wanted} is wanted")
+        want(kind == "pixels" or data.isfinite().all(), "holds NaN or infinite values")
+        want(len(data) == len(prompts), f"holds {len(data)} clips and {len(prompts)} prompts")
         want(isinstance(fps, float) and 0 < fps < math.inf, f"fps is {fps} where a positive number is wanted")
-        size = stage["size"]
         pair = isinstance(size, tuple) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
         want(size is None or pair, f"size is {size} where (H, W) is wanted")
-        tensors = [data] if kind == "latents" else []
     if kind == "text" or text is not None:
         parts = ("tokens", "pooled", "null_tokens", "null_pooled")
         whole = isinstance(text, dict) and "encoder" in text and all(isinstance(text.get(part), torch.Tensor) for part in parts)
         want(whole and all(text[part].is_floating_point() for part in parts), f"text lacks one of encoder, {', '.join(parts)}")
-        want(text["tokens"].ndim == 3 and text["tokens"].numel() and len(text["tokens"]) == len(stage["prompts"])
+        want(text["tokens"].ndim == 3 and text["tokens"].numel() and len(text["tokens"]) == len(prompts)
              and text["null_tokens"].shape == (1, *text["tokens"].shape[1:]), "text has not one (L, D) of tokens per prompt")
-        tensors += [text[part] for part in parts]
-    want(all(tensor.isfinite().all() for tensor in tensors), "holds NaN or infinite values")
+        want(all(text[part].isfinite().all() for part in parts), "holds NaN or infinite values")
     return stage
 
 
@@ -1089,8 +1085,8 @@ def main(argv=None):
     parser.add_argument("--interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="guide at timesteps above LOW, up to HIGH, alone; "
                         f"{INTERVAL[0]} {INTERVAL[1]} if not given, or all for a picture, with --shared-noise and with --oscillate")
     parser.add_argument("--oscillate", type=finite, metavar="LOW", help="in the second half, guide every other step by this scale")
-    parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral"), help="DPM-Solver++(2M), DDIM, or with fresh noise at each "
-                        "step; ancestral if not given, or dpmpp for a picture and with --shared-noise")
+    parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral"), help="DPM-Solver++(2M), DDIM, or ancestral, with fresh noise "
+                        "at each step; ancestral if not given, or dpmpp for a picture and with --shared-noise")
     parser.add_argument("--gamma", type=finite, default=0., help="variance of ancestral: 0 is its lower bound, 1 its upper one")
     parser.add_seed()
     parser.add_device()

@@ -19,7 +19,7 @@ is that of superres.py, at a scale of one.
 The network sees 16 frames at once, so a long timeline is filled window by window: each begins a stride after the one before
 and is shown what that made. The papers do not say how; a stride of 10 leaves six frames in common (seven windows for 76
 frames), and `--parallel` fills five windows at once that share only keyframes: faster, and free to disagree between them. Either
-way, what lies behind the last keyframe of a window is left to the next, which knows what follows.
+way, what comes after the last keyframe of a window is left to the next, which knows what follows.
 """
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +53,7 @@ def inflate(weights: dict) -> dict:
 
 def blends(x, known):
     """The known frames of x (B, T, C, h, w), and linear blends of the nearest two elsewhere; before the first and after the last known
-    frame stands that one. known (B, T), one in each video at least."""
+    frame it is that one. known (B, T), one in each video at least."""
     T, known = x.shape[1], known.bool()
     at = torch.arange(T, device=x.device).expand_as(known)                          # (B, T)
     before = torch.where(known, at, -1).cummax(1).values                            # (B, T): the last known frame so far, -1 for none
@@ -79,8 +79,8 @@ def predict_with(unet: UNet, beside, context, null_context, fps, guidance_scale=
 
     Differs: from noise, which is what is usually predicted. But a blend of latents is nearly right already: decoded, it is some
     6 dB above the blend of the decoded frames. A fresh network, whose output is zero, starts there."""
-    said = base.guided(unet, context, null_context, fps, guidance_scale, beside)
-    return lambda z, t: beside[:, :, :-1] + said(z, t)                              # (B, T, 4, h, w)
+    predict = base.guided(unet, context, null_context, fps, guidance_scale, beside)
+    return lambda z, t: beside[:, :, :-1] + predict(z, t)                           # (B, T, 4, h, w)
 
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
@@ -98,7 +98,7 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
 
 
 def random_known(rng, frames: int = WINDOW) -> torch.Tensor:
-    """A mask to train on, (T,) bool: every k-th frame, half the time behind frames that an earlier window made; or a beginning,
+    """A mask to train on, (T,) bool: every k-th frame, half the time after a run of frames that an earlier window made; or a beginning,
     an end, both ends, the first frame alone, or any one."""
     at, k, n = torch.arange(frames), rng.integers(2, 7), rng.integers(1, frames)
     kind = rng.choice(["every", "beginning", "end", "ends", "first", "one"], p=[.3, .3, .1, .05, .2, .05])
@@ -112,13 +112,13 @@ def random_known(rng, frames: int = WINDOW) -> torch.Tensor:
 # Sampling: one window, then a timeline of them.
 
 def windows(known, stride: int) -> list:
-    """Where windows begin, of a timeline whose frames are known (T,) or not: a stride apart, but no later than the last known frame of
-    the window before where more are known behind that; the last slid back to end at the last frame."""
+    """The first frame of each window over a timeline, whose frames are known (T,) or not: a stride after the one before, or sooner, on the
+    last known frame of that, if more known ones follow its end. The last window ends at the last frame."""
     starts, last = [0], len(known) - WINDOW
     while starts[-1] < last:
         start = starts[-1]
-        within = [i for i in range(start + 1, start + WINDOW) if known[i]] if known[start + WINDOW:].any() else []
-        starts.append(min(start + stride, last, *within[-1:]))
+        inside = [i for i in range(start + 1, start + WINDOW) if known[i]] if known[start + WINDOW:].any() else []
+        starts.append(min(start + stride, last, *inside[-1:]))
     return starts
 
 
@@ -140,8 +140,8 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, said: dict, fps: f
                   label: str = "", **sampling):
     """Fill in timelines of any length. x (B, T, 4, h, w) holds the known frames in place, known (T,) bool says where.
 
-    One window after another, away from what is known, each shown the frames that those before it made; or all at once, in parallel,
-    shown the known frames alone, each beginning at the last of those of the one before. Raises UserError where a window knows none."""
+    One window after another, away from what is known, each shown what the earlier ones made; or all at once, in parallel, shown the known
+    frames alone, each starting on the last known one of the window before. Raises UserError where a window knows none."""
     device = next(unet.parameters()).device
     B, T = x.shape[:2]
     noise = base.initial_noise(x.shape, seed).to(device)  # of the timeline: windows that share a frame share its noise
@@ -162,8 +162,8 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, said: dict, fps: f
                       label=label and f"{label} window {i + 1} of {1 if parallel else len(starts)}", **sampling)
         for start, frames in zip(group, filled.split(B)):                           # (B, 16, 4, h, w)
             end = start + WINDOW
-            last_known = max(i for i in range(start, min(end, T)) if made[i])
-            if made[end:].any() and last_known >= following[start]:  # what lies behind is for the next window, which knows what follows
+            last_known = max(at for at in range(start, min(end, T)) if made[at])
+            if made[end:].any() and last_known >= following[start]:  # the rest is for the next window, which knows what follows
                 end = last_known + 1
             x[:, start:end] = torch.where(made[start:end, None, None, None], x[:, start:end], frames[:, :end - start])
             made[start:end] = True
@@ -190,7 +190,7 @@ TSR = {"tsr-32": superres.Stage(1, replace(DOUBLE, patch_size=1), level=0., pixe
 
 def double(video):
     """A clip uint8 (..., T, 3, H, W) at twice the rate, twice: (..., 2*T, 6, H, W). At 2i, both halves of the channels are frame i; at
-    2i + 1, the first three are frame i, the last three frame i + 1 (behind the last frame, that again).
+    2i + 1, the first three are frame i, the last three frame i + 1 (after the last frame, that again).
 
     Differs: Imagen Video repeats frame i alone."""
     after = torch.cat([video[..., 1:, :, :, :], video[..., -1:, :, :, :]], dim=-4)  # (..., T, 3, H, W)
@@ -237,7 +237,8 @@ def main(argv=None):
     parser.add_device()
     args = parser.parse_args(argv)
     base.check_out(args.out, (".pt",))
-    args.guidance = args.guidance if args.guidance is not None else base.GUIDANCE if args.animate else 1.
+    if args.guidance is None:
+        args.guidance = base.GUIDANCE if args.animate else 1.
     args.sampler = args.sampler or ("ddim" if args.double else "dpmpp")
     if not args.double:  # whose weights say how many they want
         args.steps = args.steps or STEPS
@@ -263,7 +264,7 @@ def main(argv=None):
         stage = load_stage(args.input, "latents")
     x, known = timeline(stage["data"].float(), args.skip or 1, args.extend_before or 0, args.extend or 15 * bool(args.animate))
     if known.all():
-        raise UserError(f"there is nothing between {stage['data'].shape[1]} frames at --skip {args.skip}; --extend goes on behind them")
+        raise UserError(f"there is nothing between {stage['data'].shape[1]} frames at --skip {args.skip}; --extend goes on after them")
     if stage["vae"] != made_by["vae"]:
         raise UserError(f"{args.animate or args.input}: latents of autoencoder {stage['vae']}, but the weights were trained on {made_by['vae']}")
     said = stage["text"]

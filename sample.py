@@ -57,15 +57,16 @@ def cascade(args, prompts: list, folder: Path) -> list:
     if lacking and not args.until:  # as far as the weights go, and the decoder
         base.note(f"{args.weights / chosen[lacking[0]][2]}.pt is not there: stopping before {chosen[lacking[0]][0]}")
         chosen = [stage for i, stage in enumerate(chosen) if i < lacking[0] or stage[0] == "decode"]
-    for name in ["interpolate"] * bool(args.animate) + [own for _, _, own, _ in chosen]:
+    for name in (["interpolate"] if args.animate else []) + [own for _, _, own, _ in chosen]:
         if missing(name):
             raise UserError(f"{args.weights / name}.pt: no such weights; train them with `python train.py {name}`, or stop before with --until")
     file = lambda name: str(folder / f"{name}.pt")
     weights_flag = lambda name, main: ["--weights", str(args.weights if main is interpolate.main else weights(name))]
     seed = ["--seed", str(args.seed)]
-    how = ["--fps", str(args.fps), *["--steps", str(args.steps)] * bool(args.steps), "--guidance", str(args.guidance), *seed]
+    steps = ["--steps", str(args.steps)] if args.steps else []
+    how = ["--fps", str(args.fps), *steps, "--guidance", str(args.guidance), *seed]
     keyframes = ("base", base.main, [file("text"), *weights_flag("base", base.main), "--frames", str(args.frames), *how,
-                                     *["--shared-noise"] * args.shared_noise], [file("text"), weights("base")])
+                                     *(["--shared-noise"] if args.shared_noise else [])], [file("text"), weights("base")])
     if args.animate:
         keyframes = ("base", interpolate.main, [file("text"), *weights_flag("", interpolate.main), "--animate", str(Path(args.animate)), *how],
                      [file("text"), weights("interpolate"), weights("vae"), args.animate])
@@ -148,11 +149,11 @@ def main(argv=None):
     parser.add_argument("--guidance", type=base.finite, default=base.GUIDANCE, help="classifier-free guidance scale; 1 is none")
     parser.add_argument("-o", "--out", default="out", help="a folder, or a file: .mp4, .gif, or .png for one contact sheet of all")
     parser.add_argument("--cascade", choices=CASCADES, default="make-a-video", help="whose design goes on from the keyframes of base")
-    parser.add_argument("--until", metavar="STAGE", help="where the cascade stops, as far as there are weights if not given: base "
-                        "has 16 frames of 64 x 64, then make-a-video: interpolate 76, low 256 x 256, high 768 x 768; imagen-video: tsr-N N frames, ssr-N N x N")
+    parser.add_argument("--until", metavar="STAGE", help="where the cascade stops; as far as there are weights if not given. base, then "
+                        "interpolate, low, high, or with imagen-video tsr-32, ssr-128, ssr-256, tsr-64, tsr-128, ssr-768")
     parser.add_argument("--animate", metavar="PICTURE", help="bring this picture to life, instead of starting from noise")
     parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file in this folder")
-    parser.add_argument("--shared-noise", action="store_true", help="start every frame from the same noise")
+    parser.add_argument("--shared-noise", action="store_true", help="start every frame from the same noise: without training on video, one picture over and over")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, ours or Stable Diffusion 1.x's")
     parser.add_seed()
     parser.add_device()

@@ -2,9 +2,9 @@
 
 Make-A-Video (2209.14792) sections 3.1-3.2. SR_l (`low`) is a space-time network, so that detail it invents agrees over time. SR_h
 (`high`) is too big for that and works on single frames; what keeps it from flickering is that every frame starts from the same
-noise, as here those of `low` do too. Imagen Video (2210.02303) sections 2.2-2.3: SSR, three space-time networks in smaller steps,
-all of which hear the prompt, the first two with attention within a frame. Its frames keep noises of their own: temporal
-convolution makes them agree.
+noise, as here those of `low` do too. Imagen Video (2210.02303) sections 2.2-2.3: SSR, three space-time networks (x 2, x 4, x 4 there;
+x 2, x 2, x 3 here), all of which hear the prompt, the first two with attention within a frame. Its frames keep noises of their own:
+temporal convolution makes them agree.
 
 All see the small clip, enlarged, beside the noisy large one; in training the enlarged clip is damaged by a random amount that
 the network is told (conditioning augmentation), so that it forgives the faults of the stage before. One that has learned to denoise in
@@ -90,7 +90,8 @@ class Stage:
         return not self.config.pooled
 
 
-# Differs: Imagen Video goes from 24 x 40 to 768 x 1280, in pixels from the start; here it starts from 64 x 64, out of latents.
+# Differs: Imagen Video goes from 24 x 40 to 768 x 1280, in pixels from the start and in larger steps; here it starts from 64 x 64,
+# out of latents.
 # Small patches and narrow levels: behind patches of 8 x 8, a network twice as wide could not place an edge.
 PIXELS = UNetConfig(in_channels=6, out_channels=3, channels=(24, 48, 64), attention=(False, False, False), context_dim=None,
                     temporal="conv", patch_size=4, level=True)
@@ -118,12 +119,12 @@ def predict_with(unet: UNet, stage: Stage, large, level, fps=None, context=None,
     if stage.blank:
         shown = large.clone()
         shown[:, 1::2] = 0
-    said = base.guided(unet, context, null_context, fps, guidance_scale, shown, level)
+    predict = base.guided(unet, context, null_context, fps, guidance_scale, shown, level)
     if large.shape[2] == 3:
-        return lambda z, t: said(z, t).float().add_(large)  # in place: of a long clip, each of these fills memory
+        return lambda z, t: predict(z, t).float().add_(large)  # in place: of a long clip, each of these fills memory
     before, after = large.chunk(2, dim=2)                                           # (B, T, 3, H, W)
     def between(z, t):
-        share = .5 + said(z, t)
+        share = .5 + predict(z, t)
         share = share if unet.training else share.clamp(0, 1)  # in training, a clamp would stop the gradient of overshoots
         return before + share * (after - before)
     return between
@@ -133,8 +134,8 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.T
     """Loss per clip, (B,). batch: pixels (B, T, 3, H, W), small (B, T, C, h, w), both in -1...1, C as in `upscale`, level (B,),
     fps (B,), noise like pixels, t (B,), and for SSR and TSR context (B, L, D).
 
-    |x - x'|^2, weighted alike at all noise levels. Differs: v implies |x - x'|^2 / sigma^2, which counts most next to no noise, where z
-    gives the answer away; but edges are learnt from the small clip, and detail from a z that shows it faintly."""
+    |x - x'|^2, weighted alike at all noise levels. Differs: v's own error is |x - x'|^2 / sigma^2, which counts most next to no noise,
+    where z gives the answer away; but edges are learnt from the small clip, and detail from a z that shows it faintly."""
     large = enlarge(batch["small"], stage.scale, batch["level"])
     predict = predict_with(unet, stage, large, batch["level"], batch["fps"], batch.get("context"))
     return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"])
@@ -165,11 +166,11 @@ def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: di
     from four to sixteen, one to three rounds suffice, and a round may leave less than half. Its student samples with fresh noise,
     ours by DDIM; it weights by the signal-to-noise ratio, where here all levels count alike, as in `loss`."""
     large = enlarge(batch["small"], stage.scale, batch["level"])
-    said, taught = (predict_with(model, stage, large, batch["level"], batch["fps"], batch.get("context")) for model in (unet, teacher))
+    student, taught = (predict_with(model, stage, large, batch["level"], batch["fps"], batch.get("context")) for model in (unet, teacher))
     z = diffusion.add_noise(batch["pixels"], batch["noise"], batch["t"])            # (B, T, 3, H, W)
     with torch.no_grad():
         x = diffusion.x_of_walk(taught, z, batch["walk"])                           # (B, T, 3, H, W)
-    return (diffusion.x_of(said(z, batch["t"]), z, batch["t"]) - x).float().pow(2).flatten(1).mean(1)
+    return (diffusion.x_of(student(z, batch["t"]), z, batch["t"]) - x).float().pow(2).flatten(1).mean(1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -181,14 +182,14 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
     """A clip uint8 (T, C, h, w) at `stage.scale` times the size, uint8 (T, 3, H, W); C is 3, and 6 for TSR, which is given two. SSR
     and TSR also want the tokens of the prompt, and of the null prompt, both (1, L, D).
 
-    Chunk by chunk, each denoised from start to end before the next. A chunk of space and time is given the frames on either side that
-    reach into it, `halo` for each step, so that the result is that of one call on the whole clip; guided, the clip is one chunk, as
-    dynamic thresholding wants it. Frame by frame nothing reaches in, and the chunk is a batch of pictures. So memory grows with the
-    size of a frame, not with their number; but over space and time a single step holds 66 of them, at some 300 bytes a pixel."""
+    Chunk by chunk, each denoised to the end before the next. A space-time network also sees, on either side, the `halo` frames per step
+    that reach into a chunk, so that the result is that of one call on the whole clip. A guided clip is one chunk, since dynamic
+    thresholding takes one percentile of it. A per-frame network has no halo; its chunk is a batch of pictures. So memory grows with the
+    size of a frame, not with their number; but a single space-time step holds at least 66 of them, at some 300 bytes a pixel."""
     device, (T, _, h, w), steps = next(unet.parameters()).device, small.shape, steps or stage.steps
     shape, reach = (3, stage.scale * h, stage.scale * w), stage.halo * steps
     chunk = T if guidance_scale != 1 else max(1, reach, stage.pixels // (shape[1] * shape[2]))      # in a shorter one most frames would be halo
-    chunk += stage.blank and chunk % 2  # every other frame is blank, counted from where a chunk begins
+    chunk += chunk % 2 if stage.blank else 0  # every other frame is blank, counted from where a chunk begins
     level = torch.tensor([stage.level if level is None else level], device=device)
     context, null_context = (None if tokens is None else tokens.to(device).float() for tokens in (context, null_context))
     shared, one = stage.shared_noise and not independent, base.initial_noise((1, *shape), seed)[0]    # (3, H, W)
@@ -202,7 +203,8 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: Stage, small, fps: float, s
         large, z = (frames.unflatten(0, (1, -1) if stage.halo else (-1, 1)) for frames in (large, z))   # (B, T', C, H, W)
         rates = torch.full((len(z),), float(fps), device=device)
         predict = predict_with(unet, stage, large, level.expand(len(z)), rates, context, null_context, guidance_scale)
-        return diffusion.sample(predict, z, steps, sampler, label=label * (T <= chunk), threshold=guidance_scale != 1, shift=stage.shift).flatten(0, 1)
+        made = diffusion.sample(predict, z, steps, sampler, label=label if T <= chunk else "", threshold=guidance_scale != 1, shift=stage.shift)
+        return made.flatten(0, 1)                                                   # (T', 3, H, W)
 
     out = torch.empty(T, *shape, dtype=torch.uint8)
     for start in tqdm(range(0, T, chunk), desc=label, disable=not label or T <= chunk, leave=False):  # a single chunk shows its steps
@@ -240,16 +242,16 @@ def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, ar
     heard = unet.config.pooled and clips["text"] is not None
     if (args.guidance != 1 or args.oscillate is not None) and not heard:
         raise UserError(f"{args.input} came without a prompt, or {which} does not hear it: there is nothing to guide")
-    told = [{}] * len(clips["data"])                                                # of each clip
+    guidance_of = [{}] * len(clips["data"])                                         # of each clip
     if unet.config.pooled:
-        said = clips["text"] or text.unprompted(path.parent, len(told))
-        base.check_encoder(args.input, said, path, weights["made_by"])
-        guidance = base.oscillating(args.guidance, args.oscillate, args.steps, stage.shift)
-        told = [{"context": one[None], "null_context": said["null_tokens"], "guidance_scale": guidance} for one in said["tokens"]]
+        prompts = clips["text"] or text.unprompted(path.parent, len(guidance_of))
+        base.check_encoder(args.input, prompts, path, weights["made_by"])
+        scale = base.oscillating(args.guidance, args.oscillate, args.steps, stage.shift)
+        guidance_of = [{"context": tokens[None], "null_context": prompts["null_tokens"], "guidance_scale": scale} for tokens in prompts["tokens"]]
     if which == "low":  # high does not hear it, and those of Imagen Video have theirs fixed
         base.remark_rate(clips["fps"], clips["data"].shape[1])
     how |= {"steps": args.steps, "sampler": args.sampler, "label": which}
-    made = torch.stack([upscale(unet, diffusion, stage, clip, clips["fps"], seed=args.seed + i, **told[i], **how)
+    made = torch.stack([upscale(unet, diffusion, stage, clip, clips["fps"], seed=args.seed + i, **guidance_of[i], **how)
                         for i, clip in enumerate(clips["data"])])                   # (B, T, 3, H, W)
     if Path(args.out).suffix.lower() != ".pt":
         return vae.write_videos(args.out, made, clips["fps"])

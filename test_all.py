@@ -3446,7 +3446,7 @@ COMMANDS = {"evaluate": (evaluate, "prompts", "part", "seed", *SAMPLING), "curve
 def main(argv=None):
     parser = base.Parser("Measure the shipped weights: what they make (evaluate, compare), how fast (benchmark), and how it looks (pictures).")
     parser.add_argument("what", choices=COMMANDS, help="which tables to print, or pictures to draw")
-    parser.add_argument("--prompts", type=base.positive(int), default=480, help="prompts per row of held-out triples; a quarter of them in the rows after")
+    parser.add_argument("--prompts", type=base.positive(int), default=480, help="prompts per row of held-out triples; later rows use a quarter")
     parser.add_argument("--part", nargs="+", choices=PARTS, help="evaluate: these parts alone; cascades, the longest by far, wants to be asked for")
     parser.add_argument("--guidance", type=base.finite, default=GUIDANCE, help="classifier-free guidance scale")
     parser.add_argument("--steps", type=base.positive(int), default=STEPS, help="sampling steps")

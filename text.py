@@ -227,7 +227,8 @@ def load(path=WEIGHTS / "text.pt", device="cpu"):
     weights = load_weights(path, "clip")
     if "settings" in weights:  # Stable Diffusion ships the text half alone
         s = weights["settings"]
-        config = CLIPConfig(s["vocab_size"], s["max_position_embeddings"], s["hidden_size"], s["num_hidden_layers"], s["num_attention_heads"], vision_layers=0)
+        config = CLIPConfig(s["vocab_size"], s["max_position_embeddings"], s["hidden_size"], s["num_hidden_layers"], s["num_attention_heads"],
+                            vision_layers=0)
         clip = fill(CLIP(config), weights, path, may_lack=lambda name: not name.startswith("text_model"))
         weights["config"] = {"tokenizer": read_tokenizer(Path(path) / "tokenizer"), "words": []}
     else:

@@ -84,7 +84,8 @@ TRIPLES = {split: [(c, s, m) for c in range(8) for s in range(6) for m in range(
 # How many times as often as others a motion is drawn in training, since its frames must agree on a phase, or show turned shapes.
 # Differs: in the papers data come as they are found.
 OFTEN = {"bouncing": 4, "circling": 2, "spinning": 4}
-HARD = re.compile("ring moving|spinning")  # stills drawn four times as often, since an autoencoder learns them last: rings at the border, turned shapes
+# Stills drawn four times as often, since an autoencoder learns them last: rings at the border, turned shapes.
+HARD = re.compile("ring moving|spinning")
 ANY = sum(TRIPLES.values(), [])
 DRAWN = TRIPLES | {"any": ANY,
                    "train": [triple for triple in TRIPLES["train"] for _ in range(OFTEN.get(MOTIONS[triple[2]], 1))],
@@ -138,7 +139,7 @@ def trajectory(scene: dict, t: torch.Tensor):
 
 
 def signed_distance(shape: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Signed distance to the outline of a shape of a radius about 1, negative inside (exact along edges, not beyond corners); u right, v down."""
+    """Signed distance to the outline of a shape of radius about 1, negative inside; u right, v down. Exact along edges, not beyond corners."""
     if shape == "circle":
         return torch.hypot(u, v) - 1
     if shape == "ring":
@@ -232,9 +233,14 @@ def digest(thing) -> str:
     return hashlib.sha256(repr(thing).encode()).hexdigest()[:8]
 
 
+def batches(items: list, size: int) -> list:
+    """Consecutive pieces of a list, of `size` items each."""
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
 def world_stills(count: int, seed: int, side: int) -> dict:
     """Pictures of any scene at any moment, and their captions. No split: a still does not show how a thing moves. A scene's beginning and
-    end come most often: what slides is near the border then, where an autoencoder has to learn it anew."""
+    end come most often: what slides is at the border then, which an autoencoder learns last."""
     pixels, captions = [], []
     for i in trange(count, desc="rendering stills"):
         rng = np.random.default_rng((seed, 1, i))
@@ -267,24 +273,30 @@ def world_clips(count: int, seed: int, side: int):
         yield torch.stack(videos), [caption(scene) for scene in scenes], torch.tensor(rates)
 
 
+def read_captions(path: Path) -> list:
+    """The rows of a captions.csv, each with `file` and `caption`; none if there is no such file. Raises UserError."""
+    if not path.is_file():
+        return []
+    try:
+        table = csv.DictReader(io.StringIO(path.read_text("utf-8-sig")))  # spreadsheets put a mark before the first name
+        rows = list(table)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not written in UTF-8") from error
+    except csv.Error as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not {"file", "caption"} <= set(table.fieldnames or ()):
+        raise UserError(f"{path} has no columns 'file' and 'caption' in its first line")
+    return rows
+
+
 def folder_clips(folder, frames: int, side: int):
     """Clips of `frames` frames, cut to the middle square, from every video below a folder: yields (pixels, captions, fps).
 
     The frame rate is the file's own, divided by a frame-skip of 1, 2 or 4 where the video is long enough; of single frames, four
     for each second. A file that cannot be read, or is too short or too small, is named and counted, never padded, enlarged or replaced."""
     folder, skipped, used, silent = Path(folder), [], 0, 0
-    captions, rows = {}, []
-    if (folder / "captions.csv").is_file():
-        try:
-            table = csv.DictReader(io.StringIO((folder / "captions.csv").read_text("utf-8-sig")))  # spreadsheets put a mark before the first name
-            rows = list(table)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{folder / 'captions.csv'} is not written in UTF-8") from error
-        except csv.Error as error:
-            raise UserError(f"{folder / 'captions.csv'} cannot be read: {error}") from error
-        if not {"file", "caption"} <= set(table.fieldnames or ()):
-            raise UserError(f"{folder / 'captions.csv'} has no columns 'file' and 'caption' in its first line")
-        captions = {row["file"]: row["caption"] or "" for row in rows}
+    rows = read_captions(folder / "captions.csv")
+    captions = {row["file"]: row["caption"] or "" for row in rows}
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (vae.VIDEOS if frames > 1 else vae.VIDEOS + vae.PICTURES))
     for path in tqdm(files, desc=f"reading {folder}"):
         try:
@@ -301,13 +313,13 @@ def folder_clips(folder, frames: int, side: int):
         video = video[::max(1, round(fps / 4))] if frames == 1 else video
         square = video[..., top:top + S, left:left + S]
         square = torch.cat([F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True).round().byte()
-                            for part in square.split(64)])                          # (T, 3, S, S)
+                            for part in square.split(64)])                          # (T, 3, side, side)
         beside = path.with_suffix(".txt")
         words = captions.get(path.relative_to(folder).as_posix()) or (beside.read_text("utf-8-sig", "replace").strip() if beside.is_file() else "")
         used, silent = used + 1, silent + (not words)
         for skip in (1, 2, 4) if frames > 1 else (1,):
             if len(square[::skip]) >= frames:
-                windows = square[::skip].unfold(0, frames, frames).movedim(-1, 1)                      # (N, T, 3, S, S)
+                windows = square[::skip].unfold(0, frames, frames).movedim(-1, 1)                      # (N, T, 3, side, side)
                 yield windows, [words] * len(windows), torch.full((len(windows),), fps / skip)
     for line in skipped:
         print(f"skipped {line}")
@@ -391,11 +403,11 @@ def window_about(x: float, y: float, side: int, size: int) -> tuple:
 
 @dataclass
 class Pairs:
-    """What a network between pixels learns from: windows of clips, given at one size and made `scale` times as large; or given at every
-    other frame."""
+    """What a network between pixels learns from: a window of a small clip, and the same `scale` times as large; for TSR, every other
+    frame of it, and all."""
     frames: int
-    side: int            # of what is given
-    inner: int           # and of the window that is cut from it
+    side: int            # of the small clip
+    inner: int           # of the window cut from it
     count: int
     rates: tuple = ()    # frames per second; none: any from 4 to 30
 
@@ -451,12 +463,9 @@ def pairs(args, which: str) -> tuple[dict, dict]:
     return cached(args, f"pairs-{which}-{digest(p)}", p.count, make, decoder), {"vae": weights["hash"], "decoder": decoder}
 
 
-def batches(items: list, size: int) -> list:
-    return [items[i:i + size] for i in range(0, len(items), size)]
-
-
 # ------------------------------------------------------------------------------------------------
-# Randomness: a generator for each sample of each step, and nothing else.
+# Randomness: a generator for each sample of each step, and nothing else. Its seed is (seed, what for, ...): 1 for stills, 2 for clips,
+# 3 for samples, 5 for masks or for windows of a folder's clips, 6 and on for the world's pairs.
 
 def draw(args, step: int, samples, count: int) -> tuple[list, list]:
     """The generator of each sample of a step, and the first thing drawn from it: which of `count` items the sample is."""
@@ -493,7 +502,7 @@ class Recipe:
     ema: float = .999
 
 
-RECIPES = {  # about as many steps in one run as the weights in weights/ had in several, before the last ones, on a GPU; the README has the commands
+RECIPES = {  # steps: about the sum of the shipped weights' runs but for the last ones, on a GPU; the README has the exact commands
     "vae": Recipe(steps=32000, batch=32, lr=1.5e-3),
     "clip": Recipe(steps=700, batch=128, lr=1e-3),
     "image": Recipe(steps=4500, batch=128, lr=1e-3),
@@ -599,7 +608,7 @@ def caption_tokens(args, captions: list):
 
 
 def spoken(rngs, tokens, null, captions: list):
-    """Tokens (N, L, D) and captions, but that one prompt in ten becomes the null one, which is what guidance subtracts."""
+    """Tokens (N, L, D) and captions, one in ten replaced by the null prompt's, which guidance subtracts."""
     dropped = torch.tensor([rng.random() < .1 for rng in rngs])
     return torch.where(dropped[:, None, None], null, tokens), ["" if drop else words for drop, words in zip(dropped, captions)]
 
@@ -621,14 +630,18 @@ def with_tokens(args, kind: str) -> tuple[dict, dict]:
     return data | {"tokens": tokens, "rows": rows, "null": null}, facts
 
 
+def sheet(args, latents, columns: int = 16) -> torch.Tensor:
+    """Latents (B, T, 4, h, w) as a picture, a row for each video."""
+    autoencoder, _ = vae.load(weights_in(args.weights, "vae"), args.device)
+    return vae.contact_sheet(vae.decode_video(autoencoder, latents), columns)
+
+
 def preview_of(args, prompts: list, frames: int, diffusion: base.Diffusion, side: int, fps: float = 1.):
-    """A function that samples the prompts and lays the frames out, one video per row."""
+    """A function that samples the prompts and lays the frames out: a video per row, or pictures."""
     def preview(model):
         clip, tokenizer, _ = text.load(weights_in(args.weights, "text"))
-        autoencoder, _ = vae.load(weights_in(args.weights, "vae"), args.device)
         z = base.generate(model, diffusion, text.encode(clip, tokenizer, prompts), frames, fps, side)
-        videos = vae.decode_video(autoencoder, z)                                   # (B, T, 3, H, W)
-        return vae.contact_sheet(videos if frames > 1 else videos.transpose(0, 1), columns=16 if frames > 1 else 8)
+        return sheet(args, z) if frames > 1 else sheet(args, z.transpose(0, 1), columns=8)
     return preview
 
 
@@ -669,11 +682,9 @@ def prepare_prior(args) -> Setup:
 
     def preview(model):
         clip, tokenizer, _ = text.load(weights_in(args.weights, "text"))
-        autoencoder, _ = vae.load(weights_in(args.weights, "vae"), args.device)
         context = text.encode(clip, tokenizer, prompts)["tokens"].to(args.device)
         slowest = data["fps"].min().to(args.device).expand(len(prompts))            # which shows most motion: 4 fps, of the world
-        mean = model(context, slowest, *data["latents"][0, :, 0].shape)
-        return vae.contact_sheet(vae.decode_video(autoencoder, mean.cpu()), columns=16)
+        return sheet(args, model(context, slowest, *data["latents"][0, :, 0].shape).cpu())
 
     return Setup(model, lambda step, samples: diffusion_batch(args, data, step, samples), base.prior_loss, preview,
                  lambda model: {"context_dim": data["tokens"].shape[-1]}, facts)
@@ -736,22 +747,21 @@ def prepare_interpolate(args) -> Setup:
         x, known = data["latents"][rows].float(), torch.arange(16) % 5 == 0
         said = {"tokens": data["tokens"][data["rows"][rows]], "null_tokens": data["null"][None]}
         made = interpolate.fill_timeline(model, diffusion, x, known, said, fps)
-        both = torch.stack([x, made], dim=1).flatten(0, 1)                          # (8, T, 4, h, w)
-        return vae.contact_sheet(vae.decode_video(vae.load(weights_in(args.weights, "vae"), args.device)[0], both), columns=16)
+        return sheet(args, torch.stack([x, made], dim=1).flatten(0, 1))             # of (8, T, 4, h, w)
 
     return Setup(model, batch_of, lambda model, batch: interpolate.loss(model, diffusion, batch), preview,
                  diffusion_config(diffusion), facts | {"base": weights["hash"]})
 
 
 def prepare_pixels(args, which: str) -> Setup:
-    """A network between pixels, on windows of clips. Every fourth step is of single frames, but for TSR, which has nothing
-    to double in one."""
-    stage, doubles, taught = replace(NETWORKS[which], blank=args.blank), which in interpolate.TSR, {}
+    """A network between pixels, on windows of clips. Every fourth step is of single frames, except for TSR, which needs two."""
+    stage = replace(NETWORKS[which], blank=args.blank)
+    doubles, taught = which in interpolate.TSR, {}
     if args.distill:
         teacher, _, weights = superres.load(which, args.init, args.device)
-        own = superres.fitted(stage, weights).steps
-        if "distill" in weights["made_by"] and own != args.distill[0]:
-            raise UserError(f"{args.init} was distilled to {own} step{'s' * (own > 1)}, and cannot teach what {args.distill[0]} do")
+        steps = superres.fitted(stage, weights).steps
+        if "distill" in weights["made_by"] and steps != args.distill[0]:
+            raise UserError(f"{args.init} was distilled to {steps} step{'s' * (steps > 1)}, and cannot teach what {args.distill[0]} do")
         walks, taught = superres.teacher_walks(stage, *args.distill), {"distill": args.distill}     # (steps, K + 1)
         stage = replace(stage, steps=args.distill[1])  # to preview
     data, facts = pairs(args, which)
@@ -791,8 +801,8 @@ def prepare_pixels(args, which: str) -> Setup:
     def preview(model):  # what is given, ours, truth
         small, truth, moment = data["decoded"][:8], data["pixels"][:8], int(doubles)
         small = interpolate.double(small[:, ::2]) if doubles else small  # (8, T, C, s, s)
-        said = lambda i: {"context": tokens[rows[i]][None], "null_context": null[None]} if config.pooled else {}
-        ours = torch.stack([superres.upscale(model, diffusion, stage, clip, data["fps"][i].item(), **said(i)) for i, clip in enumerate(small)])
+        prompt = lambda i: {"context": tokens[rows[i]][None], "null_context": null[None]} if config.pooled else {}
+        ours = torch.stack([superres.upscale(model, diffusion, stage, clip, data["fps"][i].item(), **prompt(i)) for i, clip in enumerate(small)])
         plain = vae.to_uint8(superres.enlarge(vae.to_float(small[:, :, :3]), stage.scale, torch.zeros(len(small))))
         return vae.contact_sheet(torch.stack([v[:, moment] for v in (plain, ours, truth)]), columns=8)
 
@@ -840,7 +850,7 @@ LOG_COLUMNS = ["step", "minutes", "loss", "t<1/4", "t<1/2", "t<3/4", "t<1"]
 
 
 def trim_log(path: Path, start: int):
-    """Keep the rows up to step `start` alone: those behind the checkpoint that a run goes on from are about to be written again."""
+    """Keep the rows up to step `start` alone: those after the checkpoint that a run goes on from are about to be written again."""
     rows = [row.split(",") for row in path.read_text().splitlines()[1:]] if path.is_file() else []
     rows = [row for row in rows if len(row) == len(LOG_COLUMNS) and int(row[0]) <= start]
     with atomic(path) as temporary:
@@ -904,10 +914,11 @@ def train(stage: str, args):
         if "distill" in weights["made_by"] and not args.distill:
             note(f"{args.init} was distilled, and has to learn anew all noise levels but those of its steps")
         base.fill(model, weights, args.init)
-        made_by, before = weights["made_by"], state["origin"] if state else {}
-        facts = {"init": weights["own"], "init_steps": made_by.get("steps", 0), "init_minutes": made_by.get("minutes", 0.)}
-        own = not args.distill and "init" in before and before["init"] == made_by.get("init")  # this run has written its weights over those it began from
-        setup.facts |= {key: before[key] for key in facts} if own else facts
+        made_by, origin = weights["made_by"], state["origin"] if state else {}
+        begun = {"init": weights["own"], "init_steps": made_by.get("steps", 0), "init_minutes": made_by.get("minutes", 0.)}
+        if "init" in origin and origin["init"] == made_by.get("init") and not args.distill:
+            begun = {key: origin[key] for key in begun}  # --init now names what this very run has written over the weights it began from
+        setup.facts |= begun
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     for average, parameter in zip(ema.parameters(), model.parameters()):
         if not parameter.requires_grad:  # what is frozen is its own average: of Stable Diffusion, 3 GiB
@@ -983,7 +994,7 @@ def train(stage: str, args):
                     average.lerp_(parameter, 1 - decay)
             minutes += (time.time() - last_step) / 60
             last_step = time.time()
-            last = step + 1 == recipe.steps  # then weights are written before the final checkpoint
+            last = step + 1 == recipe.steps  # whose checkpoint is written after the weights: where it is, they are
             if gathered(torch.tensor([len(stop)], device=args.device)).any() and not last:  # all processes stop at the same step
                 if RANK == 0:
                     save(step + 1)
@@ -1004,7 +1015,7 @@ def train(stage: str, args):
             if time.time() - last_save > 60 * args.save_minutes and not last:
                 save(step + 1)
                 saves += 1
-                if saves.bit_count() == 1:  # ever more rarely, since sampling takes its time
+                if saves.bit_count() == 1:  # at the first, second, fourth, eighth ...: sampling takes its time
                     show()
                 last_save = last_step = time.time()
             if args.snapshots and (step + 1) * args.snapshots // recipe.steps > step * args.snapshots // recipe.steps:
@@ -1065,8 +1076,8 @@ def main(argv=None):
     parser = Parser("Train one stage, or all of them in order.")
     parser.add_argument("stage", choices=[*PREPARE, "all"], help="what to train; a stage needs the weights of those before it")
     parser.add_argument("--data", default="world", help="'world', the built-in toy world, or a folder of clips")
-    parser.add_argument("--stills", type=positive(int), default=64000, help="pictures of the world to make; networks between pixels make their own")
-    parser.add_argument("--clips", type=positive(int), default=16000, help="clips of the world to make, likewise")
+    parser.add_argument("--stills", type=positive(int), default=64000, help="pictures of the world to make; not for superres, tsr and ssr")
+    parser.add_argument("--clips", type=positive(int), default=16000, help="clips of the world to make")
     parser.add_argument("--side", type=positive(int), default=64, help="side of these, in pixels")
     parser.add_argument("--steps", type=positive(int), help="steps, instead of the recipe's")
     parser.add_argument("--batch", type=positive(int), help="samples per step, instead of the recipe's")
@@ -1074,7 +1085,7 @@ def main(argv=None):
     parser.add_argument("--freeze", choices=("none", "spatial", "encoder"), default="none",
                         help="spatial, of base: train the temporal layers and gates alone; encoder, of vae: the decoder alone, so that latents stay")
     parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures; not with --freeze spatial")
-    parser.add_argument("--blank", action="store_true", help="tsr: show nothing between the frames that are given, not these again")
+    parser.add_argument("--blank", action="store_true", help="tsr: leave what is between the given frames blank, instead of repeating them")
     parser.add_argument("--distill", type=positive(int), nargs=2, metavar=("TEACHER", "STUDENT"),
                         help="superres, ssr: learn to do in STUDENT steps of sampling what --init does in TEACHER; 4 1, say")
     parser.add_argument("--accumulate", type=positive(int), default=1,

@@ -109,8 +109,8 @@ class Encoder(Coder):
         widths = [config.channels[0], *config.channels]
         super().__init__(config, 3, 2 * config.latent_channels, widths)
         self.down_blocks = nn.ModuleList(
-            Block([a] + [b] * config.layers, config.groups, downsampler=Downsample(b, (0, 1, 0, 1)) if more else None)
-            for a, b, more in zip(widths, widths[1:], [True] * (len(widths) - 2) + [False]))
+            Block([a] + [b] * config.layers, config.groups, downsampler=Downsample(b, (0, 1, 0, 1)) if i < len(config.channels) else None)
+            for i, (a, b) in enumerate(zip(widths, widths[1:]), start=1))
 
     def forward(self, x):
         x = self.middle(self.levels(self.conv_in(x), self.down_blocks))
@@ -124,8 +124,8 @@ class Decoder(Coder):
         widths = [config.channels[-1], *config.channels[::-1]]
         super().__init__(config, config.latent_channels, 3, widths)
         self.up_blocks = nn.ModuleList(
-            Block([a] + [b] * (config.layers + 1), config.groups, upsampler=Upsample(b) if more else None)
-            for a, b, more in zip(widths, widths[1:], [True] * (len(widths) - 2) + [False]))
+            Block([a] + [b] * (config.layers + 1), config.groups, upsampler=Upsample(b) if i < len(config.channels) else None)
+            for i, (a, b) in enumerate(zip(widths, widths[1:]), start=1))
 
     def forward(self, z):
         x = self.levels(self.middle(self.conv_in(z)), self.up_blocks)
