@@ -3220,7 +3220,7 @@ def compare(args):
         rows[cascade] |= known
     print(f"Both cascades on {args.prompts} prompt{'s' * (args.prompts > 1)} of held-out triples, all grounds; seed {args.seed}, guidance {GUIDANCE:g}, {here()}")
     for name in rows["make-a-video"]:
-        print(f"  {name:36s} {rows['make-a-video'][name]:>20s} {rows['imagen-video'][name]:>20s}")
+        print(f"  {name:40s} {rows['make-a-video'][name]:>16s} {rows['imagen-video'][name]:>20s}")
 
 
 # ------------------------------------------------------------------------------------------------
