@@ -3213,14 +3213,14 @@ def compare(args):
             "seconds per video": f"{np.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})",
             "peak memory": f"{max(memory):.1f} GiB"}
         for part, share in zip(("base", "last stage"), both):
-            rows[cascade][f"as the prompt says, after the {part}"] = f"{100 * share['first three']:.0f} %"
+            rows[cascade][f"colour, shape, motion after the {part}"] = f"{100 * share['first three']:.0f} %"
         rows[cascade] |= {f"flicker of still ground (n = {len(flicker)})": f"{np.mean(flicker):.2f}/255",
                           "and with --independent-noise": f"{np.mean(independent):.2f}/255" if independent else "as it is"}
     for cascade, known in against_truth().items():
         rows[cascade] |= known
     print(f"Both cascades on {args.prompts} prompt{'s' * (args.prompts > 1)} of held-out triples, all grounds; seed {args.seed}, guidance {GUIDANCE:g}, {here()}")
     for name in rows["make-a-video"]:
-        print(f"  {name:40s} {rows['make-a-video'][name]:>16s} {rows['imagen-video'][name]:>20s}")
+        print(f"  {name:42s} {rows['make-a-video'][name]:>14s} {rows['imagen-video'][name]:>20s}")
 
 
 # ------------------------------------------------------------------------------------------------
