@@ -612,8 +612,8 @@ def fast_autocast(device):
 
 
 def initial_noise(shape: tuple, seed: int) -> torch.Tensor:
-    """Standard normal (B, ...) on the CPU, one generator per video: video i does not depend on how many are made. Steps and frames with
-    noises of their own have seeds a large prime apart, so that those of neighbouring videos never meet."""
+    """Standard normal (B, ...) on the CPU, one generator per video: video i does not depend on how many are made. Where steps, or the
+    frames of superres.py, have noises of their own, multiples of 1000003 keep their seeds apart from those of neighbouring videos."""
     return torch.stack([torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed + i)) for i in range(shape[0])])
 
 

@@ -3037,16 +3037,17 @@ def evaluate_outlines(args):
     print("\nOutlines: each frame at 4 fps against the nearest picture of its shape, held-out triples on black, in dB")
     print(f"  {'':12s} clips   mean   worst tenth   first, last frame   stills animated   rendered and decoded")
     (autoencoder, _), (clip, tokenizer, _) = vae.load(device=DEVICE), text.load()
+    between = interpolate.load(device=DEVICE)[:2] if have("interpolate") else None
     for name, motions in kinds.items():
         factors = [f for f in every if f[2] in motions][:count]
         of_shape = lambda videos: torch.stack(list(map(shape_psnr, videos, factors)))               # (N, T)
         ours = of_shape(make(factors, label=name, **asked_of(args)))
         z = vae.encode_video(autoencoder, render_all(scenes_of(factors), np.arange(16) / 4))
         best, animated = of_shape(vae.decode_video(autoencoder, z)), ours.new_tensor(math.nan)
-        if have("interpolate"):
-            unet, diffusion, _ = interpolate.load(device=DEVICE)
+        if between:
             said, still = text.encode(clip, tokenizer, [in_words(f) for f in factors]), interpolate.timeline(z[:, :1], after=15)
-            animated = of_shape(vae.decode_video(autoencoder, interpolate.fill_timeline(unet, diffusion, *still, said, 4., guidance=args.guidance)))[:, 1:]
+            moved = interpolate.fill_timeline(*between, *still, said, 4., guidance=args.guidance)
+            animated = of_shape(vae.decode_video(autoencoder, moved))[:, 1:]        # the first frame is given
         worst = ours.flatten().sort().values[:-(-ours.numel() // 10)]
         print(f"  {name:12s} {len(factors):4d}   {ours.mean():5.1f}     {worst.mean():5.1f}        {ours[:, 0].mean():5.1f}, {ours[:, -1].mean():5.1f}"
               f"           {animated.mean():5.1f}            {best.mean():5.1f}", flush=True)

@@ -914,10 +914,10 @@ def train(stage: str, args):
         if "distill" in weights["made_by"] and not args.distill:
             note(f"{args.init} was distilled, and has to learn anew all noise levels but those of its steps")
         base.fill(model, weights, args.init)
-        made_by, origin = weights["made_by"], state["origin"] if state else {}
+        made_by, earlier = weights["made_by"], state["origin"] if state else {}
         begun = {"init": weights["own"], "init_steps": made_by.get("steps", 0), "init_minutes": made_by.get("minutes", 0.)}
-        if "init" in origin and origin["init"] == made_by.get("init") and not args.distill:
-            begun = {key: origin[key] for key in begun}  # --init now names what this very run has written over the weights it began from
+        if "init" in earlier and earlier["init"] == made_by.get("init") and not args.distill:
+            begun = {key: earlier[key] for key in begun}  # --init now names what this very run has written over the weights it began from
         setup.facts |= begun
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     for average, parameter in zip(ema.parameters(), model.parameters()):
