@@ -82,7 +82,7 @@ def attend(q, k, v, is_causal: bool = False):
     """softmax(q k^T / sqrt(d)) v, all (B, heads, L, d)."""
     if len(q) >= 2 ** 16:  # over time there is a sequence for each pixel, and CUDA's kernels take fewer than 2^16
         return torch.cat([attend(*parts, is_causal) for parts in zip(*(x.split(2 ** 16 - 1) for x in (q, k, v)))])
-    if q.device.type == "cpu" and torch.is_grad_enabled():  # where its backward is several times slower in bf16 than in fp32
+    if q.device.type == "cpu":  # where it is slower in bf16 than in fp32, backward several times
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
