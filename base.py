@@ -1,9 +1,9 @@
 """base.py - the text-to-video model: 16 keyframes of latents from a prompt's tokens, and the root of every stage.
 
 Make-A-Video (2209.14792) section 3.2 inflates a text-to-image U-Net to video: each spatial layer of Stable Diffusion
-(2112.10752) is followed by a temporal one that starts as the identity, so that step 0 of video training *is* the
-image model applied to every frame. Also here: the frame rate as an input (section 3.2.2), attention gates on the skip
-connections (1804.03999), and what a prompt's clips look like on average, as a place to start.
+(2112.10752) in a residual or attention block is followed by a temporal one that starts as the identity, so that step 0 of
+video training *is* the image model applied to every frame. Also here: the frame rate as an input (section 3.2.2); and, in
+neither paper, attention gates on the skip connections (1804.03999), and a mean clip of each prompt as a place to start.
 
     in    text.pt   tokens (B, L, D) of B prompts, from text.py
     out   base.pt   latents (B, T, 4, h, w) of unit variance, for vae.py decode
@@ -59,7 +59,7 @@ class PseudoConv3d(nn.Conv2d):
 
     A Conv2d of Stable Diffusion, names included, (B*T, C, H, W) -> (B*T, C', H, W); then `over_time`, a convolution over frames that
     starts as the identity and keeps that shape. Two calls, so that the input of the first, large for a large clip, is freed before the
-    second."""
+    second. Differs: in the paper every 2-D convolution is followed so; here conv_in, conv_out and the resamplers are not."""
 
     def __init__(self, in_channels: int, out_channels: int, temporal: bool):
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -180,7 +180,7 @@ class TemporalAttention(nn.Module):
 class ResnetBlock(nn.Module):
     """Two pseudo-3D convolutions around the timestep embedding. Norms are per frame: across frames they would leak."""
 
-    def __init__(self, in_channels: int, out_channels: int, time_dim: int | None = None, groups: int = 32,
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int | None = None, groups: int = 8,
                  eps: float = 1e-5, temporal: bool = False):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
@@ -227,7 +227,8 @@ class Upsample(nn.Module):
 class AttentionGate(nn.Module):
     """alpha = sigmoid( psi( relu( W_x x + W_g g ) ) ), skip <- alpha * skip         Attention U-Net (1804.03999), Eqs. 1-2
 
-    Differs: doubled, with psi zero at first, so that a fresh gate is the identity and pretrained weights keep their output."""
+    Differs: the video papers have no gates. And of these, skip and gating signal have one resolution already, and alpha is doubled, with
+    psi zero at first, so that a fresh gate is the identity and pretrained weights keep their output."""
 
     def __init__(self, skip_channels: int, gating_channels: int):
         super().__init__()
@@ -293,19 +294,19 @@ class UNetConfig:
     gates: bool = True                    # attention gates on the skips
     patch_size: int = 1                   # fold patches into channels around the network: what makes 256 px affordable
     level: bool = False                   # level of conditioning augmentation as an input: super-resolution
-    pooled: bool = False                  # last token as a further embedding: all the text that a network without attention gets
+    pooled: bool = False                  # the prompt's last token as a further embedding: all its text where there is no attention
 
 
 class Level(nn.Module):
     """One resolution: residual blocks, each followed by attention within its frame and then over frames, and a resampler."""
 
-    def __init__(self, c: UNetConfig, widths_in: list, width: int, attend: int, skips: tuple = (), resampler: str = ""):
+    def __init__(self, c: UNetConfig, widths_in: list, width: int, attentions: int, skips: tuple = (), resampler: str = ""):
         super().__init__()
         self.resnets = nn.ModuleList(
             ResnetBlock(w, width, 4 * c.channels[0], c.groups, temporal="conv" in c.temporal) for w in widths_in)
-        self.attentions = nn.ModuleList(SpatialTransformer(width, c.heads, c.context_dim, c.groups) for _ in range(attend))
+        self.attentions = nn.ModuleList(SpatialTransformer(width, c.heads, c.context_dim, c.groups) for _ in range(attentions))
         self.temporal_attentions = nn.ModuleList(
-            TemporalAttention(width, c.heads) for _ in range(attend if "attention" in c.temporal else 0))
+            TemporalAttention(width, c.heads) for _ in range(attentions if "attention" in c.temporal else 0))
         self.gates = nn.ModuleList(AttentionGate(s, w - s) for s, w in zip(skips, widths_in) if c.gates)
         self.downsamplers = nn.ModuleList([Downsample(width)] if resampler == "down" else [])
         self.upsamplers = nn.ModuleList([Upsample(width)] if resampler == "up" else [])
@@ -323,10 +324,11 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts Diffusion.target from a noisy video, (B, T, C, H, W) -> (B, T, C', H, W), at noise level t, for a prompt and a frame rate.
-    `given` are further input channels.
+    """From a noisy video, (B, T, C, H, W) -> (B, T, C', H, W), at noise level t, for a prompt and a frame rate. For base, this is
+    Diffusion.target; interpolate.py and superres.py make a clean clip of it (`predict_with`). `given` are further input channels.
 
-    Names are Stable Diffusion's: its weights load as they are, and all that is missing then is `is_inflation(name)`."""
+    Names are Stable Diffusion's: its weights load as they are, and all that is missing then is `is_inflation(name)`. Differs: Make-A-Video
+    tells the frame rate to base and interpolation, Imagen Video to no network; here every space-time network is told."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -399,7 +401,7 @@ class UNet(nn.Module):
         x = torch.cat([self.conv_in(torch.cat([self.fold(video[i:i + few]) for video in shown], dim=1))
                        for i in range(0, B * T, few)])                              # (B*T, C, H/p, W/p)
         if T > 1 and hasattr(self, "temporal_prior"):
-            with torch.no_grad():  # frozen, as every stage is before the next begins
+            with torch.no_grad():  # it is trained first, and no further
                 mean = self.temporal_prior(context, fps, T, H, W)                   # (B, T, C', H, W)
             x = x + self.temporal_prior_conv(self.fold(mean.flatten(0, 1)))
         skips = [x]
@@ -448,7 +450,9 @@ class Diffusion:
     """1000 discrete noise levels t = 0 ... 999, what the network predicts at each, and how to walk back from noise.
 
     schedule  "cosine" (Imagen Video section 2.1) or "scaled_linear" (Stable Diffusion)
-    target    "v" (Imagen Video section 2.4), "epsilon" (Stable Diffusion) or "sample" (the clean x itself)"""
+    target    "v" (Imagen Video section 2.4), "epsilon" (Stable Diffusion) or "sample" (the clean x itself)
+
+    Differs: Imagen Video's t is continuous, and its networks are told the log-SNR; ours t itself, as Stable Diffusion's is."""
 
     def __init__(self, schedule: str = "cosine", target: str = "v"):
         self.config = {"schedule": schedule, "target": target}
@@ -830,13 +834,6 @@ def check_folder(folder):
         raise UserError(f"cannot write into {folder}: permission denied")
 
 
-def deflate(stored, handle):
-    """Copy a .pt, which is a zip of plain bytes, into a packed one, which torch reads as well. fp16 weights shrink by a twelfth."""
-    with zipfile.ZipFile(stored) as plain, zipfile.ZipFile(handle, "w") as packed:
-        for name in plain.namelist():
-            packed.writestr(zipfile.ZipInfo(name), plain.read(name), zipfile.ZIP_DEFLATED)
-
-
 def write_pt(path, content: dict, packed: bool = False):
     """torch.save of plain tensors and values. Through an open handle, since torch.save(path) stores the file's own name
     inside: this way equal content gives equal bytes."""
@@ -844,8 +841,10 @@ def write_pt(path, content: dict, packed: bool = False):
         with atomic(path) as temporary, open(temporary, "wb") as handle:
             stored = io.BytesIO() if packed else handle
             torch.save(content, stored)
-            if packed:
-                deflate(stored, handle)
+            if packed:  # a .pt is a zip of plain bytes, and torch reads a deflated one as well: fp16 weights shrink by a twelfth
+                with zipfile.ZipFile(stored) as plain, zipfile.ZipFile(handle, "w") as small:
+                    for name in plain.namelist():
+                        small.writestr(zipfile.ZipInfo(name), plain.read(name), zipfile.ZIP_DEFLATED)
     except RuntimeError as error:  # torch's own word, when the disk is full
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 

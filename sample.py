@@ -5,9 +5,9 @@
     python sample.py "a yellow star moving up" --animate picture.png
     python sample.py "a red star moving left" --cascade imagen-video
 
-Runs the stages' own programs one after the other, through the .pt files they exchange: Make-A-Video's cascade (Eq. 1), or Imagen
-Video's (section 2.2). `--keep` leaves those files for a look, with the commands that made them in stages.txt; the same call then
-goes on from what is there.
+Runs the stages' own programs one after the other, through the .pt files they exchange: Make-A-Video's cascade (Eq. 1, but for its
+prior P, since base reads the prompt's own tokens), or Imagen Video's (section 2.2). `--keep` leaves those files for a look, with
+the commands that made them in stages.txt; the same call then goes on from what is there.
 """
 import re
 import shlex
@@ -49,7 +49,7 @@ def cascade(args, prompts: list, folder: Path) -> list:
     if args.until and args.until not in names:
         raise UserError(f"--until {args.until} is no stage of {args.cascade}: {', '.join(name for name in names if name != 'decode')}")
     chosen = [stage for stage in following if not args.until or stage[0] in (*names[:names.index(args.until) + 1], "decode")]
-    if args.frames == 1 and not args.animate:  # nothing lies between the frames of a picture
+    if args.frames == 1:  # nothing lies between the frames of a picture
         chosen = [stage for stage in chosen if stage[1] is not interpolate.main]
     weights = lambda name: base.weights_in(args.weights, name)
     missing = lambda name: not weights(name).exists()

@@ -53,8 +53,7 @@ def enlarge(small, scale: int, level):
 
     Differs: Imagen Video (section 2.5) adds Gaussian noise. Here the network's output is added to the enlarged clip, and it is too
     narrow to take noise back out of every pixel; blur is what unCLIP (2204.06125) gave its first upsampler."""
-    B, T, C, h, w = small.shape
-    large = F.interpolate(small.flatten(0, 1), scale_factor=scale, mode="bilinear").unflatten(0, (B, T))   # (B, T, C, H, W)
+    large = F.interpolate(small.flatten(0, 1), scale_factor=scale, mode="bilinear").unflatten(0, small.shape[:2])  # (B, T, C, H, W)
     level = level.view(-1, 1, 1, 1, 1).to(large)
     return large.lerp(blur(large, scale * .75), level) if level.any() else large
 
@@ -134,8 +133,9 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: Stage) -> torch.T
     """Loss per clip, (B,). batch: pixels (B, T, 3, H, W), small (B, T, C, h, w), both in -1...1, C as in `upscale`, level (B,),
     fps (B,), noise like pixels, t (B,), and for SSR and TSR context (B, L, D).
 
-    |x - x'|^2, weighted alike at all noise levels. Differs: v's own error is |x - x'|^2 / sigma^2, which counts most next to no noise,
-    where z gives the answer away; but edges are learnt from the small clip, and detail from a z that shows it faintly."""
+    |x - x'|^2, weighted alike at all noise levels. Differs: Imagen Video's error, that of the noise, is alpha^2 / sigma^2 times this, which
+    counts most next to no noise, where z gives the answer away; but edges are learnt from the small clip, and detail from a z that shows it
+    faintly."""
     large = enlarge(batch["small"], stage.scale, batch["level"])
     predict = predict_with(unet, stage, large, batch["level"], batch["fps"], batch.get("context"))
     return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"])
@@ -153,7 +153,7 @@ def teacher_walks(stage: Stage, teacher: int, student: int) -> torch.Tensor:
 
 def fitted(stage: Stage, weights: dict) -> Stage:
     """The stage as these weights want it: with their own network, a student's in the steps that it was taught, TSR blank or not."""
-    (config, _), made_by = base.read_config(weights, "its weights"), weights["made_by"]
+    (config, _), made_by = base.read_config(weights, "the network's file"), weights["made_by"]
     return replace(stage, config=config, steps=made_by.get("distill", [stage.steps])[-1], blank=made_by.get("blank", False))
 
 
@@ -244,7 +244,7 @@ def process(clips: dict, which: str, stage: Stage, loaded: tuple, path: Path, ar
         raise UserError(f"{args.input} came without a prompt, or {which} does not hear it: there is nothing to guide")
     guidance_of = [{}] * len(clips["data"])                                         # of each clip
     if unet.config.pooled:
-        prompts = clips["text"] or text.unprompted(path.parent, len(guidance_of))
+        prompts = clips["text"] or text.said(path.parent, [""] * len(guidance_of))
         base.check_encoder(args.input, prompts, path, weights["made_by"])
         scale = base.oscillating(args.guidance, args.oscillate, args.steps, stage.shift)
         guidance_of = [{"context": tokens[None], "null_context": prompts["null_tokens"], "guidance_scale": scale} for tokens in prompts["tokens"]]

@@ -365,7 +365,7 @@ def test_the_prior_counts_time_in_seconds():
 
 
 def test_a_prompt_is_summed_up_by_its_last_token():
-    (unet, _, stage), prior, (_, t, context, fps) = small_upscaler("tsr-128"), shaken(base.TemporalPrior(8, 4)), inputs()
+    (unet, *_), prior, (_, t, context, fps) = small_upscaler("tsr-128"), shaken(base.TemporalPrior(8, 4)), inputs()
     x, beside, level = torch.randn(2, 2, 3, 8, 8), torch.randn(2, 2, 6, 8, 8), torch.zeros(2)
     first, last = context.clone(), context.clone()
     first[:, :-1] += 1
@@ -1354,6 +1354,12 @@ def test_a_folder_that_stands_where_a_file_should_is_refused_at_once(tmp_path):
     assert "no such folder" in complaint(train.main, ["vae", "--data", str(tmp_path / "nowhere"), "--device", "cpu"])
 
 
+def test_a_batch_that_cannot_be_cut_is_refused_before_the_first_stage_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda stage, args: pytest.fail(f"{stage} is trained"))
+    assert "superres-low: a batch of 4" in complaint(train.main, ["all", "--accumulate", "8", "--weights", str(tmp_path), "--device", "cpu"])
+    assert "base: a batch of 6" in complaint(train.main, ["base", "--dry-run", "--batch", "6", "--accumulate", "4", "--device", "cpu"])
+
+
 def test_what_the_machine_has_not_enough_of_is_said_in_one_line():
     def disk(argv):
         raise OSError(28, "No space left on device", "runs/vae/log.csv")
@@ -2053,7 +2059,10 @@ def test_another_world_is_rendered_anew(tmp_path, monkeypatch):
         patch.setitem(train.OFTEN, "spinning", 1)
         patch.setitem(train.DRAWN, "train", train.TRIPLES["train"])
         stills()
-    assert len(list(tmp_path.rglob("*.pt"))) == 3 and torch.equal(first, stills())
+        plain = train.noise_octave
+        patch.setattr(train, "noise_octave", lambda seed, rows, *of: (1 + (rows > 400)) * plain(seed, rows, *of))   # seen at 256 pixels and more
+        stills()
+    assert len(list(tmp_path.rglob("*.pt"))) == 4 and torch.equal(first, stills())
 
 
 def test_what_is_frozen_is_its_own_average(tmp_path, monkeypatch):
@@ -3425,7 +3434,7 @@ def draw_camera(assets: Path):
     z = vae.encode_video(autoencoder, video[None])
     x, known = interpolate.timeline(z[:, ::2], 2)
     unet, diffusion, _ = interpolate.load(device=DEVICE)
-    said = text.unprompted(WEIGHTS, 1)
+    said = text.said(WEIGHTS, [""])
     made = vae.decode_video(autoencoder, interpolate.fill_timeline(unet, diffusion, x, known, said, 15.))[0]
     again = vae.decode_video(autoencoder, z)[0]
     print(f"A camera's clip: decode(encode(x)) {psnr(again, video):.1f} dB; between every second frame {psnr(made[1::2], video[1:-1:2]):.1f} dB")

@@ -4,7 +4,8 @@ CLIP (2103.00020): a causal text transformer and a picture transformer, trained 
 which picture. Stable Diffusion reads the text half's last hidden states, token by token; so do our stages.
 
     in    one or more prompts
-    out   text.pt   tokens (B, L, D), pooled (B, D), and the same of the empty prompt, for guidance
+    out   text.pt   tokens (B, L, D), pooled (B, D), and the same of the empty prompt, for guidance. Our stages read the tokens alone;
+                    pooled, the state at the first end token, is CLIP's own summary, for readers
 
     python text.py "a red star moving left" "a blue ring bouncing on sand" -o text.pt
 
@@ -130,17 +131,6 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int, causal: bool):
-        super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(width, heads, causal) for _ in range(layers))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class TextTransformer(nn.Module):
     """Ids (B, L) -> one state per token (B, L, D), and the state at the first end token (B, D)."""
 
@@ -149,14 +139,15 @@ class TextTransformer(nn.Module):
         self.embeddings = nn.Module()
         self.embeddings.token_embedding = nn.Embedding(c.vocab_size, c.width)
         self.embeddings.position_embedding = nn.Embedding(c.context, c.width)
-        self.encoder = Encoder(c.width, c.layers, c.heads, causal=True)
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.Sequential(*(EncoderLayer(c.width, c.heads, causal=True) for _ in range(c.layers)))
         self.final_layer_norm = nn.LayerNorm(c.width)
         nn.init.normal_(self.embeddings.token_embedding.weight, std=.1)  # small: it is the output layer of the next-token loss too
         nn.init.normal_(self.embeddings.position_embedding.weight, std=.05)
 
     def forward(self, ids):
         x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]
-        tokens = self.final_layer_norm(self.encoder(x))                             # (B, L, D)
+        tokens = self.final_layer_norm(self.encoder.layers(x))                            # (B, L, D)
         pooled = tokens[torch.arange(len(ids)), ids.argmax(1)]                      # end is the largest id of all
         return tokens, pooled
 
@@ -171,14 +162,16 @@ class VisionTransformer(nn.Module):
         self.embeddings.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch_size, c.patch_size, bias=False)
         self.embeddings.position_embedding = nn.Embedding((c.image_size // c.patch_size) ** 2 + 1, c.vision_width)
         self.pre_layrnorm = nn.LayerNorm(c.vision_width)  # spelt as in the files
-        self.encoder = Encoder(c.vision_width, c.vision_layers, max(1, c.vision_width // 64), causal=False)
+        self.encoder = nn.Module()
+        heads = max(1, c.vision_width // 64)
+        self.encoder.layers = nn.Sequential(*(EncoderLayer(c.vision_width, heads, causal=False) for _ in range(c.vision_layers)))
         self.post_layernorm = nn.LayerNorm(c.vision_width)
 
     def forward(self, pixels):
         patches = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, patches, D)
         first = self.embeddings.class_embedding.expand(len(pixels), 1, -1)            # (B, 1, D)
         x = torch.cat([first.to(patches), patches], dim=1) + self.embeddings.position_embedding.weight
-        return self.post_layernorm(self.encoder(self.pre_layrnorm(x))[:, 0])          # (B, D)
+        return self.post_layernorm(self.encoder.layers(self.pre_layrnorm(x))[:, 0])   # (B, D)
 
 
 class CLIP(nn.Module):
@@ -259,12 +252,12 @@ def encode(clip: CLIP, tokenizer: Tokenizer, prompts: list, encoder: str = "") -
             "null_pooled": pooled[-1:].clone(), "encoder": encoder}
 
 
-def unprompted(folder, count: int) -> dict:
-    """What the `text` of a stage file would hold for clips that came without a prompt: by the text encoder in this folder of weights, or
-    by ours, where it has none."""
+def said(folder, prompts: list) -> dict:
+    """What the `text` of a stage file holds for these prompts ("" for a clip that came without one): by the text encoder in this folder of
+    weights, or by ours, where it has none."""
     path = weights_in(folder, "text")
     clip, tokenizer, weights = load(path if path.exists() else WEIGHTS / "text.pt")
-    return encode(clip, tokenizer, [""] * count, weights["hash"])
+    return encode(clip, tokenizer, prompts, weights["hash"])
 
 
 def remark(prompts: list, words: list):

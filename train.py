@@ -5,7 +5,7 @@
     python train.py base --data clips/      the same on .mp4 .gif .webm files with captions.csv, or a .txt beside each
     torchrun --nproc_per_node 2 train.py base       each batch shared by two processes
 
-Stages, each frozen before the next begins: vae (pixels <-> latents), clip (the text encoder), image (a text-to-image
+Stages, each finished before the next begins: vae (pixels <-> latents), clip (the text encoder), image (a text-to-image
 U-Net), prior (the mean clip of a prompt), base (that U-Net inflated to video: Make-A-Video's central idea, section 3.4),
 interpolate (base fine-tuned to fill in masked frames), superres-low and superres-high; and for Imagen Video's cascade tsr-32, tsr-128
 (frame rate), ssr-128, ssr-256 and ssr-768 (pixels).
@@ -259,7 +259,7 @@ def draw_clip(rng: np.random.Generator, side: int = 64):
     """A training scene, sixteen frames of it (16, 3, side, side) and their rate. Half of the clips, at random, run at 4 fps,
     where they show a whole scene; the others at a rate up to 30, log-uniform, from a random start within the scene.
 
-    Differs: Make-A-Video (section 3.4) goes from high to low rates during training; drawing both at once is simpler."""
+    Differs: Make-A-Video draws 1 to 30 fps by a beta function (section 3.2.2), high rates first (3.4); both at once is simpler."""
     scene = draw_scene(rng, "train")
     fps = rate_at(max(0., rng.uniform(-1, 1)))
     start = rng.uniform(0, SCENE_SECONDS - 15 / fps)
@@ -309,9 +309,8 @@ def folder_clips(folder, frames: int, side: int):
             skipped.append(str(error))
             continue
         H, W = video.shape[-2:]
-        S, top, left = min(H, W), max(0, H - W) // 2, max(0, W - H) // 2
-        video = video[::max(1, round(fps / 4))] if frames == 1 else video
-        square = video[..., top:top + S, left:left + S]
+        S = min(H, W)
+        square = cut(video[::max(1, round(fps / 4))] if frames == 1 else video, ((W - S) // 2, (H - S) // 2, S))
         square = torch.cat([F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True).round().byte()
                             for part in square.split(64)])                          # (T, 3, side, side)
         beside = path.with_suffix(".txt")
@@ -335,7 +334,8 @@ def folder_clips(folder, frames: int, side: int):
 def name_of_world() -> str:
     """Eight letters for how the world looks: who changes it does not want to train on the pictures of before."""
     clips = [draw_clip(np.random.default_rng(i), 16) for i in range(64)]
-    return digest((DRAWN, [(caption(scene), video.numpy().tobytes(), fps) for scene, video, fps in clips]))
+    grounds = [(255 * render_ground({"ground": g, "seed": 0}, 128)).round().byte().numpy().tobytes() for g in range(len(GROUNDS))]  # of fine texture
+    return digest((DRAWN, grounds, [(caption(scene), video.numpy().tobytes(), fps) for scene, video, fps in clips]))
 
 
 def name_of_data(args) -> str:
@@ -479,8 +479,8 @@ def normal(rngs, shape) -> torch.Tensor:
 
 
 def middle_timesteps(rngs) -> torch.Tensor:
-    """t (N,), most often from the middle: t = arccos(1 - 2 u) / pi, whose density is that of Diffusion.balance. Differs: in the
-    papers t is uniform."""
+    """t (N,), most often from the middle: t = arccos(1 - 2 u) / pi, whose density is sin(pi t), as
+    Diffusion.balance is, so that with both the middle counts by its square. Differs: in the papers t is uniform."""
     return torch.tensor([int(1000 * math.acos(1 - 2 * rng.random()) / math.pi) for rng in rngs])
 
 
@@ -582,7 +582,7 @@ def prepare_clip(args) -> Setup:
     def preview(model):  # pictures over the cosines of each with each caption: bright where they agree
         shown = data["pixels"][:16, 0]
         cosines = model.similarity(vae.to_float(shown).to(args.device), ids[:16].to(args.device)) / model.logit_scale.exp()
-        tiles = (cosines.clamp(0, 1) * 255).byte().cpu().repeat_interleave(args.side, 1).repeat_interleave(16, 0).expand(3, -1, -1)
+        tiles = (cosines.T.clamp(0, 1) * 255).byte().cpu().repeat_interleave(args.side, 1).repeat_interleave(16, 0).expand(3, -1, -1)
         return torch.cat([vae.contact_sheet(shown[None]), tiles], dim=1)
 
     def config_of(model):
@@ -639,8 +639,7 @@ def sheet(args, latents, columns: int = 16) -> torch.Tensor:
 def preview_of(args, prompts: list, frames: int, diffusion: base.Diffusion, side: int, fps: float = 1.):
     """A function that samples the prompts and lays the frames out: a video per row, or pictures."""
     def preview(model):
-        clip, tokenizer, _ = text.load(weights_in(args.weights, "text"))
-        z = base.generate(model, diffusion, text.encode(clip, tokenizer, prompts), frames, fps, side)
+        z = base.generate(model, diffusion, text.said(args.weights, prompts), frames, fps, side)
         return sheet(args, z) if frames > 1 else sheet(args, z.transpose(0, 1), columns=8)
     return preview
 
@@ -681,8 +680,7 @@ def prepare_prior(args) -> Setup:
     prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
 
     def preview(model):
-        clip, tokenizer, _ = text.load(weights_in(args.weights, "text"))
-        context = text.encode(clip, tokenizer, prompts)["tokens"].to(args.device)
+        context = text.said(args.weights, prompts)["tokens"].to(args.device)
         slowest = data["fps"].min().to(args.device).expand(len(prompts))            # which shows most motion: 4 fps, of the world
         return sheet(args, model(context, slowest, *data["latents"][0, :, 0].shape).cpu())
 
@@ -754,7 +752,10 @@ def prepare_interpolate(args) -> Setup:
 
 
 def prepare_pixels(args, which: str) -> Setup:
-    """A network between pixels, on windows of clips. Every fourth step is of single frames, except for TSR, which needs two."""
+    """A network between pixels. Every fourth step is of single frames, except for TSR, which needs two.
+
+    Differs: Make-A-Video's SR_l is an image model first, and Imagen Video's networks learn from whole blocks of whole frames, the last
+    alone from crops. Here all learn from windows of short clips, and those that enlarge from single frames too."""
     stage = replace(NETWORKS[which], blank=args.blank)
     doubles, taught = which in interpolate.TSR, {}
     if args.distill:
@@ -867,16 +868,16 @@ def gathered(values: torch.Tensor) -> torch.Tensor:
 
 
 def dump_first_batch(folder: Path, batch: dict, args):
-    """The first eight samples as eyes see them, side by side, and their captions: an error of range, channel order, stride
+    """A batch of up to eight samples as eyes see them, side by side, and their captions: an error of range, channel order, stride
     or caption shows here at once."""
     if "pixels" in batch:
-        videos = vae.to_uint8(batch["pixels"][:8])
+        videos = vae.to_uint8(batch["pixels"])
         videos = videos[:, None] if videos.ndim == 4 else videos                    # (8, T, 3, H, W)
     else:
-        videos = vae.decode_video(vae.load(weights_in(args.weights, "vae"), args.device)[0], batch["latents"][:8])
+        videos = vae.decode_video(vae.load(weights_in(args.weights, "vae"), args.device)[0], batch["latents"])
     vae.write_video(folder / "first_batch.gif", torch.cat(list(videos), dim=3), 4.)  # (T, 3, H, 8*W)
     rates = batch["fps"].tolist() if "fps" in batch else [1.] * len(videos)
-    lines = [f"{rate:5.2f} fps  {words}\n" for rate, words in zip(rates, batch["captions"][:8])]
+    lines = [f"{rate:5.2f} fps  {words}\n" for rate, words in zip(rates, batch["captions"])]
     (folder / "first_batch.txt").write_text("".join(lines), encoding="utf-8")
 
 
@@ -888,8 +889,6 @@ def train(stage: str, args):
     recipe = replace(recipe, steps=args.steps or recipe.steps, batch=args.batch or recipe.batch)
     folder = RUNS / args.name / stage
     say = print if RANK == 0 else lambda *words: None
-    if recipe.batch % (RANKS * args.accumulate):
-        raise UserError(f"a batch of {recipe.batch} cannot be shared by {RANKS} processes in {args.accumulate} pieces each")
     torch.manual_seed(args.seed)
     if "cuda" in args.device:
         torch.cuda.reset_peak_memory_stats(args.device)
@@ -950,15 +949,14 @@ def train(stage: str, args):
             "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
             "step": step, "minutes": minutes, "loss": running, "recipe": asdict(recipe), "origin": origin})
 
+    @torch.inference_mode()
     def export(path, step):
-        with torch.inference_mode():
-            config = setup.config_of(ema)
-        save_weights(path, stage, config, ema, steps=step, seed=args.seed, data=args.data, minutes=round(minutes, 1),
+        save_weights(path, stage, setup.config_of(ema), ema, steps=step, seed=args.seed, data=args.data, minutes=round(minutes, 1),
                      metrics={"loss": round(running, 5)}, **setup.facts)
 
+    @torch.inference_mode()
     def show():
-        with torch.inference_mode():
-            vae.write_picture(folder / "preview.png", setup.preview(ema))
+        vae.write_picture(folder / "preview.png", setup.preview(ema))
 
     if RANK == 0:
         trim_log(folder / "log.csv", start)
@@ -969,7 +967,7 @@ def train(stage: str, args):
     parts = batches(mine, len(mine) // args.accumulate)
     ready = ahead(setup.batch_of, ((step, part) for step in range(start, recipe.steps) for part in parts))
     bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=stage, unit="step", disable=RANK > 0)
-    window, step, saves, last_save, last_step = [], start, 0, time.time(), time.time()
+    window, saves, last_save, last_step = [], 0, time.time(), time.time()
     try:
         for step in bar:
             seen = []
@@ -1043,8 +1041,6 @@ def dry_run(args):
     else:
         note(f"{args.weights} has no weights yet: reckoned with the numbers of Stable Diffusion 1.5")
     whole = args.batch or RECIPES["base"].batch
-    if whole % args.accumulate:
-        raise UserError(f"a batch of {whole} cannot be cut into {args.accumulate} pieces")
     batch, side = whole // args.accumulate, args.side // 8
     fast = base.has_fast_bf16(args.device)
     saved = {}
@@ -1118,13 +1114,18 @@ def main(argv=None):
         raise UserError(f"{args.data}: no such folder of clips")
     if args.side % 8:
         raise UserError(f"--side is {args.side}, where a multiple of the autoencoder's stride of 8 is wanted")
+    stages = list(PREPARE) if args.stage == "all" else [args.stage]
+    for stage in stages:  # all of them before the first is trained, for days
+        batch = args.batch or RECIPES[stage].batch
+        if batch % (RANKS * args.accumulate):
+            raise UserError(f"{stage}: a batch of {batch} cannot be shared by {RANKS} processes in {args.accumulate} pieces each")
     if args.dry_run:
         if args.stage != "base":
             raise UserError("--dry-run is for stage base")
         return dry_run(args)
     if RANKS > 1:  # one process waits for as long as another renders data
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(days=1))
-    for stage in PREPARE if args.stage == "all" else [args.stage]:
+    for stage in stages:
         train(stage, args)
     if RANKS > 1:
         dist.destroy_process_group()

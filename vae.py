@@ -194,8 +194,8 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def in_chunks(function, frames: torch.Tensor, factor: int, device, label: str) -> torch.Tensor:
-    """function, without gradients, over chunks of frames (N, C, h, w) of factor x factor pixels each place; a label shows a
-    progress bar."""
+    """function, without gradients, over frames (N, C, h, w), a chunk at a time; each place of a frame stands for factor x factor pixels.
+    A label shows a progress bar."""
     results, H, W = [], factor * frames.shape[-2], factor * frames.shape[-1]
     with torch.inference_mode(), fast_autocast(device):
         for chunk in tqdm(frames.split(max(1, CHUNK // (H * W))), desc=label, disable=not label, leave=False):
