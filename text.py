@@ -1,11 +1,11 @@
 """text.py - from a prompt to the tokens that tell later stages what to draw.
 
 CLIP (2103.00020): a causal text transformer and a picture transformer, trained to agree about which caption belongs to
-which picture. Stable Diffusion reads the text half's last hidden states, token by token; so do our stages.
+which picture. Stable Diffusion reads the text half's last hidden states, token by token; so do our stages, and leave CLIP's
+own summary of a prompt, `pooled`, to readers.
 
     in    one or more prompts
-    out   text.pt   tokens (B, L, D), pooled (B, D), and the same of the empty prompt, for guidance. Our stages read the tokens alone;
-                    pooled, the state at the first end token, is CLIP's own summary, for readers
+    out   text.pt   tokens (B, L, D), pooled (B, D), and the same of the empty prompt, for guidance
 
     python text.py "a red star moving left" "a blue ring bouncing on sand" -o text.pt
 
