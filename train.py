@@ -1118,7 +1118,7 @@ def main(argv=None):
     for stage in stages:  # all of them before the first is trained, for days
         batch = args.batch or RECIPES[stage].batch
         if batch % (RANKS * args.accumulate):
-            raise UserError(f"{stage}: a batch of {batch} cannot be shared by {RANKS} processes in {args.accumulate} pieces each")
+            raise UserError(f"{stage}: a batch of {batch} cannot be cut into {RANKS * args.accumulate} equal parts, processes times --accumulate")
     if args.dry_run:
         if args.stage != "base":
             raise UserError("--dry-run is for stage base")
