@@ -59,7 +59,7 @@ class PseudoConv3d(nn.Conv2d):
 
     A Conv2d of Stable Diffusion, names included, (B*T, C, H, W) -> (B*T, C', H, W); then `over_time`, a convolution over frames that
     starts as the identity and keeps that shape. Two calls, so that the input of the first, large for a large clip, is freed before the
-    second. Differs: in the paper every 2-D convolution is followed so; here conv_in, conv_out and the resamplers are not."""
+    second. Differs: the paper does so with every 2-D convolution; here only with the two of a residual block."""
 
     def __init__(self, in_channels: int, out_channels: int, temporal: bool):
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -834,6 +834,13 @@ def check_folder(folder):
         raise UserError(f"cannot write into {folder}: permission denied")
 
 
+def deflate(stored, handle):
+    """Copy a .pt, which is a zip of plain bytes, into a packed one, which torch reads as well. fp16 weights shrink by a twelfth."""
+    with zipfile.ZipFile(stored) as plain, zipfile.ZipFile(handle, "w") as packed:
+        for name in plain.namelist():
+            packed.writestr(zipfile.ZipInfo(name), plain.read(name), zipfile.ZIP_DEFLATED)
+
+
 def write_pt(path, content: dict, packed: bool = False):
     """torch.save of plain tensors and values. Through an open handle, since torch.save(path) stores the file's own name
     inside: this way equal content gives equal bytes."""
@@ -841,10 +848,8 @@ def write_pt(path, content: dict, packed: bool = False):
         with atomic(path) as temporary, open(temporary, "wb") as handle:
             stored = io.BytesIO() if packed else handle
             torch.save(content, stored)
-            if packed:  # a .pt is a zip of plain bytes, and torch reads a deflated one as well: fp16 weights shrink by a twelfth
-                with zipfile.ZipFile(stored) as plain, zipfile.ZipFile(handle, "w") as small:
-                    for name in plain.namelist():
-                        small.writestr(zipfile.ZipInfo(name), plain.read(name), zipfile.ZIP_DEFLATED)
+            if packed:
+                deflate(stored, handle)
     except RuntimeError as error:  # torch's own word, when the disk is full
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 

@@ -86,8 +86,8 @@ def predict_with(unet: UNet, beside, context, null_context, fps, guidance_scale=
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
     """Loss per video over its unknown frames, (B,). batch: as for base.loss, and known (B, T), 1 where a frame is given.
 
-    |x - x'|^2 / rms(x - blend). Differs: from the squared error of the noise. What a blend leaves to predict is ten times as large where a clip is
-    continued as where every other frame is known, and squared, the one would drown the other. So their gradients are alike.
+    |x - x'|^2 / rms(x - blend). Differs: from the squared error of the noise. What a blend leaves to predict is ten times as large where a
+    clip is continued as where every other frame is known, and squared, the one would drown the other. So their gradients are alike.
     Known frames are among the noisy ones too, as alpha_t known + sigma_t eps, here and in `fill`."""
     x, known = batch["latents"], batch["known"].to(batch["latents"])
     unknown = ((1 - known) / (1 - known).mean(1, keepdim=True))[:, :, None, None, None]            # (B, T, 1, 1, 1), of mean one

@@ -147,7 +147,7 @@ class TextTransformer(nn.Module):
 
     def forward(self, ids):
         x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]
-        tokens = self.final_layer_norm(self.encoder.layers(x))                            # (B, L, D)
+        tokens = self.final_layer_norm(self.encoder.layers(x))                      # (B, L, D)
         pooled = tokens[torch.arange(len(ids)), ids.argmax(1)]                      # end is the largest id of all
         return tokens, pooled
 

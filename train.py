@@ -334,7 +334,8 @@ def folder_clips(folder, frames: int, side: int):
 def name_of_world() -> str:
     """Eight letters for how the world looks: who changes it does not want to train on the pictures of before."""
     clips = [draw_clip(np.random.default_rng(i), 16) for i in range(64)]
-    grounds = [(255 * render_ground({"ground": g, "seed": 0}, 128)).round().byte().numpy().tobytes() for g in range(len(GROUNDS))]  # of fine texture
+    large = [render_ground({"ground": i, "seed": 0}, 128) for i in range(len(GROUNDS))]  # whose finest texture 16 pixels do not show
+    grounds = [(255 * ground).round().byte().numpy().tobytes() for ground in large]
     return digest((DRAWN, grounds, [(caption(scene), video.numpy().tobytes(), fps) for scene, video, fps in clips]))
 
 
@@ -479,8 +480,8 @@ def normal(rngs, shape) -> torch.Tensor:
 
 
 def middle_timesteps(rngs) -> torch.Tensor:
-    """t (N,), most often from the middle: t = arccos(1 - 2 u) / pi, whose density is sin(pi t), as
-    Diffusion.balance is, so that with both the middle counts by its square. Differs: in the papers t is uniform."""
+    """t (N,), most often from the middle: t = arccos(1 - 2 u) / pi, whose density is as sin(pi t). So is Diffusion.balance, which comes
+    on top, so that a level counts by the square of that. Differs: in the papers t is uniform."""
     return torch.tensor([int(1000 * math.acos(1 - 2 * rng.random()) / math.pi) for rng in rngs])
 
 
