@@ -36,6 +36,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import base
 import interpolate
@@ -2308,9 +2309,9 @@ def test_peers_are_timed_in_bf16_where_that_is_fast(monkeypatch, capsys):
     monkeypatch.setattr(time, "time", lambda: next(ticks))                          # so that three calls are enough
     peers(None, size=4, batch=1, wanted=2e6)
     said = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in said] == ["torch", *libraries, "ours"]
-    assert all("not installed" in line for line in said[1:5])
-    assert all(float(rate) > 0 for rate in re.fullmatch(r".* M   forward +(\S+) clips/s   and backward +(\S+)   forward in bf16 +(\S+)", said[5]).groups())
+    assert [line.split()[0] for line in said] == ["torch", "convolution", *libraries, "ours"]
+    assert all("not installed" in line for line in said[2:6])
+    assert all(float(rate) > 0 for rate in re.fullmatch(r".* M +(\S+) GFLOP a clip   forward +(\S+) clips/s   and backward +(\S+)   forward in bf16 +(\S+)", said[6]).groups())
 
 
 def test_own_videos_train_the_temporal_layers_of_stable_diffusion_alone(stable, tmp_path, monkeypatch, capsys):
@@ -3242,10 +3243,22 @@ def compare(args):
 # ------------------------------------------------------------------------------------------------
 # Speed: python test_all.py benchmark
 
+def flops(function) -> float:
+    """Floating-point operations of a call. Those of attention on a CPU, whose kernel the counter does not know, are as many as on CUDA."""
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def convolution(device: str = "cpu"):
+    """A call of the kind of layer that machines are fastest at, to measure others by."""
+    x = torch.randn(64, 128, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    return partial(torch.nn.Conv2d(128, 128, 3, padding=1, device=device), x)
+
+
 def benchmark(args):
     """Each stage's own seconds, memory and arithmetic rate, beside the fastest convolution this machine does just now."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
 
     def seconds(function, repeats: int = 3) -> float:
         """Median of `repeats` calls after a first one; or that one's, if it was long."""
@@ -3260,15 +3273,9 @@ def benchmark(args):
                 return times[0]
         return sorted(times[1:])[repeats // 2]
 
-    def flops(function) -> float:  # of attention too, which is counted where it is written out
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            function()
-        return counter.get_total_flops()
-
     print(f"torch {torch.__version__}, {here()}; median of 3, or one call of more than 5 s")
-    layer, x = torch.nn.Conv2d(128, 128, 3, padding=1, device=DEVICE), torch.randn(64, 128, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), base.fast_autocast(DEVICE):
-        peak = flops(lambda: layer(x)) / seconds(lambda: layer(x), 9) / 1e9
+        peak = flops(convolution(DEVICE)) / seconds(convolution(DEVICE), 9) / 1e9
     print(f"  {'convolution 128 -> 128, 3 x 3':34s} {peak:8.0f} GFLOP/s")
     (clip, tokenizer, _), (unet, diffusion, _), (autoencoder, _) = text.load(device=DEVICE), base.load(args.weights, DEVICE), vae.load(device=DEVICE)
     words = text.encode(clip, tokenizer, ["a red star moving left"])
@@ -3340,6 +3347,8 @@ def peers(args, size: int = 16, batch: int = 2, wanted: float = 8e6):
         return batch / np.median(times)
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; input ({batch}, 4, 16, {size}, {size}), fp32")
+    with torch.inference_mode():
+        print(f"  {'convolution 128 -> 128, 3 x 3':34s} {flops(convolution()) / batch * rate(convolution()) / 1e9:7.0f} GFLOP/s")
     for build in (make_a_video_pytorch, video_diffusion_pytorch, diffusers, imagen_pytorch, ours):
         if build is not ours and importlib.util.find_spec(build.__name__) is None:
             print(f"  {build.__name__:26s} is not installed")
@@ -3360,8 +3369,11 @@ def peers(args, size: int = 16, batch: int = 2, wanted: float = 8e6):
                     parameter.data = parameter.data.to(memory_format=layouts[parameter.ndim])
             rates.append([rate(forward), rate(both), rate(partial(forward, True)) if base.has_fast_bf16("cpu") else 0.])
         plain, grown, fast = map(max, zip(*rates))
-        line = f"  {build.__name__:26s} {sum(p.numel() for p in net.parameters()) / 1e6:5.2f} M   forward {plain:6.2f} clips/s   and backward {grown:6.2f}"
-        print(line + f"   forward in bf16 {fast:6.2f}" * bool(fast), flush=True)
+        with torch.inference_mode():
+            work = flops(call) / batch / 1e9
+        line = f"  {build.__name__:24s} {sum(p.numel() for p in net.parameters()) / 1e6:5.2f} M {work:5.1f} GFLOP a clip"
+        line += f"   forward {plain:5.2f} clips/s   and backward {grown:5.2f}"
+        print(line + f"   forward in bf16 {fast:5.2f}" * bool(fast), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
