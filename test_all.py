@@ -3251,10 +3251,11 @@ def flops(function) -> float:
     return counter.get_total_flops()
 
 
-def convolution(device: str = "cpu"):
-    """A call of the kind of layer that machines are fastest at, to measure others by."""
+def time_convolution(seconds, device: str):
+    """Print the arithmetic rate of a layer of the kind that machines are fastest at, to measure others by. seconds(call) is how long it takes."""
     x = torch.randn(64, 128, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    return partial(torch.nn.Conv2d(128, 128, 3, padding=1, device=device), x)
+    call = partial(torch.nn.Conv2d(128, 128, 3, padding=1, device=device), x)
+    print(f"  {'convolution 128 -> 128, 3 x 3':34s} {flops(call) / seconds(call) / 1e9:8.0f} GFLOP/s")
 
 
 def benchmark(args):
@@ -3275,8 +3276,7 @@ def benchmark(args):
 
     print(f"torch {torch.__version__}, {here()}; median of 3, or one call of more than 5 s")
     with torch.inference_mode(), base.fast_autocast(DEVICE):
-        peak = flops(convolution(DEVICE)) / seconds(convolution(DEVICE), 9) / 1e9
-    print(f"  {'convolution 128 -> 128, 3 x 3':34s} {peak:8.0f} GFLOP/s")
+        time_convolution(partial(seconds, repeats=9), DEVICE)
     (clip, tokenizer, _), (unet, diffusion, _), (autoencoder, _) = text.load(device=DEVICE), base.load(args.weights, DEVICE), vae.load(device=DEVICE)
     words = text.encode(clip, tokenizer, ["a red star moving left"])
     latents = base.generate(unet, diffusion, words, 16, 4., steps=1)
@@ -3348,7 +3348,7 @@ def peers(args, size: int = 16, batch: int = 2, wanted: float = 8e6):
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; input ({batch}, 4, 16, {size}, {size}), fp32")
     with torch.inference_mode():
-        print(f"  {'convolution 128 -> 128, 3 x 3':34s} {flops(convolution()) / batch * rate(convolution()) / 1e9:7.0f} GFLOP/s")
+        time_convolution(lambda call: batch / rate(call), "cpu")
     for build in (make_a_video_pytorch, video_diffusion_pytorch, diffusers, imagen_pytorch, ours):
         if build is not ours and importlib.util.find_spec(build.__name__) is None:
             print(f"  {build.__name__:26s} is not installed")
