@@ -1,182 +1,132 @@
-"""sample.py - the whole cascade behind one command: prompts in, videos out.
+"""sample.py - prompts in, videos out: both cascades, one line per stage.
 
     python sample.py "a red star moving left"
-    python sample.py "a blue ring bouncing on sand" "a pink cross spinning" --samples 2 --out videos/ --keep stages/
-    python sample.py "a yellow star moving up" --animate picture.png
+    python sample.py "a blue ring bouncing on sand" "a pink cross spinning" --samples 2 --out videos/
+    python sample.py "a yellow star moving up" --animate image.png
     python sample.py "a red star moving left" --cascade imagen-video
 
-Runs the stages' own programs one after the other, through the .pt files they exchange: Make-A-Video's cascade (Eq. 1, but for its
-prior P, since base reads the prompt's own tokens), or Imagen Video's (section 2.2). `--keep` leaves those files for a look, with
-the commands that made them in stages.txt; the same call then goes on from what is there.
+--keep DIR keeps every stage's .pt file; the next stage's own script goes on from any of them.
 """
 import re
-import shlex
-import sys
-import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 import base
-import interpolate
-import superres
 import text
 import vae
-from base import WEIGHTS, Parser, UserError, load_stage, positive, run
-
-# What follows the keyframes of base.py. Each stage: its name, which is its file's too; the script that makes it, its weights, and
-# what it is told; GIVEN is the file of the stage before.
-CASCADES = {
-    "make-a-video": [("interpolate", interpolate.main, "interpolate", "GIVEN --skip 5"),       # 76 x 8 x 8 latents
-                     ("decode", vae.main, "vae", "decode GIVEN"),                              # 76 x 64 x 64
-                     ("low", superres.main, "superres-low", "low GIVEN"),                      # 76 x 256 x 256
-                     ("high", superres.main, "superres-high", "high GIVEN")],                  # 76 x 768 x 768
-    "imagen-video": [("decode", vae.main, "vae", "decode GIVEN"),                              # 16 x 64 x 64
-                     ("tsr-32", interpolate.main, "tsr-32", "GIVEN --double tsr-32"),          # 32 x 64 x 64
-                     ("ssr-128", superres.main, "ssr-128", "ssr-128 GIVEN"),                   # 32 x 128 x 128
-                     ("ssr-256", superres.main, "ssr-256", "ssr-256 GIVEN"),                   # 32 x 256 x 256
-                     ("tsr-64", interpolate.main, "tsr-128", "GIVEN --double tsr-128"),        # 64 x 256 x 256
-                     ("tsr-128", interpolate.main, "tsr-128", "GIVEN --double tsr-128"),       # 128 x 256 x 256
-                     ("ssr-768", superres.main, "ssr-768", "ssr-768 GIVEN")]}                  # 128 x 768 x 768
+from base import WEIGHTS, UserError
+from interpolate import TSR, animate_clip, double_clip, fill_clip
+from superres import STAGES, upscale_clip
 
 
-def cascade(args, prompts: list, folder: Path) -> list:
-    """The pipeline to run: (stage, its main, its arguments, the file it writes, the files it reads). Raises UserError
-    if weights are missing, before an early stage has run in vain."""
-    following = CASCADES[args.cascade]
-    names = ["base", *(name for name, *_ in following)]
-    if args.until and args.until not in names:
-        raise UserError(f"--until {args.until} is no stage of {args.cascade}: {', '.join(name for name in names if name != 'decode')}")
-    chosen = [stage for stage in following if not args.until or stage[0] in (*names[:names.index(args.until) + 1], "decode")]
-    if args.frames == 1:  # nothing lies between the frames of a picture
-        chosen = [stage for stage in chosen if stage[1] is not interpolate.main]
-    weights = lambda name: base.weights_in(args.weights, name)
-    missing = lambda name: not weights(name).exists()
-    lacking = [i for i, (_, _, own, _) in enumerate(chosen) if own != "vae" and missing(own)]
-    if lacking and not args.until:  # as far as the weights go, and the decoder
-        base.note(f"{args.weights / chosen[lacking[0]][2]}.pt is not there: stopping before {chosen[lacking[0]][0]}")
-        chosen = [stage for i, stage in enumerate(chosen) if i < lacking[0] or stage[0] == "decode"]
-    for name in (["interpolate"] if args.animate else []) + [own for _, _, own, _ in chosen]:
-        if missing(name):
-            raise UserError(f"{args.weights / name}.pt: no such weights; train them with `python train.py {name}`, or stop before with --until")
-    file = lambda name: str(folder / f"{name}.pt")
-    weights_flag = lambda name, main: ["--weights", str(args.weights if main is interpolate.main else weights(name))]
-    seed = ["--seed", str(args.seed)]
-    steps = ["--steps", str(args.steps)] if args.steps else []
-    how = ["--fps", str(args.fps), *steps, "--guidance", str(args.guidance), *seed]
-    keyframes = ("base", base.main, [file("text"), *weights_flag("base", base.main), "--frames", str(args.frames), *how,
-                                     *(["--shared-noise"] if args.shared_noise else [])], [file("text"), weights("base")])
-    if args.animate:
-        keyframes = ("base", interpolate.main, [file("text"), *weights_flag("", interpolate.main), "--animate", str(Path(args.animate)), *how],
-                     [file("text"), weights("interpolate"), weights("vae"), args.animate])
-    stages = [("text", text.main, [*weights_flag("text", text.main), "--", *prompts], [weights("text")]), keyframes]
-    for name, main, own, told in chosen:
-        given = file(stages[-1][0])
-        told = [given if word == "GIVEN" else word for word in told.split()]
-        stages += [(name, main, [*told, *weights_flag(own, main), *([] if main is vae.main else seed)], [given, weights(own)])]
-    return [(name, main, ["-o", file(name), "--device", args.device, *argv], file(name), read) for name, main, argv, read in stages]
+# ------------------------------------------------------------------------------------------------
+# Each cascade yields (name, clip) after every stage, so whoever iterates may stop at any. A clip is the
+# dict of base.new_clip.
+
+def make_a_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
+                 guidance: float = 2., image=None):
+    """SR_h o SR_l^t o F o D^t (text)                                       Make-A-Video, Eq. 1
+
+    Differs: the paper's P turns text into an image embedding first, and all stages are in pixels."""
+    where = weights, device, seed
+    clip = text.encode_clip(prompts, weights, device)
+    yield "text", clip  # tokens (B, L, D)
+    if image:
+        clip = animate_clip(clip, image, *where, guidance)
+    else:
+        clip = base.generate_clip(clip, *where, frames, guidance=guidance)
+    yield "base", clip  # (B, 16, 4, 8, 8)
+    if frames > 1:
+        clip = fill_clip(clip, *where, skip=5)
+    yield "interpolate", clip  # (B, 76, 4, 8, 8)
+    clip = vae.decode_clip(clip, weights, device)
+    yield "decode", clip  # (B, 76, 3, 64, 64)
+    clip = upscale_clip(clip, STAGES["low"], *where)
+    yield "low", clip  # (B, 76, 3, 256, 256)
+    clip = upscale_clip(clip, STAGES["high"], *where)
+    yield "high", clip  # (B, 76, 3, 768, 768)
 
 
-def run_cascade(stages: list, folder: Path):
-    """Run the stages, but for those at the beginning that an earlier call left in `folder`: with the same arguments, and with all that
-    they read unchanged since."""
-    newest = lambda path: max(one.stat().st_mtime_ns for one in (path, *path.rglob("*")))  # weights may be a folder, of Stable Diffusion
-    log, done = folder / "stages.txt", ""
-    before = log.read_text(encoding="utf-8") if log.is_file() else ""
-    for name, stage_main, argv, file, read in stages:
-        dates = [str(newest(path)) for path in map(Path, read) if path.exists()]
-        earlier, done = done, done + " ".join([f"{name}:", shlex.join(argv), *dates]) + "\n"
-        if before.startswith(done) and Path(file).is_file():
-            print(f"{name:11s}  kept in {file}")
-            continue
-        before = ""  # what follows an anew made file must be made anew too
-        log.write_text(earlier, encoding="utf-8")
-        forget_peak()
-        start = time.time()
-        stage_main(argv)
-        log.write_text(done, encoding="utf-8")
-        print(f"{name:11s} {time.time() - start:6.1f} s   peak {peak_memory()}")
+def imagen_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
+                 guidance: float = 2., image=None):
+    """TSR doubles the frames, SSR enlarges them.                            Imagen Video, Fig. 6
+
+    Differs: the base is in latents, and SSR is x 2, x 2, x 3, not x 2, x 4, x 4."""
+    where = weights, device, seed
+    for name, clip in make_a_video(prompts, *where, frames, guidance, image):
+        yield name, clip
+        if name == "base":  # (B, 16, 4, 8, 8)
+            break
+    clip = vae.decode_clip(clip, weights, device)
+    yield "decode", clip  # (B, 16, 3, 64, 64)
+    clip = double_clip(clip, TSR["tsr-32"], *where)
+    yield "tsr-32", clip  # (B, 32, 3, 64, 64)
+    clip = upscale_clip(clip, STAGES["ssr-128"], *where)
+    yield "ssr-128", clip  # (B, 32, 3, 128, 128)
+    clip = upscale_clip(clip, STAGES["ssr-256"], *where)
+    yield "ssr-256", clip  # (B, 32, 3, 256, 256)
+    clip = double_clip(clip, TSR["tsr-128"], *where)
+    yield "tsr-64", clip  # (B, 64, 3, 256, 256)
+    clip = double_clip(clip, TSR["tsr-128"], *where)  # the same network once more
+    yield "tsr-128", clip  # (B, 128, 3, 256, 256)
+    clip = upscale_clip(clip, STAGES["ssr-768"], *where)
+    yield "ssr-768", clip  # (B, 128, 3, 768, 768)
 
 
-def cards() -> range:
-    """The GPUs that this process may ask about their memory: none before it has used one."""
-    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+CASCADES = {"make-a-video": make_a_video, "imagen-video": imagen_video}
+STOPS = {"make-a-video": ("base", "interpolate", "low", "high"),
+         "imagen-video": ("base", "tsr-32", "ssr-128", "ssr-256", "tsr-64", "tsr-128", "ssr-768")}
 
 
-def forget_peak():
-    """Start a new measurement of peak memory, where the system can (Linux; elsewhere the peak is since the start)."""
-    base.allocator("malloc_trim", 0)  # what base.keep_freed_memory kept for the stage before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-    for card in cards():
-        torch.cuda.reset_peak_memory_stats(card)
-
-
-def peak_memory() -> str:
-    """Most memory held since `forget_peak`: of this process, and of the GPU if one was used."""
-    try:
-        kilobytes = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    except (OSError, TypeError):
-        try:
-            import resource
-        except ImportError:  # Windows
-            return "unknown"
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    held = sum(torch.cuda.max_memory_allocated(card) for card in cards())
-    return f"{kilobytes / 2 ** 20:.2f} GiB" + f", GPU {held / 2 ** 30:.2f} GiB" * (held > 0)
-
+# ------------------------------------------------------------------------------------------------
 
 def file_names(prompts: list, suffix: str) -> list:
     """A file name per video, after its prompt; numbered where a prompt comes several times."""
-    slugs = [re.sub(r"\W+", "-", prompt.lower()).strip("-").encode()[:80].decode(errors="ignore") or "unconditional" for prompt in prompts]
-    names = [f"{slug}-{slugs[:i].count(slug)}" if slugs.count(slug) > 1 else slug for i, slug in enumerate(slugs)]
-    if len(set(names)) < len(names):  # a prompt that itself ends in such a number
-        names = [f"{slug}-{i}" for i, slug in enumerate(slugs)]
-    return [name + suffix for name in names]
+    slugs = [re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] or "empty" for prompt in prompts]
+    return [slug + (f"-{slugs[:i].count(slug)}" if slugs.count(slug) > 1 else "") + suffix
+            for i, slug in enumerate(slugs)]
 
 
 def main(argv=None):
-    parser = Parser("Turn prompts into videos.")
-    parser.add_argument("prompts", nargs="+", help="what to show, such as 'a red star moving left'")
-    parser.add_argument("--samples", type=positive(int), default=1, help="videos per prompt")
-    parser.add_argument("--frames", type=positive(int), default=16, help="keyframes per video; 1 gives a picture")
-    parser.add_argument("--fps", type=positive(float), default=4., help="frame rate of the keyframes")
-    parser.add_argument("--steps", type=positive(int), help="sampling steps of the first stage; 48 if not given, or 16 for a picture and with "
-                        f"--shared-noise, {interpolate.STEPS} with --animate")
-    parser.add_argument("--guidance", type=base.finite, default=base.GUIDANCE, help="classifier-free guidance scale; 1 is none")
-    parser.add_argument("-o", "--out", default="out", help="a folder, or a file: .mp4, .gif, or .png for one contact sheet of all")
-    parser.add_argument("--cascade", choices=CASCADES, default="make-a-video", help="whose design goes on from the keyframes of base")
-    parser.add_argument("--until", metavar="STAGE", help="where the cascade stops; as far as there are weights if not given. base, then "
-                        "interpolate, low, high, or with imagen-video tsr-32, ssr-128, ssr-256, tsr-64, tsr-128, ssr-768")
-    parser.add_argument("--animate", metavar="PICTURE", help="bring this picture to life, instead of starting from noise")
-    parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file in this folder")
-    parser.add_argument("--shared-noise", action="store_true", help="start every frame from the same noise: without training on video, one picture over and over")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, ours or Stable Diffusion 1.x's")
-    parser.add_seed()
-    parser.add_device()
+    parser = base.command_line(__doc__)
+    parser.add_argument("prompts", nargs="+", help="what to show, one prompt per video")
+    parser.add_argument("-o", "--out", default="out", help="a folder, or .mp4, .gif, .png [out/]")
+    parser.add_argument("--samples", type=base.positive, default=1, help="videos per prompt [1]")
+    parser.add_argument("--frames", type=base.positive, default=16, help="1 makes a picture [16]")
+    parser.add_argument("--guidance", type=float, default=2., help="of base; 1 is none [2]")
+    parser.add_argument("--cascade", choices=CASCADES, default="make-a-video", help="[%(default)s]")
+    parser.add_argument("--until", metavar="STAGE", help="stop after base, interpolate, low; tsr-32, "
+                        "ssr-128, ssr-256, tsr-64, tsr-128 [the last stage]")
+    parser.add_argument("--animate", metavar="IMAGE", help="animate this image [off]")
+    parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file here [off]")
+    parser.add_argument("--weights", default=WEIGHTS, help="a folder, ours or Stable Diffusion 1.x's, "
+                        "which wants --until base [weights/]")
     args = parser.parse_args(argv)
-    if args.animate and (args.frames != 16 or args.shared_noise):
-        raise UserError("--animate makes 16 frames, each of its own noise")
-    if args.cascade == "imagen-video" and args.until != "base" and args.fps != 4:
-        base.note("what follows the keyframes of imagen-video was trained on 4 fps alone")
+    out, keep, stops = Path(args.out), args.keep and Path(args.keep), STOPS[args.cascade]
+    if args.until and args.until not in stops:
+        raise UserError(f"--until {args.until}: {args.cascade} has {', '.join(stops)}")
+    if args.frames == 1 and args.cascade == "imagen-video" and args.until != "base":
+        raise UserError("imagen-video doubles the frame rate, and one frame has none")
+    base.check_output(out if out.suffix else out / "a.mp4", *vae.WRITTEN)
     prompts = [prompt for prompt in args.prompts for _ in range(args.samples)]
-    out = Path(args.out)
-    base.check_out(out, vae.WRITTEN) if out.suffix else base.check_folder(out)
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(args.keep or temporary)
-        base.check_folder(folder)
-        stages = cascade(args, prompts, folder)
-        run_cascade(stages, folder)
-        stage = load_stage(stages[-1][3], "pixels")
-    videos, fps = stage["data"], stage["fps"]
+    stages = CASCADES[args.cascade](prompts, args.weights, args.device, args.seed, args.frames,
+                                    args.guidance, args.animate)
+    start = time.time()
+    for name, clip in stages:
+        print(f"{name:12s} {time.time() - start:6.1f} s")
+        if keep:
+            base.check_output(keep / f"{name}.pt", ".pt")
+            base.save_clip(keep / f"{name}.pt", clip, "sample.py", argv)
+        if name == args.until:
+            break
+        start = time.time()
+    if clip["kind"] == "latents":
+        clip = vae.decode_clip(clip, args.weights, args.device)
+    videos, fps = clip["data"], clip["fps"]  # (B, T, 3, H, W)
     if out.suffix:
         paths = vae.write_videos(out, videos, fps)
     else:
-        paths = [out / name for name in file_names(prompts, ".png" if videos.shape[1] == 1 else ".mp4")]
+        paths = [out / n for n in file_names(prompts, ".png" if videos.shape[1] == 1 else ".mp4")]
         for path, video in zip(paths, videos):
             vae.write_video(path, video, fps)
     for path in paths:
@@ -184,4 +134,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    base.run(main)

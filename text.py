@@ -1,18 +1,17 @@
 """text.py - from a prompt to the tokens that tell later stages what to draw.
 
-CLIP (2103.00020): a causal text transformer and a picture transformer, trained to agree about which caption belongs to
-which picture. Stable Diffusion reads the text half's last hidden states, token by token; so do our stages, and leave CLIP's
-own summary of a prompt, `pooled`, to readers.
+CLIP (2103.00020): a causal text transformer and an image transformer, trained to agree on which caption
+belongs to which image. Stable Diffusion reads the text half's last hidden states; so do our stages.
 
     in    one or more prompts
-    out   text.pt   tokens (B, L, D), pooled (B, D), and the same of the empty prompt, for guidance
+    out   text.pt   tokens (B, L, D), and those of the empty prompt, for guidance
 
     python text.py "a red star moving left" "a blue ring bouncing on sand" -o text.pt
 
-Layers bear the names of Hugging Face's CLIPModel, whose text half is the text encoder in Stable Diffusion's folder.
-Differs: pictures hold no motion, so beside CLIP's loss the text half learns two things from captions alone: to predict
-the next token, as a language model does, and to name all of a caption's words from its last state. The second is what
-keeps "left" far from "right": nothing ever follows these words from which a next token could tell them apart.
+Layers bear the names of Hugging Face's CLIPModel, whose text half is in Stable Diffusion's folder.
+Differs: stills hold no motion, so the text half also learns from captions without images: to predict
+the next token, and to name all words of a caption from its last state. The latter keeps "left" far
+from "right": no next token ever tells these two apart.
 """
 import json
 import math
@@ -20,57 +19,77 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from base import (SD_ID, WEIGHTS, UserError, attend, check_output, command_line, find_checkpoint,
+                  load_checkpoint, load_stable_diffusion, load_state, new_clip, run,
+                  save_clip, tensors_id, warn)
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-from base import WEIGHTS, Parser, UserError, attend, check_out, configure, fill, load_weights, note, run, save_stage, weights_in
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 # ------------------------------------------------------------------------------------------------
-# Byte-pair encoding, as CLIP does it: bytes never fail, and "</w>" marks the end of a word.
+# Byte-pair encoding as CLIP does it: over bytes, and "</w>" marks the end of a word.
 
 def build_tokenizer(vocab: dict, merges: list) -> Tokenizer:
     """CLIP's tokenizer for a vocabulary {token: id} and a list of merges (pairs)."""
-    tokenizer = Tokenizer(models.BPE(vocab, [tuple(pair) for pair in merges], end_of_word_suffix="</w>", unk_token=END))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer = Tokenizer(models.BPE(vocab, [tuple(pair) for pair in merges],
+                                     end_of_word_suffix="</w>", unk_token=END))
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.add_special_tokens([token for token in (START, END) if token in vocab])
     return tokenizer
 
 
 def learn_tokenizer(captions: list) -> tuple[dict, list]:
-    """Vocabulary and merges of a small world's captions: every word they hold becomes one token.
-    Ids are laid out as CLIP's are: bytes, bytes that end a word, merges, start, end."""
+    """Vocabulary and merges in which every word of a small world's captions is one token.
+    Ids are laid out as CLIP's: bytes, bytes that end a word, merges, start, end."""
     learner = build_tokenizer({END: 0}, [])
-    learner.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False,
-                                                              special_tokens=[END]))
-    merges = [pair.split() if isinstance(pair, str) else pair for pair in json.loads(learner.to_str())["model"]["merges"]]
+    learner.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=2000, end_of_word_suffix="</w>", show_progress=False, special_tokens=[END]))
+    merges = read_merges(json.loads(learner.to_str())["model"])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = alphabet + [byte + "</w>" for byte in alphabet] + ["".join(pair) for pair in merges] + [START, END]
+    tokens = alphabet + [byte + "</w>" for byte in alphabet]
+    tokens += ["".join(pair) for pair in merges] + [START, END]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
+def read_merges(model: dict) -> list:
+    """The merges of a tokenizer.json, written as "a b" or as ["a", "b"], as pairs."""
+    return [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]
+
+
+def read_tokenizer(folder: Path) -> dict:
+    """CLIP's own vocabulary and merges: vocab.json and merges.txt, or tokenizer.json."""
+    if (folder / "vocab.json").is_file():
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [line.split() for line in lines if line and not line.startswith("#version")]
+        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        return {"vocab": vocab, "merges": merges}
+    if (folder / "tokenizer.json").is_file():
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        return {"vocab": model["vocab"], "merges": read_merges(model)}
+    raise UserError(f"{folder} holds neither vocab.json and merges.txt nor tokenizer.json")
+
+
 def tokenize(tokenizer: Tokenizer, prompts: list, context: int) -> torch.Tensor:
-    """Ids (B, context): start, the prompt, and ends up to the full length. A longer prompt is cut, with a warning."""
-    vocabulary = tokenizer.get_vocab()
-    start, end, rows = vocabulary[START], vocabulary[END], {}
-    for prompt in dict.fromkeys(prompts):
-        try:
-            ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-        except TypeError as error:  # a shell of another encoding leaves bytes in it that are no text
-            raise UserError(f"the prompt {ascii(prompt)} is not written in UTF-8") from error
+    """Ids (B, context): start, the prompt, then ends. A longer prompt is cut, with a warning."""
+    start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
         if len(ids) > context - 2:
-            note(f"'{prompt}' has {len(ids)} tokens; the last {len(ids) - context + 2} are cut")
+            warn(f"'{prompt}' has {len(ids)} tokens; only the first {context - 2} are read")
         ids = [start, *ids[:context - 2], end]
-        rows[prompt] = ids + [end] * (context - len(ids))
-    return torch.tensor([rows[prompt] for prompt in prompts])
+        rows.append(ids + [end] * (context - len(ids)))
+    return torch.tensor(rows)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -79,7 +98,7 @@ def tokenize(tokenizer: Tokenizer, prompts: list, context: int) -> torch.Tensor:
 @dataclass
 class CLIPConfig:
     vocab_size: int
-    context: int = 16                     # tokens per prompt, start and end included
+    context: int = 16           # tokens per prompt, start and end included
     width: int = 128
     layers: int = 3
     heads: int = 4
@@ -87,25 +106,27 @@ class CLIPConfig:
     patch_size: int = 8
     vision_width: int = 128
     vision_layers: int = 3
-    projection_dim: int = 64              # of the space in which pictures and captions meet
+    projection_dim: int = 64    # of the space where images and captions meet
 
 
-SD15 = CLIPConfig(vocab_size=49408, context=77, width=768, layers=12, heads=12, image_size=224, patch_size=14, vision_width=1024,
-                  vision_layers=24, projection_dim=768)
+SD15 = CLIPConfig(vocab_size=49408, context=77, width=768, layers=12, heads=12, image_size=224,
+                  patch_size=14, vision_width=1024, vision_layers=24, projection_dim=768)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over (B, L, D); causal for text, so that nothing after a word changes it, padding least of all."""
+    """Multi-head attention over (B, L, D). Causal for text: nothing after a word changes it."""
 
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x):
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        h = attend(q, k, v, is_causal=self.causal)                                  # (B, heads, L, D/heads)
-        return self.out_proj(h.transpose(1, 2).flatten(2))                          # (B, L, D)
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, heads, L, d)
+        h = attend(q, k, v, is_causal=self.causal)
+        return self.out_proj(h.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
 class MLP(nn.Module):
@@ -131,6 +152,12 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+def encoder(width: int, heads: int, layers: int, causal: bool) -> nn.Module:
+    module = nn.Module()
+    module.layers = nn.Sequential(*(EncoderLayer(width, heads, causal) for _ in range(layers)))
+    return module
+
+
 class TextTransformer(nn.Module):
     """Ids (B, L) -> one state per token (B, L, D), and the state at the first end token (B, D)."""
 
@@ -139,39 +166,39 @@ class TextTransformer(nn.Module):
         self.embeddings = nn.Module()
         self.embeddings.token_embedding = nn.Embedding(c.vocab_size, c.width)
         self.embeddings.position_embedding = nn.Embedding(c.context, c.width)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.Sequential(*(EncoderLayer(c.width, c.heads, causal=True) for _ in range(c.layers)))
+        self.encoder = encoder(c.width, c.heads, c.layers, causal=True)
         self.final_layer_norm = nn.LayerNorm(c.width)
-        nn.init.normal_(self.embeddings.token_embedding.weight, std=.1)  # small: it is the output layer of the next-token loss too
+        nn.init.normal_(self.embeddings.token_embedding.weight, std=.1)  # also an output layer
         nn.init.normal_(self.embeddings.position_embedding.weight, std=.05)
 
     def forward(self, ids):
-        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]
-        tokens = self.final_layer_norm(self.encoder.layers(x))                      # (B, L, D)
-        pooled = tokens[torch.arange(len(ids)), ids.argmax(1)]                      # end is the largest id of all
-        return tokens, pooled
+        position = self.embeddings.position_embedding.weight[:ids.shape[1]]
+        x = self.embeddings.token_embedding(ids) + position
+        tokens = self.final_layer_norm(self.encoder.layers(x))  # (B, L, D)
+        first_end = ids.argmax(1)  # end has the largest id
+        return tokens, tokens[torch.arange(len(ids)), first_end]
 
 
 class VisionTransformer(nn.Module):
-    """Pictures (B, 3, H, W) in -1...1 -> one state each, (B, D): that of the class token."""
+    """Images (B, 3, H, W) in -1...1 -> the state of the class token (B, D)."""
 
     def __init__(self, c: CLIPConfig):
         super().__init__()
+        patches = (c.image_size // c.patch_size) ** 2
         self.embeddings = nn.Module()
         self.embeddings.class_embedding = nn.Parameter(.02 * torch.randn(c.vision_width))
-        self.embeddings.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch_size, c.patch_size, bias=False)
-        self.embeddings.position_embedding = nn.Embedding((c.image_size // c.patch_size) ** 2 + 1, c.vision_width)
+        self.embeddings.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch_size, c.patch_size,
+                                                    bias=False)
+        self.embeddings.position_embedding = nn.Embedding(patches + 1, c.vision_width)
         self.pre_layrnorm = nn.LayerNorm(c.vision_width)  # spelt as in the files
-        self.encoder = nn.Module()
-        heads = max(1, c.vision_width // 64)
-        self.encoder.layers = nn.Sequential(*(EncoderLayer(c.vision_width, heads, causal=False) for _ in range(c.vision_layers)))
+        self.encoder = encoder(c.vision_width, max(1, c.vision_width // 64), c.vision_layers, False)
         self.post_layernorm = nn.LayerNorm(c.vision_width)
 
     def forward(self, pixels):
-        patches = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, patches, D)
-        first = self.embeddings.class_embedding.expand(len(pixels), 1, -1)            # (B, 1, D)
-        x = torch.cat([first.to(patches), patches], dim=1) + self.embeddings.position_embedding.weight
-        return self.post_layernorm(self.encoder.layers(self.pre_layrnorm(x))[:, 0])   # (B, D)
+        x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, patches, D)
+        first = self.embeddings.class_embedding.expand(len(pixels), 1, -1).to(x)  # (B, 1, D)
+        x = torch.cat([first, x], dim=1) + self.embeddings.position_embedding.weight
+        return self.post_layernorm(self.encoder.layers(self.pre_layrnorm(x))[:, 0])  # (B, D)
 
 
 class CLIP(nn.Module):
@@ -184,104 +211,102 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))
 
     def similarity(self, pixels, ids):
-        """Scaled cosines of N pictures with M captions, (N, M)."""
-        pictures = F.normalize(self.visual_projection(self.vision_model(pixels)).float(), dim=-1)
+        """Scaled cosines of N images (N, 3, H, W) with M captions (M, L). (N, M)"""
+        images = F.normalize(self.visual_projection(self.vision_model(pixels)).float(), dim=-1)
         captions = F.normalize(self.text_projection(self.text_model(ids)[1]).float(), dim=-1)
-        return self.logit_scale.exp().clamp(max=100) * pictures @ captions.T
+        return self.logit_scale.exp().clamp(max=100) * images @ captions.T
 
     def language_loss(self, ids):
-        """Mean cross-entropy of each caption's next token, up to its first end; plus that of naming all its words from the
-        state at its end alone. (M, L) -> (M,)"""
-        embeddings, position = self.text_model.embeddings.token_embedding.weight, torch.arange(ids.shape[1], device=ids.device)
-        length = ids.argmax(1, keepdim=True)                                        # (M, 1): where the first end stands
-        tokens, pooled = (states.float() for states in self.text_model(ids))        # (M, L, D), (M, D)
-        next_token = F.cross_entropy((tokens[:, :-1] @ embeddings.T).transpose(1, 2), ids[:, 1:], reduction="none")
-        recall = -(pooled @ embeddings.T).log_softmax(1).gather(1, ids)             # (M, L)
-        mean = lambda losses, counts: (losses * counts).sum(1) / counts.sum(1).clamp(min=1)  # an empty caption has no words
-        return mean(next_token, position[:-1] < length) + mean(recall, (position > 0) & (position < length))
+        """Cross-entropy of the next token, up to the first end; plus that of naming all words of the
+        caption from its last state. (M, L) -> (M,)"""
+        embeddings = self.text_model.embeddings.token_embedding.weight  # (V, D)
+        position = torch.arange(ids.shape[1], device=ids.device)
+        length = ids.argmax(1, keepdim=True)  # (M, 1): where the first end stands
+        tokens, last = (states.float() for states in self.text_model(ids))  # (M, L, D), (M, D)
+        logits = (tokens[:, :-1] @ embeddings.T).transpose(1, 2)  # (M, V, L - 1)
+        next_token = F.cross_entropy(logits, ids[:, 1:], reduction="none")  # (M, L - 1)
+        recall = -(last @ embeddings.T).log_softmax(1).gather(1, ids)  # (M, L)
+
+        def mean(losses, counts):
+            return (losses * counts).sum(1) / counts.sum(1).clamp(min=1)  # the null prompt: 0 words
+        words = (position > 0) & (position < length)
+        return mean(next_token, position[:-1] < length) + mean(recall, words)
 
 
 def loss(clip: CLIP, batch: dict) -> torch.Tensor:
-    """Symmetric contrastive loss of pictures and captions, plus the language loss of captions with motion; (N,).
-    batch: pixels (N, 3, H, W), ids (N, L) of their captions, motion_ids (N, L) of other captions.
+    """Symmetric contrastive loss (CLIP, Fig. 3) plus the language loss, (N,). batch: pixels
+    (N, 3, H, W), ids (N, L) of their captions, motion_ids (N, L) of captions without images.
 
-    Differs: in so small a world many pictures of a batch share a caption, and all that are equal count as right."""
+    Differs: in so small a world several images share a caption, and all of them count as right."""
     logits, ids = clip.similarity(batch["pixels"], batch["ids"]), batch["ids"]
-    same = (ids[:, None] == ids[None]).all(-1).float()                              # (N, N)
+    same = (ids[:, None] == ids[None]).all(-1).float()  # (N, N)
     target = same / same.sum(1, keepdim=True)
-    contrastive = (F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")) / 2
-    return contrastive + clip.language_loss(batch["motion_ids"])
+    of_images = F.cross_entropy(logits, target, reduction="none")
+    of_captions = F.cross_entropy(logits.T, target, reduction="none")
+    return (of_images + of_captions) / 2 + clip.language_loss(batch["motion_ids"])
 
 
 # ------------------------------------------------------------------------------------------------
+# Loading, encoding, the command line
 
 def load(path=WEIGHTS / "text.pt", device="cpu"):
-    """The shipped CLIP, its tokenizer, and the weights' dict."""
-    weights = load_weights(path, "clip")
-    if "settings" in weights:  # Stable Diffusion ships the text half alone
-        s = weights["settings"]
-        config = CLIPConfig(s["vocab_size"], s["max_position_embeddings"], s["hidden_size"], s["num_hidden_layers"], s["num_attention_heads"],
-                            vision_layers=0)
-        clip = fill(CLIP(config), weights, path, may_lack=lambda name: not name.startswith("text_model"))
-        weights["config"] = {"tokenizer": read_tokenizer(Path(path) / "tokenizer"), "words": []}
+    """CLIP, its tokenizer, and what is known of it: {"id": str, "words": the words it was trained on}.
+    A Stable Diffusion folder has only the text half."""
+    if Path(path).is_dir():
+        s, state = load_stable_diffusion(path, "text_encoder")
+        config = CLIPConfig(s["vocab_size"], s["max_position_embeddings"], s["hidden_size"],
+                            s["num_hidden_layers"], s["num_attention_heads"], vision_layers=0)
+        clip = load_state(CLIP(config), state, path, lambda name: not name.startswith("text_model"))
+        tokenizer, facts = read_tokenizer(Path(path) / "tokenizer"), {"id": SD_ID, "words": []}
     else:
-        clip = fill(CLIP(configure(CLIPConfig, weights["config"]["clip"], path)), weights, path)
-    return clip.to(device).eval(), build_tokenizer(**weights["config"]["tokenizer"]), weights
-
-
-def read_tokenizer(folder: Path) -> dict:
-    """Vocabulary and merges of CLIP's own tokenizer: vocab.json and merges.txt, or tokenizer.json."""
-    try:
-        if (folder / "vocab.json").is_file():
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-            merges = [line.split() for line in lines if line and not line.startswith("#version")]
-            return {"vocab": json.loads((folder / "vocab.json").read_text(encoding="utf-8")), "merges": merges}
-        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-        return {"vocab": model["vocab"], "merges": [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no tokenizer: vocab.json and merges.txt, or tokenizer.json") from error
+        weights = load_checkpoint(path, "clip")
+        config, tokenizer = CLIPConfig(**weights["config"]["clip"]), weights["config"]["tokenizer"]
+        clip = load_state(CLIP(config), weights["model"], path)
+        facts = {"id": tensors_id(weights["model"], ("text_model.",)),
+                 "words": weights["config"]["words"]}
+    return clip.to(device).eval(), build_tokenizer(**tokenizer), facts
 
 
 @torch.inference_mode()
-def encode(clip: CLIP, tokenizer: Tokenizer, prompts: list, encoder: str = "") -> dict:
-    """What stage files carry as `text`: tokens (B, L, D), pooled (B, D), null_tokens (1, L, D), null_pooled (1, D), all on
-    the CPU, and the short hash of the encoder."""
-    ids = tokenize(tokenizer, [*prompts, ""], clip.config.context)                  # (B + 1, L): the empty prompt is last
-    tokens, pooled = (part.cpu() for part in clip.text_model(ids.to(clip.logit_scale.device)))
-    return {"tokens": tokens[:-1].clone(), "pooled": pooled[:-1].clone(), "null_tokens": tokens[-1:].clone(),
-            "null_pooled": pooled[-1:].clone(), "encoder": encoder}
+def encode(clip: CLIP, tokenizer: Tokenizer, prompts: list) -> dict:
+    """tokens (B, L, D) of the prompts and null_tokens (1, L, D) of the empty one, on the CPU."""
+    ids = tokenize(tokenizer, [*prompts, ""], clip.config.context)  # (B + 1, L)
+    tokens = clip.text_model(ids.to(clip.logit_scale.device))[0].cpu()  # (B + 1, L, D)
+    return {"tokens": tokens[:-1].clone(), "null_tokens": tokens[-1:].clone()}
 
 
-def said(folder, prompts: list) -> dict:
-    """What the `text` of a stage file holds for these prompts ("" for a clip that came without one): by the text encoder in this folder of
-    weights, or by ours, where it has none."""
-    path = weights_in(folder, "text")
-    clip, tokenizer, weights = load(path if path.exists() else WEIGHTS / "text.pt")
-    return encode(clip, tokenizer, prompts, weights["hash"])
+def encode_clip(prompts: list, weights=WEIGHTS, device="cpu") -> dict:
+    """A new clip of text, by the text encoder in a folder of weights."""
+    clip, tokenizer, facts = load(find_checkpoint(weights, "text"), device)
+    warn_unknown(prompts, facts["words"])
+    return new_clip("text", text=encode(clip, tokenizer, prompts), prompts=prompts,
+                    encoder=facts["id"])
 
 
-def remark(prompts: list, words: list):
-    """Tell the user what a prompt asks for that the shipped models cannot know."""
-    for prompt in dict.fromkeys(prompts):
-        unseen = [word for word in re.findall(r"\w+", prompt.lower()) if words and word not in words]
-        if unseen:
-            note(f"the shipped model has never seen: {', '.join(repr(word) for word in unseen)}")
-        if not prompt.strip():
-            note("an empty prompt is the unconditional one: the model may show anything it knows")
+def with_text(clip: dict, weights=WEIGHTS, device="cpu") -> dict:
+    """A clip that came without a prompt, with the empty one."""
+    if clip["text"] is not None:
+        return clip
+    empty = encode_clip([""] * len(clip["data"]), weights, device)
+    return clip | {"text": empty["text"], "encoder": empty["encoder"]}
+
+
+def warn_unknown(prompts: list, words: list):
+    """Name the words of prompts that the text encoder was never trained on."""
+    unknown = {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())} - set(words)
+    if words and unknown:
+        warn(f"the text encoder was never trained on: {', '.join(sorted(unknown))}")
 
 
 def main(argv=None):
-    parser = Parser("Encode prompts into the tokens that tell later stages what to draw.")
-    parser.add_argument("prompts", nargs="+", help="what the videos should show, one prompt each")
-    parser.add_argument("--weights", default=WEIGHTS / "text.pt", help="text encoder weights, written by train.py, or a Stable Diffusion 1.x folder")
-    parser.add_argument("-o", "--out", default="text.pt", help="file of tokens to write")
-    parser.add_device()
+    parser = command_line(__doc__, seed=False)
+    parser.add_argument("prompts", nargs="+", help="what to show, one prompt per video")
+    parser.add_argument("-o", "--out", default="text.pt", help="tokens to write [text.pt]")
+    parser.add_argument("--weights", default=WEIGHTS, help="a folder, a .pt, or a Stable Diffusion "
+                        "1.x folder [weights/]")
     args = parser.parse_args(argv)
-    check_out(args.out, (".pt",))
-    clip, tokenizer, weights = load(args.weights, args.device)
-    text = encode(clip, tokenizer, args.prompts, weights["hash"])
-    remark(args.prompts, weights["config"]["words"])
-    save_stage(args.out, "text", None, text=text, prompts=args.prompts, fps=0, seed=None, history=[f"text {weights['hash']}"])
+    check_output(args.out, ".pt")
+    save_clip(args.out, encode_clip(args.prompts, args.weights, args.device), "text.py", argv)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
-"""train.py - the toy world, and the one loop that trains every stage on it (or on a folder of your own clips).
+"""train.py - the toy world, and one loop that trains every stage on it, or on a folder of your clips.
 
-    python train.py all                     everything in weights/, from nothing, one stage after the other
-    python train.py base                    one stage; it goes on from runs/base/checkpoint.pt if that is there
-    python train.py base --data clips/      the same on .mp4 .gif .webm files with captions.csv, or a .txt beside each
-    torchrun --nproc_per_node 2 train.py base       each batch shared by two processes
+    python train.py all                        everything in weights/, one stage after the other
+    python train.py base                       one stage; goes on from runs/base/checkpoint.pt if there
+    python train.py base --data clips/         on videos with a captions.csv, or a .txt beside each
+    torchrun --nproc_per_node 2 train.py base  each batch shared by two processes
 
-Stages, each finished before the next begins: vae (pixels <-> latents), clip (the text encoder), image (a text-to-image
-U-Net), prior (the mean clip of a prompt), base (that U-Net inflated to video: Make-A-Video's central idea, section 3.4),
-interpolate (base fine-tuned to fill in masked frames), superres-low and superres-high; and for Imagen Video's cascade tsr-32, tsr-128
-(frame rate), ssr-128, ssr-256 and ssr-768 (pixels).
+Stages, in order: vae; clip, the text encoder; image, a text-to-image U-Net; mean-clip; base, that
+U-Net inflated and trained on video (Make-A-Video, 3.4); interpolate, base fine-tuned on masked frames;
+superres-low and -high; and for Imagen Video ssr-128, ssr-256, ssr-768, tsr-32, tsr-128.
 
-Sample i of step n is a pure function of (seed, n, i), its noise and timestep included. So a run that was stopped goes on
-to the very bits it would have reached, and no random state needs saving. Every stage leaves in runs/STAGE/: log.csv
-(loss by quartile of t), preview.png, first_batch.gif with its captions beside it, and checkpoint.pt.
+Sample i of step n is a pure function of (seed, n, i), noise and timestep included: a run that was
+stopped reaches the very bits of one that was not. runs/STAGE/ gets log.csv (loss by quartile of t),
+preview.png, first_batch.gif and checkpoint.pt.
 """
-import argparse
 import copy
 import csv
 import hashlib
@@ -22,232 +20,332 @@ import io
 import math
 import os
 import re
-import signal
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm, trange
 
 import base
 import interpolate
 import superres
 import text
 import vae
-from base import WEIGHTS, Parser, UNet, UserError, atomic, fast_autocast, note, positive, read_pt, run, save_weights, weights_in, write_pt
+from base import WEIGHTS, UNet, UserError, fast_autocast, find_checkpoint, load_pt, save_pt
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm, trange
 
 RUNS = Path(__file__).resolve().parent / "runs"
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+STILLS, CLIPS, SIDE = 64000, 16000, 64  # of the world: how many to render, and at which size
+SAVE_MINUTES = 3
 
 
 # ------------------------------------------------------------------------------------------------
-# The toy world: one shaded shape, one motion, one quiet ground. Positions live in the unit square
-# (x right, y down), lengths are fractions of its side, time is in seconds: so the same scene can be
-# rendered at any size and any frame rate, which is what gives every stage of the cascade its truth.
+# The toy world: one shaded shape, one motion, one quiet ground. Positions are in the unit square (x
+# right, y down), times in seconds, so a scene renders at any size and frame rate: the truth of every
+# stage. A new colour, shape, motion or ground is one entry at the end of its table.
 
-COLOURS = {"red": (230, 40, 40), "orange": (250, 140, 30), "yellow": (245, 215, 50), "green": (50, 190, 70),
-           "cyan": (50, 205, 215), "blue": (50, 90, 235), "purple": (155, 60, 200), "pink": (245, 130, 185)}
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-MOTIONS = ("moving left", "moving right", "moving up", "moving down",
-           "growing", "shrinking", "bouncing", "circling", "spinning")
-GROUNDS = ("", "on grass", "on sand", "on bricks", "at night")
-SCENE_SECONDS = 3.75  # 16 frames at 4 fps, or 76 at 20: Make-A-Video's two frame counts
+SCENE_SECONDS = 3.75  # 16 frames at 4 fps, or 76 at 20
 
-UNSEEN_PAIRS = {("star", "circling"), ("ring", "moving up"), ("cross", "growing"), ("triangle", "bouncing")}
+COLOURS = {"red": (230, 40, 40), "orange": (250, 140, 30), "yellow": (245, 215, 50),
+           "green": (50, 190, 70), "cyan": (50, 205, 215), "blue": (50, 90, 235),
+           "purple": (155, 60, 200), "pink": (245, 130, 185)}
 
 
-def split_of(colour: int, shape: int, motion: int) -> str | None:
-    """Which part of the world a (colour, shape, motion) triple belongs to, by index into the tables above:
-    "train", "held-out" (triples no video stage sees), "unseen" (whole shape-motion pairs that none sees),
-    or None where the motion could not be told: a circle that spins is a circle that stands still."""
-    if MOTIONS[motion] == "spinning" and SHAPES[shape] in ("circle", "ring"):
+# Signed distances to outlines of radius about 1, negative inside; u right, v down.
+
+def circle(u, v):
+    return torch.hypot(u, v) - 1
+
+
+def square(u, v):
+    return torch.maximum(u.abs(), v.abs()) - .86
+
+
+def triangle(u, v):
+    return torch.maximum(v, .5 * (math.sqrt(3) * u.abs() - v)) - .6
+
+
+def star(u, v):
+    """One edge, from a tip at radius 1.2 to a notch at .52, mirrored and turned five times."""
+    wedge = 2 * math.pi / 5
+    theta = torch.remainder(torch.atan2(u, -v) + wedge / 2, wedge) - wedge / 2  # 0 is up, at a tip
+    a, b = torch.hypot(u, v) * theta.cos(), torch.hypot(u, v) * theta.abs().sin()
+    notch_a, notch_b = .52 * math.cos(wedge / 2), .52 * math.sin(wedge / 2)
+    edge = math.hypot(1.2 - notch_a, notch_b)
+    return ((a - 1.2) * notch_b + b * (1.2 - notch_a)) / edge
+
+
+def cross(u, v):
+    upright = torch.maximum(u.abs() - .36, v.abs() - 1.05)
+    level = torch.maximum(u.abs() - 1.05, v.abs() - .36)
+    return torch.minimum(upright, level)
+
+
+def ring(u, v):
+    return (torch.hypot(u, v) - .74).abs() - .26
+
+
+SHAPES = {"circle": circle, "square": square, "triangle": triangle, "star": star, "cross": cross,
+          "ring": ring}
+
+
+# Paths: a scene's x, y, radius and clockwise angle at times t (T,) in seconds.
+
+def slide(dx: float, dy: float, scene: dict, t):
+    return scene["x"] + .14 * dx * t, scene["y"] + .14 * dy * t, scene["radius"], 0.
+
+
+def resize(first: float, last: float, scene: dict, t):
+    return scene["x"], scene["y"], first + (last - first) * t / SCENE_SECONDS, 0.
+
+
+def bounce(scene: dict, t):
+    height = (math.pi * (t / 2.5 + scene["phase"])).sin().abs()
+    return scene["x"], .74 - .42 * height, scene["radius"], 0.
+
+
+def circulate(scene: dict, t):
+    turn = 2 * math.pi * (t / 5 + scene["phase"])  # y points down: a growing angle is clockwise
+    return scene["x"] + .22 * turn.cos(), scene["y"] + .22 * turn.sin(), scene["radius"], 0.
+
+
+def spin(scene: dict, t):
+    angle = math.radians(60) * t + 2 * math.pi * scene["phase"]
+    return scene["x"], scene["y"], scene["radius"], angle
+
+
+@dataclass
+class Motion:
+    path: Callable
+    x: tuple = (.35, .65)       # ranges of the scene's free numbers
+    y: tuple = (.35, .65)
+    radius: tuple = (.10, .14)
+    often: int = 1              # how many times as often as others it is drawn in training
+
+
+# Motions whose frames must agree on a phase, or show turned shapes, are drawn more often.
+# Differs: the papers oversample no class.
+MOTIONS = {"moving left": Motion(partial(slide, -1, 0), x=(.68, .78), y=(.3, .7)),
+           "moving right": Motion(partial(slide, 1, 0), x=(.22, .32), y=(.3, .7)),
+           "moving up": Motion(partial(slide, 0, -1), x=(.3, .7), y=(.68, .78)),
+           "moving down": Motion(partial(slide, 0, 1), x=(.3, .7), y=(.22, .32)),
+           "growing": Motion(partial(resize, .07, .24)),
+           "shrinking": Motion(partial(resize, .24, .07)),
+           "bouncing": Motion(bounce, x=(.3, .7), radius=(.10, .13), often=4),
+           "circling": Motion(circulate, (.45, .55), (.45, .55), (.09, .12), often=2),
+           "spinning": Motion(spin, radius=(.14, .20), often=4)}
+
+
+def noise_octave(seed: int, rows: int, columns: int, size: int) -> torch.Tensor:
+    """Value noise of unit variance on a lattice, seen at `size` pixels: (size, size). A lattice finer
+    than the pixels is averaged, as a lens would; so small pictures show less, never an alias."""
+    if rows > 8 * size:
+        return torch.zeros(size, size)
+    rng = np.random.default_rng((seed, rows, columns))
+    lattice = torch.from_numpy(rng.standard_normal((1, 1, rows, columns), np.float32))
+    shape = max(rows, size), max(columns, size)
+    fine = F.interpolate(lattice, shape, mode="bilinear", align_corners=False)
+    return F.adaptive_avg_pool2d(fine, size)[0, 0]
+
+
+def octaves(seed: int, size: int, *layers):
+    """The sum of weighted octaves, given as (weight, rows, columns)."""
+    return sum(weight * noise_octave(seed, r, c, size) for weight, r, c in layers)
+
+
+# Grounds: a light (size, size) that is added to the ground's colour.
+
+def grass(seed: int, size: int):
+    return octaves(seed, size, (.014, 5, 5), (.02, 16, 64), (.056, 60, 260), (.06, 150, 600))
+
+
+def sand(seed: int, size: int):
+    return octaves(seed, size, (.015, 4, 4), (.02, 24, 12), (.05, 190, 190), (.06, 420, 420))
+
+
+def bricks(seed: int, size: int):
+    centre = (torch.arange(size) + .5) / size
+    y, x = centre[:, None], centre[None, :]
+    row, blur = (y * 10).floor(), max(.0045, .55 / size)  # mortar is a pixel wide at least
+
+    def to_joint(position, period: float):
+        return (torch.remainder(position / period + .5, 1) - .5).abs() * period
+    joint = torch.minimum(to_joint(y, .1).expand(size, size), to_joint(x + .1 * (row % 2), .2))
+    light = octaves(seed, size, (.02, 10, 5), (.045, 260, 260))
+    return light + .13 * (.0045 / blur) * torch.exp(-(joint / blur) ** 2)
+
+
+def night(seed: int, size: int):
+    centre = (torch.arange(size) + .5) / size
+    light, seen = octaves(seed, size, (.006, 6, 6)), math.hypot(.003, .4 / size)
+    stars = torch.from_numpy(np.random.default_rng((seed, 7)).uniform(size=(16, 3))).float()
+    for x, y, bright in stars:  # a star smaller than a pixel keeps its light
+        square = (centre[None, :] - x) ** 2 + (centre[:, None] - y) ** 2
+        light = light + (.4 + .6 * bright) * (.003 / seen) ** 2 * torch.exp(-square / (2 * seen ** 2))
+    return light
+
+
+def black(seed: int, size: int):
+    return torch.zeros(size, size)
+
+
+GROUNDS = {"": ((0, 0, 0), black), "on grass": ((74, 96, 66), grass),
+           "on sand": ((158, 142, 112), sand), "on bricks": ((118, 88, 80), bricks),
+           "at night": ((22, 24, 35), night)}
+
+ROUND = ("circle", "ring")  # a round shape that spins stands still
+UNSEEN_PAIRS = {("star", "circling"), ("ring", "moving up"), ("cross", "growing"),
+                ("triangle", "bouncing")}
+
+
+def split_of(colour: str, shape: str, motion: str) -> str | None:
+    """The part of the world that a triple belongs to: "train"; "held-out", triples that no video stage
+    sees; "unseen", whole shape-motion pairs that none sees; None if the motion cannot be seen."""
+    if motion == "spinning" and shape in ROUND:
         return None
-    if (SHAPES[shape], MOTIONS[motion]) in UNSEEN_PAIRS:
+    if (shape, motion) in UNSEEN_PAIRS:
         return "unseen"
-    return "held-out" if (7 * colour + 3 * shape + 5 * motion) % 8 == 0 else "train"
+    index = [list(table).index(key) for table, key in
+             ((COLOURS, colour), (SHAPES, shape), (MOTIONS, motion))]
+    return "held-out" if np.dot((7, 3, 5), index) % 8 == 0 else "train"
 
 
-TRIPLES = {split: [(c, s, m) for c in range(8) for s in range(6) for m in range(9) if split_of(c, s, m) == split]
+EVERY = [(c, s, m) for c in COLOURS for s in SHAPES for m in MOTIONS]
+TRIPLES = {split: [triple for triple in EVERY if split_of(*triple) == split]
            for split in ("train", "held-out", "unseen")}
+TRIPLES["any"] = TRIPLES["train"] + TRIPLES["held-out"] + TRIPLES["unseen"]
 
-# How many times as often as others a motion is drawn in training, since its frames must agree on a phase, or show turned shapes.
-# Differs: in the papers data come as they are found.
-OFTEN = {"bouncing": 4, "circling": 2, "spinning": 4}
-# Stills drawn four times as often, since an autoencoder learns them last: rings at the border, turned shapes.
-HARD = re.compile("ring moving|spinning")
-ANY = sum(TRIPLES.values(), [])
-DRAWN = TRIPLES | {"any": ANY,
-                   "train": [triple for triple in TRIPLES["train"] for _ in range(OFTEN.get(MOTIONS[triple[2]], 1))],
-                   "still": [(c, s, m) for c, s, m in ANY for _ in range(4 if HARD.search(f"{SHAPES[s]} {MOTIONS[m]}") else 1)]}
+
+def hard_still(shape: str, motion: str) -> bool:
+    """Stills that an autoencoder learns last: rings at the border, turned shapes."""
+    return motion == "spinning" or shape == "ring" and motion.startswith("moving")
+
+
+DRAWN = TRIPLES | {
+    "train": [t for t in TRIPLES["train"] for _ in range(MOTIONS[t[2]].often)],
+    "still": [t for t in TRIPLES["any"] for _ in range(4 if hard_still(*t[1:]) else 1)]}
 
 
 def caption(scene: dict, still: bool = False) -> str:
     """"a red star bouncing on grass"; a still has no motion: "a red star on grass"."""
-    words = ["a", list(COLOURS)[scene["colour"]], SHAPES[scene["shape"]],
-             "" if still else MOTIONS[scene["motion"]], GROUNDS[scene["ground"]]]
+    motion = "" if still else scene["motion"]
+    words = "a", scene["colour"], scene["shape"], motion, scene["ground"]
     return " ".join(word for word in words if word)
 
 
-def draw_scene(rng: np.random.Generator, split: str = "train", ground: int | None = None) -> dict:
-    """One scene: four factors and the free numbers of its motion. `split` as in `split_of`, or "any", or "still" for pictures."""
+def draw_scene(rng: np.random.Generator, split: str = "train", ground: str | None = None) -> dict:
+    """A scene of a split, of "any" triple, or as "still" pictures are drawn."""
     colour, shape, motion = DRAWN[split][rng.integers(len(DRAWN[split]))]
-    u = rng.uniform
-    kind = MOTIONS[motion]
-    radius = {"bouncing": u(.10, .13), "circling": u(.09, .12), "spinning": u(.14, .20)}.get(kind, u(.10, .14))
-    x, y = u(.35, .65), u(.35, .65)
-    if kind.startswith("moving"):
-        along, across = (u(.68, .78) if kind.endswith(("left", "up")) else u(.22, .32)), u(.3, .7)
-        x, y = (along, across) if kind.endswith(("left", "right")) else (across, along)
-    elif kind == "bouncing":
-        x = u(.3, .7)
-    elif kind == "circling":
-        x, y = u(.45, .55), u(.45, .55)
-    return {"colour": colour, "shape": shape, "motion": motion,
-            "ground": int(rng.integers(len(GROUNDS))) if ground is None else ground,
-            "x": x, "y": y, "radius": radius, "phase": u(0, 1), "seed": int(rng.integers(2 ** 31))}
+    ranges = MOTIONS[motion]
+    if ground is None:
+        ground = list(GROUNDS)[rng.integers(len(GROUNDS))]
+    return {"colour": colour, "shape": shape, "motion": motion, "ground": ground,
+            "x": rng.uniform(*ranges.x), "y": rng.uniform(*ranges.y),
+            "radius": rng.uniform(*ranges.radius), "phase": rng.uniform(0, 1),
+            "seed": int(rng.integers(2 ** 31))}
 
 
-def trajectory(scene: dict, t: torch.Tensor):
-    """Where the object is at t (seconds from the scene's start): x, y, radius and clockwise angle, each (T,)."""
-    x, y, r, angle = (torch.full_like(t, v) for v in (scene["x"], scene["y"], scene["radius"], 0.))
-    kind, phase = MOTIONS[scene["motion"]], scene["phase"]
-    if kind.startswith("moving"):
-        dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[kind.split()[1]]
-        x, y = x + .14 * dx * t, y + .14 * dy * t
-    elif kind in ("growing", "shrinking"):
-        share = t / SCENE_SECONDS if kind == "growing" else 1 - t / SCENE_SECONDS
-        r = .07 + (.24 - .07) * share
-    elif kind == "bouncing":
-        y = .74 - .42 * (math.pi * (t / 2.5 + phase)).sin().abs()
-    elif kind == "circling":
-        turn = 2 * math.pi * (t / 5 + phase)  # y points down, so a growing angle is clockwise
-        x, y = x + .22 * turn.cos(), y + .22 * turn.sin()
-    elif kind == "spinning":
-        angle = math.radians(60) * t + 2 * math.pi * phase
-    return x, y, r, angle
-
-
-def signed_distance(shape: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Signed distance to the outline of a shape of radius about 1, negative inside; u right, v down. Exact along edges, not beyond corners."""
-    if shape == "circle":
-        return torch.hypot(u, v) - 1
-    if shape == "ring":
-        return (torch.hypot(u, v) - .74).abs() - .26
-    if shape == "square":
-        return torch.maximum(u.abs(), v.abs()) - .86
-    if shape == "cross":
-        arm = lambda a, b: torch.maximum(a.abs() - 1.05, b.abs() - .36)
-        return torch.minimum(arm(u, v), arm(v, u))
-    if shape == "triangle":
-        return torch.maximum(v, .5 * (math.sqrt(3) * u.abs() - v)) - .6
-    # A star is one edge, from a tip at radius 1.2 to a notch at .52, mirrored and turned five times.
-    wedge = 2 * math.pi / 5
-    theta = torch.remainder(torch.atan2(u, -v) + wedge / 2, wedge) - wedge / 2  # 0 points up, at a tip
-    a, b = torch.hypot(u, v) * theta.cos(), torch.hypot(u, v) * theta.abs().sin()
-    notch = (.52 * math.cos(wedge / 2), .52 * math.sin(wedge / 2))
-    edge = math.hypot(1.2 - notch[0], notch[1])
-    return ((a - 1.2) * notch[1] + b * (1.2 - notch[0])) / edge
-
-
-def noise_octave(seed: int, rows: int, columns: int, size: int) -> torch.Tensor:
-    """Value noise of unit variance on a lattice, seen at `size` pixels. A lattice finer than the pixels is averaged,
-    as a lens would: small pictures show less of the texture, never an alias of it. (size, size)"""
-    if rows > 8 * size:
-        return torch.zeros(size, size)
-    lattice = torch.from_numpy(np.random.default_rng((seed, rows, columns)).standard_normal((1, 1, rows, columns), np.float32))
-    fine = F.interpolate(lattice, (max(rows, size), max(columns, size)), mode="bilinear", align_corners=False)
-    return F.adaptive_avg_pool2d(fine, size)[0, 0]
+def trajectory(scene: dict, t: torch.Tensor) -> tuple:
+    """Where the object is at times t (T,): x, y, radius and clockwise angle, each (T,)."""
+    path = MOTIONS[scene["motion"]].path(scene, t)
+    return tuple(torch.as_tensor(value, dtype=t.dtype).expand_as(t) for value in path)
 
 
 def render_ground(scene: dict, size: int) -> torch.Tensor:
-    """The still ground behind the object, (3, size, size) in 0…1."""
-    kind, seed = GROUNDS[scene["ground"]], scene["seed"]
-    centre = (torch.arange(size) + .5) / size
-    y, x = centre[:, None], centre[None, :]
-    octaves = lambda *cells: sum(weight * noise_octave(seed, r, c, size) for weight, r, c in cells)
-    if kind == "on grass":
-        colour, light = (74, 96, 66), octaves((.014, 5, 5), (.02, 16, 64), (.056, 60, 260), (.06, 150, 600))
-    elif kind == "on sand":
-        colour, light = (158, 142, 112), octaves((.015, 4, 4), (.02, 24, 12), (.05, 190, 190), (.06, 420, 420))
-    elif kind == "on bricks":
-        colour, light = (118, 88, 80), octaves((.02, 10, 5), (.045, 260, 260))
-        row, blur = (y * 10).floor(), max(.0045, .55 / size)  # mortar as wide as a pixel at least, and then fainter
-        to_joint = lambda position, period: (torch.remainder(position / period + .5, 1) - .5).abs() * period
-        joint = torch.minimum(to_joint(y, .1).expand(size, size), to_joint(x + .1 * (row % 2), .2))
-        light = light + .13 * (.0045 / blur) * torch.exp(-(joint / blur) ** 2)
-    elif kind == "at night":
-        colour, light = (22, 24, 35), octaves((.006, 6, 6))
-        stars = np.random.default_rng((seed, 7)).uniform(size=(16, 3))
-        for sx, sy, bright in torch.from_numpy(stars).float():
-            sigma, seen = .003, math.hypot(.003, .4 / size)  # a star smaller than a pixel keeps its light
-            light = light + (.4 + .6 * bright) * (sigma / seen) ** 2 * torch.exp(-((x - sx) ** 2 + (y - sy) ** 2) / (2 * seen ** 2))
-    else:
-        return torch.zeros(3, size, size)
-    return (torch.tensor(colour)[:, None, None] / 255 + light).clamp(0, 1)
+    """The still ground behind the object, (3, size, size) in 0...1."""
+    colour, light = GROUNDS[scene["ground"]]
+    return (torch.tensor(colour)[:, None, None] / 255 + light(scene["seed"], size)).clamp(0, 1)
 
 
-def cut(video: torch.Tensor, window) -> torch.Tensor:
-    """A window (left, top and side, in pixels) of a picture or of every frame of a clip. (..., S, S) -> (..., side, side)"""
+def crop(video: torch.Tensor, window) -> torch.Tensor:
+    """A window (left, top, side) of every frame. (..., S, S) -> (..., side, side)"""
     left, top, side = window
     return video[..., top:top + side, left:left + side]
 
 
-def paint(scene: dict, path, size: int = 64, window=None) -> torch.Tensor:
-    """A scene's object on its ground, at places (0...1), radii and clockwise angles `path`, each (T,): frames (T, 3, size, size) in 0...1,
-    or a window of each, (T, 3, side, side), as `cut` would cut it."""
-    window = window or (0, 0, size)
-    left, top, side = window
-    x, y, r, angle = (value[:, None, None] for value in path)                      # (T, 1, 1)
+def paint(scene: dict, path, size: int, window=None) -> torch.Tensor:
+    """A scene's object at x, y, radii and angles `path`, each (T,), on its ground: frames
+    (T, 3, size, size) in 0...1, or a window of them, (T, 3, side, side), as `crop` takes it."""
+    left, top, side = window or (0, 0, size)
+    x, y, r, angle = (value[:, None, None] for value in path)  # (T, 1, 1)
     centre = (torch.arange(size) + .5) / size
-    u = (centre[None, None, left:left + side] - x) / r                             # (T, 1, S)
-    v = (centre[None, top:top + side, None] - y) / r                               # (T, S, 1)
-    distance = signed_distance(SHAPES[scene["shape"]], u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin())
-    cover = (.5 - distance * r * size).clamp(0, 1)[:, None]                        # (T, 1, S, S): share of a pixel covered
-    shade = (.94 - .085 * (u + v)).clamp(0, 1.1)[:, None]                          # light falls from the upper left
-    colour = torch.tensor(list(COLOURS.values())[scene["colour"]]).view(1, 3, 1, 1) / 255
-    return cover * (colour * shade).clamp(0, 1) + (1 - cover) * cut(render_ground(scene, size), window)            # (T, 3, S, S)
+    u = (centre[None, None, left:left + side] - x) / r  # (T, 1, S)
+    v = (centre[None, top:top + side, None] - y) / r  # (T, S, 1)
+    along, across = u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin()
+    distance = SHAPES[scene["shape"]](along, across)  # (T, S, S)
+    cover = (.5 - distance * r * size).clamp(0, 1)[:, None]  # (T, 1, S, S): share of each pixel
+    shade = (.94 - .085 * (u + v)).clamp(0, 1.1)[:, None]  # light falls from the upper left
+    colour = torch.tensor(COLOURS[scene["colour"]]).view(1, 3, 1, 1) / 255
+    ground = crop(render_ground(scene, size), (left, top, side))
+    return cover * (colour * shade).clamp(0, 1) + (1 - cover) * ground
 
 
-def render(scene: dict, times, size: int = 64, window=None) -> torch.Tensor:
-    """Frames of a scene at the given times (seconds), or a window of each. Returns uint8 (T, 3, size, size), or (T, 3, side, side)."""
-    frames = paint(scene, trajectory(scene, torch.as_tensor(times, dtype=torch.float32)), size, window)
-    return (frames * 255).round().to(torch.uint8)                                  # (T, 3, S, S)
+def render(scene: dict, times, size: int = SIDE, window=None) -> torch.Tensor:
+    """Frames of a scene at times in seconds, or a window of each. uint8 (T, 3, size, size)"""
+    path = trajectory(scene, torch.as_tensor(times, dtype=torch.float32))
+    return (paint(scene, path, size, window) * 255).round().to(torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------
-# Data sets: what the stages draw from, made once and kept in runs/.
+# Data. What is slow to make is made once and kept in runs/cache/.
 
 def digest(thing) -> str:
     """Eight letters for anything that its repr tells from others."""
     return hashlib.sha256(repr(thing).encode()).hexdigest()[:8]
 
 
-def batches(items: list, size: int) -> list:
-    """Consecutive pieces of a list, of `size` items each."""
-    return [items[i:i + size] for i in range(0, len(items), size)]
+def cached(name: str, make: Callable) -> dict:
+    """What make() returns, made by process 0 if runs/cache/NAME.pt is not there."""
+    path = RUNS / "cache" / f"{name}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if RANK == 0 and not path.is_file():
+        save_pt(path, make())
+    while not path.is_file():  # another process is at it; the file appears whole
+        time.sleep(1)
+    return load_pt(path)
 
 
-def world_stills(count: int, seed: int, side: int) -> dict:
-    """Pictures of any scene at any moment, and their captions. No split: a still does not show how a thing moves. A scene's beginning and
-    end come most often: what slides is at the border then, which an autoencoder learns last."""
-    pixels, captions = [], []
-    for i in trange(count, desc="rendering stills"):
-        rng = np.random.default_rng((seed, 1, i))
-        scene = draw_scene(rng, "still")
-        pixels.append(render(scene, [SCENE_SECONDS * rng.beta(.25, .25)], side))
-        captions.append(caption(scene, still=True))
-    return {"pixels": torch.stack(pixels), "captions": captions, "fps": torch.ones(count)}          # (N, 1, 3, side, side), N, (N,)
+@cache
+def world_id() -> str:
+    """Hash of how the toy world looks; invalidates the cache."""
+    clips = [draw_clip(np.random.default_rng(i), 16) for i in range(64)]
+    grounds = [render_ground({"ground": name, "seed": 0}, 128) for name in GROUNDS]
+    return digest((DRAWN, [(255 * ground).byte().numpy().tobytes() for ground in grounds],
+                   [(caption(scene), video.numpy().tobytes(), fps) for scene, video, fps in clips]))
+
+
+def data_id(data: str) -> str:
+    """Hash of the world, or of a folder's files and their dates."""
+    if data == "world":
+        return world_id()
+    kinds = (*vae.VIDEOS, *vae.IMAGES, ".txt", ".csv")
+    files = sorted(path for path in Path(data).rglob("*") if path.suffix.lower() in kinds)
+    return digest([(path.relative_to(data).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
+                   for path in files])
+
+
+def world_stills(seed: int, side: int):
+    """Images of any scene: yields (pixels (n, 1, 3, side, side), captions, fps), in groups. A scene's
+    beginning and end come most often: what slides is at the border then. No split: a still does not
+    show how a thing moves."""
+    for group in trange(0, STILLS, 256, desc="rendering stills"):
+        pixels, captions = [], []
+        for i in range(group, min(group + 256, STILLS)):
+            rng = np.random.default_rng((seed, 1, i))
+            scene = draw_scene(rng, "still")
+            pixels.append(render(scene, [SCENE_SECONDS * rng.beta(.25, .25)], side))
+            captions.append(caption(scene, still=True))
+        yield torch.stack(pixels), captions, torch.ones(len(captions))
 
 
 def rate_at(share: float) -> float:
@@ -255,882 +353,754 @@ def rate_at(share: float) -> float:
     return 4 * (30 / 4) ** share
 
 
-def draw_clip(rng: np.random.Generator, side: int = 64):
-    """A training scene, sixteen frames of it (16, 3, side, side) and their rate. Half of the clips, at random, run at 4 fps,
-    where they show a whole scene; the others at a rate up to 30, log-uniform, from a random start within the scene.
+def draw_clip(rng: np.random.Generator, side: int = SIDE):
+    """A training scene, sixteen frames of it (16, 3, side, side), and their rate. Half of all clips run
+    at 4 fps and show a whole scene, the others at up to 30 from a random start.
 
-    Differs: Make-A-Video draws 1 to 30 fps by a beta function (section 3.2.2), high rates first (3.4); both at once is simpler."""
+    Differs: Make-A-Video (3.4) draws 1 to 30 fps by a beta function, high rates first."""
     scene = draw_scene(rng, "train")
     fps = rate_at(max(0., rng.uniform(-1, 1)))
     start = rng.uniform(0, SCENE_SECONDS - 15 / fps)
     return scene, render(scene, start + np.arange(16) / fps, side), fps
 
 
-def world_clips(count: int, seed: int, side: int):
-    """Training clips of the world, in groups small enough to encode at once: yields (pixels, captions, fps)."""
-    for group in trange(0, count, 64, desc="rendering and encoding clips"):
-        scenes, videos, rates = zip(*(draw_clip(np.random.default_rng((seed, 2, i)), side) for i in range(group, min(group + 64, count))))
+def world_clips(seed: int, side: int):
+    """Training clips of the world, in groups: yields (pixels (n, 16, 3, side, side), captions, fps)."""
+    for group in trange(0, CLIPS, 64, desc="rendering clips"):
+        rngs = [np.random.default_rng((seed, 2, i)) for i in range(group, min(group + 64, CLIPS))]
+        scenes, videos, rates = zip(*(draw_clip(rng, side) for rng in rngs))
         yield torch.stack(videos), [caption(scene) for scene in scenes], torch.tensor(rates)
 
 
-def read_captions(path: Path) -> list:
-    """The rows of a captions.csv, each with `file` and `caption`; none if there is no such file. Raises UserError."""
+def read_captions(folder: Path) -> dict:
+    """{file: caption} of a folder's captions.csv, with columns `file` and `caption`."""
+    path = folder / "captions.csv"
     if not path.is_file():
-        return []
+        return {}
     try:
-        table = csv.DictReader(io.StringIO(path.read_text("utf-8-sig")))  # spreadsheets put a mark before the first name
+        table = csv.DictReader(io.StringIO(path.read_text("utf-8-sig")))
         rows = list(table)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not written in UTF-8") from error
-    except csv.Error as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not {"file", "caption"} <= set(table.fieldnames or ()):
         raise UserError(f"{path} has no columns 'file' and 'caption' in its first line")
-    return rows
+    lost = [row["file"] for row in rows if not (folder / row["file"]).is_file()]
+    if lost:
+        base.warn(f"{path} names {len(lost)} files that are not there: {', '.join(lost[:5])}")
+    return {row["file"]: row["caption"] or "" for row in rows}
 
 
 def folder_clips(folder, frames: int, side: int):
-    """Clips of `frames` frames, cut to the middle square, from every video below a folder: yields (pixels, captions, fps).
+    """Clips of `frames` frames from every video below a folder, cut to the middle square: yields
+    (pixels (n, frames, 3, side, side), captions, fps). Images count as videos of one frame.
 
-    The frame rate is the file's own, divided by a frame-skip of 1, 2 or 4 where the video is long enough; of single frames, four
-    for each second. A file that cannot be read, or is too short or too small, is named and counted, never padded, enlarged or replaced."""
+    The rate is the file's own, divided by a frame-skip of 1, 2 or 4 where the video is long enough; of
+    stills there are four per second. A file that is unreadable, too short or too small is named and
+    counted, never padded, enlarged or replaced."""
     folder, skipped, used, silent = Path(folder), [], 0, 0
-    rows = read_captions(folder / "captions.csv")
-    captions = {row["file"]: row["caption"] or "" for row in rows}
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (vae.VIDEOS if frames > 1 else vae.VIDEOS + vae.PICTURES))
+    captions = read_captions(folder)
+    kinds = vae.VIDEOS if frames > 1 else vae.VIDEOS + vae.IMAGES
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds)
     for path in tqdm(files, desc=f"reading {folder}"):
         try:
             video, fps = vae.read_video(path)
-            if len(video) < frames:
-                raise UserError(f"{path}: {len(video)} frames, where {frames} are wanted")
-            if min(video.shape[-2:]) < side:
-                raise UserError(f"{path}: {video.shape[3]} x {video.shape[2]} pixels, where {side} x {side} are wanted")
+            T, _, H, W = video.shape
+            S = min(H, W)
+            if T < frames or S < side:
+                raise UserError(f"{path}: {T} frames of {W} x {H}; {frames} of {side} are needed")
         except UserError as error:
             skipped.append(str(error))
             continue
-        H, W = video.shape[-2:]
-        S = min(H, W)
-        square = cut(video[::max(1, round(fps / 4))] if frames == 1 else video, ((W - S) // 2, (H - S) // 2, S))
-        square = torch.cat([F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True).round().byte()
-                            for part in square.split(64)])                          # (T, 3, side, side)
-        beside = path.with_suffix(".txt")
-        words = captions.get(path.relative_to(folder).as_posix()) or (beside.read_text("utf-8-sig", "replace").strip() if beside.is_file() else "")
+        if frames == 1:
+            video = video[::max(1, round(fps / 4))]
+        square = crop(video, ((W - S) // 2, (H - S) // 2, S))
+        square = torch.cat([F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True)
+                            .round().byte() for part in square.split(64)])  # (T, 3, side, side)
+        words, beside = captions.get(path.relative_to(folder).as_posix(), ""), path.with_suffix(".txt")
+        if not words and beside.is_file():
+            words = beside.read_text("utf-8-sig", "replace").strip()
         used, silent = used + 1, silent + (not words)
         for skip in (1, 2, 4) if frames > 1 else (1,):
             if len(square[::skip]) >= frames:
-                windows = square[::skip].unfold(0, frames, frames).movedim(-1, 1)                      # (N, T, 3, side, side)
+                windows = square[::skip].unfold(0, frames, frames).movedim(-1, 1)  # (n, T, 3, S, S)
                 yield windows, [words] * len(windows), torch.full((len(windows),), fps / skip)
     for line in skipped:
-        print(f"skipped {line}")
-    print(f"{folder}: {used} files used, {silent} of them without a caption, {len(skipped)} skipped")
-    unread = len(rows) - len(captions.keys() & {path.relative_to(folder).as_posix() for path in folder.rglob("*")})
-    if unread:
-        print(f"{unread} rows of captions.csv are of no such file, or of one that a later row names too")
+        base.warn(f"skipped {line}")
+    base.warn(f"{folder}: {used} files used, {silent} without a caption; {len(skipped)} skipped")
     if not used:
-        raise UserError(f"{folder} holds no usable clip of {frames} frames or more, {side} x {side} pixels or more")
+        raise UserError(f"{folder} holds no clip of {frames} frames, {side} x {side}")
 
 
-@cache
-def name_of_world() -> str:
-    """Eight letters for how the world looks: who changes it does not want to train on the pictures of before."""
-    clips = [draw_clip(np.random.default_rng(i), 16) for i in range(64)]
-    large = [render_ground({"ground": i, "seed": 0}, 128) for i in range(len(GROUNDS))]  # whose finest texture 16 pixels do not show
-    grounds = [(255 * ground).round().byte().numpy().tobytes() for ground in large]
-    return digest((DRAWN, grounds, [(caption(scene), video.numpy().tobytes(), fps) for scene, video, fps in clips]))
-
-
-def name_of_data(args) -> str:
-    """Eight letters for the world, or for the files of a folder and their dates."""
-    if args.data == "world":
-        return name_of_world()
-    files = sorted((p.relative_to(args.data).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.data).rglob("*")
-                   if p.suffix.lower() in (*vae.VIDEOS, *vae.PICTURES, ".txt", ".csv"))
-    return digest(files)
-
-
-def cached(args, kind: str, count: int, make, of: str = "pixels") -> dict:
-    """What make() returns, kept in runs/cache/ under a name that says what it depends on."""
-    return kept(f"{name_of_data(args)}-{kind}-{count}-{args.side}-{args.seed}-{of}", make)
-
-
-def kept(name: str, make) -> dict:
-    """What make() returns, made by process 0 where runs/cache/ does not hold it yet, and read from there by all."""
-    path = RUNS / "cache" / f"{name}.pt"
-    if RANK == 0 and not path.is_file():
-        write_pt(path, make())
-    while not path.is_file():  # another process is at it; the file appears whole
-        time.sleep(1)
-    return read_pt(path)
-
-
-def pictures(args) -> dict:
-    """pixels uint8 (N, 1, 3, side, side), captions, fps."""
+def clips_of(args, kind: str, side: int):
+    """The groups of clips, or of stills, that --data asks for."""
     if args.data != "world":
-        return gather(folder_clips(args.data, 1, args.side), "pixels", lambda pixels: pixels)
-    return cached(args, "stills", args.stills, lambda: world_stills(args.stills, args.seed, args.side))
+        return folder_clips(args.data, 1 if kind == "stills" else 16, side)
+    return world_stills(args.seed, side) if kind == "stills" else world_clips(args.seed, side)
 
 
-def gather(groups, key: str, of_pixels) -> dict:
-    """Concatenate of_pixels(group) over groups of clips, as `key`, with their captions and frame rates."""
+def gather(groups, key: str, function) -> dict:
+    """function(pixels) of all groups as `key` (N, ...), with captions (N) and fps (N,)."""
     parts, captions, rates = [], [], []
     for pixels, words, fps in groups:
-        parts.append(of_pixels(pixels))
+        parts.append(function(pixels))
         captions += words
         rates.append(fps)
     return {key: torch.cat(parts), "captions": captions, "fps": torch.cat(rates)}
 
 
-def latents(args, kind: str) -> tuple[dict, str]:
-    """Stills or clips as fp16 latents (N, T, 4, h, w) with captions and fps; and the hash of the autoencoder they are of."""
-    autoencoder, weights = vae.load(weights_in(args.weights, "vae"), args.device)
-
-    def groups():
-        if args.data != "world":
-            return folder_clips(args.data, 1 if kind == "stills" else 16, args.side)
-        if kind == "clips":
-            return world_clips(args.clips, args.seed, args.side)
-        stills = pictures(args)
-        return zip(stills["pixels"].split(256), batches(stills["captions"], 256), stills["fps"].split(256))
-
-    make = lambda: gather(groups(), "latents", lambda pixels: vae.encode_video(autoencoder, pixels).half())
-    return cached(args, kind, args.stills if kind == "stills" else args.clips, make, weights["hash"]), weights["hash"]
+def stills(args) -> dict:
+    """pixels uint8 (N, 1, 3, side, side), captions, fps."""
+    name = f"{data_id(args.data)}-stills-{STILLS}-{SIDE}-{args.seed}"
+    return cached(name, lambda: gather(clips_of(args, "stills", SIDE), "pixels", lambda x: x))
 
 
-def window_about(x: float, y: float, side: int, size: int) -> tuple:
-    """Left, top and side of a window of `side` pixels about the point (x, y) of the unit square, within a picture of `size` pixels."""
-    left, top = (min(max(0, round(at * size) - side // 2), size - side) for at in (x, y))
-    return left, top, side
+def latents(args, kind: str, side: int = SIDE) -> tuple[dict, dict]:
+    """Stills or clips as fp16 latents (N, T, 4, h, w) with captions, fps, the tokens of each distinct
+    caption (K, L, D), rows (N,) in them, and null_tokens; and the ids of what made both."""
+    autoencoder, vae_id = vae.load(find_checkpoint(args.weights, "vae"), args.device)
+    count = STILLS if kind == "stills" else CLIPS
+    name = f"{data_id(args.data)}-{kind}-{count}-{side}-{args.seed}-{vae_id}"
+    data = cached(name, lambda: gather(clips_of(args, kind, side), "latents",
+                                       lambda x: vae.encode_video(autoencoder, x).half()))
+    facts = {"vae": vae_id, "side": data["latents"].shape[-1]}
+    return add_tokens(args, data, facts), facts
+
+
+def add_tokens(args, data: dict, facts: dict) -> dict:
+    clip, tokenizer, known = text.load(find_checkpoint(args.weights, "text"), args.device)
+    facts["text"] = known["id"]
+    distinct = sorted(set(data["captions"]))
+    text.warn_unknown(distinct, known["words"])
+    groups = [distinct[i:i + 256] for i in range(0, len(distinct), 256)]
+    encoded = [text.encode(clip, tokenizer, group) for group in groups]
+    row = {words: i for i, words in enumerate(distinct)}
+    return data | {"tokens": torch.cat([part["tokens"] for part in encoded]),
+                   "rows": torch.tensor([row[words] for words in data["captions"]]),
+                   "null_tokens": encoded[0]["null_tokens"]}
 
 
 @dataclass
 class Pairs:
-    """What a network between pixels learns from: a window of a small clip, and the same `scale` times as large; for TSR, every other
-    frame of it, and all."""
+    """What a network between pixels learns from: a window of a small clip, and the same `scale` times as
+    large; for TSR, every other frame of it, and all."""
     frames: int
     side: int            # of the small clip
-    inner: int           # of the window cut from it
+    inner: int           # of the window that is cut from it
     count: int
-    rates: tuple = ()    # frames per second; none: any from 4 to 30
+    rates: tuple = ()    # frames per second; (): any from 4 to 30
 
 
-NETWORKS = superres.STAGES | interpolate.TSR  # those between pixels
+NETWORKS = superres.STAGES | interpolate.TSR
 PAIRS = {"low": Pairs(8, 64, 32, 2400), "high": Pairs(1, 256, 64, 9600),
-         "tsr-32": Pairs(16, 64, 48, 3200, (8.,)), "ssr-128": Pairs(8, 64, 48, 3200, (8.,)), "ssr-256": Pairs(8, 128, 48, 3200, (8.,)),
-         "tsr-128": Pairs(16, 256, 64, 1600, (16., 32.)), "ssr-768": Pairs(8, 256, 32, 2700, (32.,))}  # tsr-128 serves twice
+         "tsr-32": Pairs(16, 64, 48, 3200, (8.,)), "ssr-128": Pairs(8, 64, 48, 3200, (8.,)),
+         "ssr-256": Pairs(8, 128, 48, 3200, (8.,)), "tsr-128": Pairs(16, 256, 64, 1600, (16., 32.)),
+         "ssr-768": Pairs(8, 256, 32, 2700, (32.,))}
 
 
-def pairs(args, which: str) -> tuple[dict, dict]:
-    """Windows of clips at two sizes: pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (small
-    after a round trip through our autoencoder where that makes 64 pixels, else small again), captions, fps. And that autoencoder's hashes.
+def window_about(x: float, y: float, side: int, size: int) -> tuple:
+    """Left, top and side of a window about a point of the unit square, in an image of `size` pixels."""
+    left, top = (min(max(0, round(at * size) - side // 2), size - side) for at in (x, y))
+    return left, top, side
 
-    Seven windows in ten are about the object's outline: most of a picture is ground, and of its inside little is left to learn."""
-    p, scale = PAIRS[which], NETWORKS[which].scale
-    autoencoder, weights = vae.load(weights_in(args.weights, "vae"), args.device)
 
-    def world():  # the small clip, what makes a window of the large one, the place of the window
-        for i in trange(p.count, desc=f"rendering pairs for {which}"):
-            rng = np.random.default_rng((args.seed, 6 + list(PAIRS).index(which), i))
-            scene, fps = draw_scene(rng, "train"), float(rng.choice(p.rates)) if p.rates else rate_at(rng.random())
-            times = rng.uniform(0, SCENE_SECONDS - (p.frames - 1) / fps) + np.arange(p.frames) / fps
-            x, y, radius, _ = (float(path[p.frames // 2]) for path in trajectory(scene, torch.as_tensor(times, dtype=torch.float32)))
-            turn = 2 * math.pi * rng.random()
-            outline = x + radius * math.cos(turn), y + radius * math.sin(turn)
-            place = outline if rng.random() < .7 else rng.random(2)
-            small = render(scene, times, p.side)
-            yield small, partial(render, scene, times, scale * p.side) if scale > 1 else partial(cut, small), place, caption(scene), fps
+def world_pairs(p: Pairs, scale: int, key: int, seed: int):
+    """Yields (small clip (T, 3, s, s), a function from a window to the large clip, the window's centre,
+    caption, fps). Seven in ten windows are about an outline: little is to be learnt elsewhere."""
+    for i in trange(p.count, desc="rendering pairs"):
+        rng = np.random.default_rng((seed, key, i))
+        scene = draw_scene(rng, "train")
+        fps = float(rng.choice(p.rates)) if p.rates else rate_at(rng.random())
+        start = rng.uniform(0, SCENE_SECONDS - (p.frames - 1) / fps)
+        times = torch.as_tensor(start + np.arange(p.frames) / fps, dtype=torch.float32)
+        x, y, radius, _ = (float(path[p.frames // 2]) for path in trajectory(scene, times))
+        turn = 2 * math.pi * rng.random()
+        outline = x + radius * math.cos(turn), y + radius * math.sin(turn)
+        centre = outline if rng.random() < .7 else rng.random(2)
+        small = render(scene, times, p.side)
+        large = partial(render, scene, times, scale * p.side) if scale > 1 else partial(crop, small)
+        yield small, large, centre, caption(scene), fps
 
-    def folder():
-        rng = np.random.default_rng((args.seed, 5))
-        for windows, words, rates in folder_clips(args.data, p.frames, scale * p.side):
-            for large, line, fps in zip(windows, words, rates):
-                small = F.interpolate(large.float(), (p.side, p.side), mode="area").round().byte()
-                yield small, partial(cut, large), rng.random(2), line, float(fps)
+
+def folder_pairs(folder, p: Pairs, scale: int, seed: int):
+    """The same from the clips of a folder."""
+    rng = np.random.default_rng((seed, 5))
+    for windows, words, rates in folder_clips(folder, p.frames, scale * p.side):
+        for large, line, fps in zip(windows, words, rates):
+            small = F.interpolate(large.float(), (p.side, p.side), mode="area").round().byte()
+            yield small, partial(crop, large), rng.random(2), line, float(fps)
+
+
+def pairs(args, name: str) -> tuple[dict, dict]:
+    """pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (small after a round trip through the
+    autoencoder where that makes 64 pixels, else small), captions, fps, tokens; and the ids."""
+    p, scale = PAIRS[name], NETWORKS[name].scale
+    autoencoder, vae_id = vae.load(find_checkpoint(args.weights, "vae"), args.device)
 
     def make():
-        blocks, captions = [], []
-        for i, (small, large, place, line, fps) in enumerate(world() if args.data == "world" else folder()):
-            again = vae.decode_video(autoencoder, vae.encode_video(autoencoder, small[None]))[0] if p.side == 64 else small
-            window = window_about(*place, p.inner, p.side)
-            item = {"small": cut(small, window), "decoded": cut(again, window), "pixels": large([scale * n for n in window]),
-                    "fps": torch.tensor(fps)}
-            if i % 256 == 0:  # small tensors kept one by one between large ones that come and go would fragment all memory
-                blocks.append({key: torch.empty(256, *part.shape, dtype=part.dtype) for key, part in item.items()})
-            for key, part in item.items():
-                blocks[-1][key][i % 256] = part
+        source = folder_pairs(args.data, p, scale, args.seed)
+        if args.data == "world":
+            source = world_pairs(p, scale, 6 + list(PAIRS).index(name), args.seed)
+        items, captions = {"small": [], "decoded": [], "pixels": [], "fps": []}, []
+        for small, large, centre, line, fps in source:
+            decoded = small
+            if p.side == 64:
+                z = vae.encode_video(autoencoder, small[None])
+                decoded = vae.decode_video(autoencoder, z)[0]  # (T, 3, s, s)
+            window = window_about(*centre, p.inner, p.side)
+            items["small"].append(crop(small, window).clone())
+            items["decoded"].append(crop(decoded, window).clone())
+            items["pixels"].append(large([scale * n for n in window]).clone())
+            items["fps"].append(torch.tensor(fps))
             captions.append(line)
-        return {key: torch.cat([block[key] for block in blocks])[:len(captions)] for key in blocks[0]} | {"captions": captions}
+        return {key: torch.stack(values) for key, values in items.items()} | {"captions": captions}
 
-    decoder = weights["own"] if p.side == 64 else "none"
-    return cached(args, f"pairs-{which}-{digest(p)}", p.count, make, decoder), {"vae": weights["hash"], "decoder": decoder}
+    decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",)) if p.side == 64 else "none"
+    key = f"{data_id(args.data)}-pairs-{name}-{digest(p)}-{args.seed}-{decoder}"
+    return cached(key, make), {"vae": vae_id}
 
 
 # ------------------------------------------------------------------------------------------------
-# Randomness: a generator for each sample of each step, and nothing else. Its seed is (seed, what for, ...): 1 for stills, 2 for clips,
-# 3 for samples, 5 for masks or for windows of a folder's clips, 6 and on for the world's pairs.
+# Randomness: one generator per sample and step. Its seed is (seed, purpose, ...): 1 stills, 2 clips,
+# 3 samples, 5 masks and windows of a folder's clips, 6 and up the world's pairs.
 
 def draw(args, step: int, samples, count: int) -> tuple[list, list]:
-    """The generator of each sample of a step, and the first thing drawn from it: which of `count` items the sample is."""
+    """The generator of each sample of a step, and which of `count` items the sample is."""
     rngs = [np.random.default_rng((args.seed, 3, step, i)) for i in samples]
     return rngs, [int(rng.integers(count)) for rng in rngs]
 
 
 def normal(rngs, shape) -> torch.Tensor:
-    """Standard normal noise (N, *shape), a part from each sample's own generator."""
+    """Standard normal noise (N, *shape), each sample's from its own generator."""
     return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
 
 def middle_timesteps(rngs) -> torch.Tensor:
-    """t (N,), most often from the middle: t = arccos(1 - 2 u) / pi, whose density is as sin(pi t). So is Diffusion.balance, which comes
-    on top, so that a level counts by the square of that. Differs: in the papers t is uniform."""
+    """t (N,) of density sin(pi t), most often from the middle. The loss weight has the same shape, so a
+    level counts by its square. Differs: Imagen Video draws t uniformly."""
     return torch.tensor([int(1000 * math.acos(1 - 2 * rng.random()) / math.pi) for rng in rngs])
 
 
 def shifted_timesteps(rngs, shift: float = math.sqrt(16)) -> torch.Tensor:
-    """t (N,), uniform and then moved by base.shifted, for clips of 16 frames by default. Differs: in the papers t is uniform."""
-    return torch.tensor([int(1000 * base.shifted(rng.random(), shift)) for rng in rngs])
+    """t (N,), uniform and then moved by base.shift_noise, for clips of 16 frames by default."""
+    return torch.tensor([min(999, int(1000 * base.shift_noise(rng.random(), shift))) for rng in rngs])
+
+
+def drop_prompt(rngs, data: dict, picks: list) -> tuple[torch.Tensor, list]:
+    """Tokens (N, L, D) and captions of items; one in ten is the null prompt, for guidance."""
+    dropped = [rng.random() < .1 for rng in rngs]
+    tokens = data["tokens"][data["rows"][picks]]
+    tokens = torch.where(torch.tensor(dropped)[:, None, None], data["null_tokens"], tokens)
+    return tokens, ["" if drop else data["captions"][i] for drop, i in zip(dropped, picks)]
+
+
+def diffusion_batch(args, data: dict, step: int, samples, timesteps=middle_timesteps) -> dict:
+    rngs, picks = draw(args, step, samples, len(data["latents"]))
+    context, captions = drop_prompt(rngs, data, picks)
+    x = data["latents"][picks].float()  # (N, T, 4, h, w)
+    return {"latents": x, "context": context, "fps": data["fps"][picks], "captions": captions,
+            "noise": normal(rngs, x.shape[1:]), "t": timesteps(rngs)}
 
 
 # ------------------------------------------------------------------------------------------------
-# Stages: how long each is trained, and what the loop needs to know of it.
+# Stages: how long each trains, and what the loop needs to know of it.
 
 @dataclass
 class Recipe:
     steps: int
     batch: int
     lr: float
-    fresh_lr: float = 0.     # of the layers that an image model does not have
+    fresh_lr: float = 0.     # of layers that an image model does not have
     warmup: int = 100
     ema: float = .999
 
 
-RECIPES = {  # steps: about the sum of the shipped weights' runs but for the last ones, on a GPU; the README has the exact commands
-    "vae": Recipe(steps=32000, batch=32, lr=1.5e-3),
-    "clip": Recipe(steps=700, batch=128, lr=1e-3),
-    "image": Recipe(steps=4500, batch=128, lr=1e-3),
-    "prior": Recipe(steps=2000, batch=64, lr=5e-3, warmup=50),
-    "base": Recipe(steps=32000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
-    "interpolate": Recipe(steps=10700, batch=16, lr=8e-4),
-    "superres-low": Recipe(steps=7900, batch=4, lr=2e-3),
-    "superres-high": Recipe(steps=9900, batch=8, lr=2e-3),
-    "tsr-32": Recipe(steps=3200, batch=16, lr=2e-3),
-    "ssr-128": Recipe(steps=1750, batch=32, lr=2e-3),
-    "ssr-256": Recipe(steps=1750, batch=32, lr=2e-3),
-    "tsr-128": Recipe(steps=2600, batch=16, lr=2e-3),
-    "ssr-768": Recipe(steps=4600, batch=32, lr=2e-3),
-}
+RECIPES = {"vae": Recipe(steps=32000, batch=32, lr=1.5e-3),
+           "clip": Recipe(steps=700, batch=128, lr=1e-3),
+           "image": Recipe(steps=4500, batch=128, lr=1e-3),
+           "mean-clip": Recipe(steps=2000, batch=64, lr=5e-3, warmup=50),
+           "base": Recipe(steps=32000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
+           "interpolate": Recipe(steps=10700, batch=16, lr=8e-4),
+           "superres-low": Recipe(steps=7900, batch=4, lr=2e-3),
+           "superres-high": Recipe(steps=9900, batch=8, lr=2e-3),
+           "ssr-128": Recipe(steps=1750, batch=32, lr=2e-3),
+           "ssr-256": Recipe(steps=1750, batch=32, lr=2e-3),
+           "ssr-768": Recipe(steps=4600, batch=32, lr=2e-3),
+           "tsr-32": Recipe(steps=3200, batch=16, lr=2e-3),
+           "tsr-128": Recipe(steps=2600, batch=16, lr=2e-3)}
 
 
 @dataclass
 class Setup:
     model: torch.nn.Module
-    batch_of: Callable       # (step, samples) -> tensors, and "captions" for people to read
+    batch_of: Callable       # (step, samples) -> tensors (N, ...), and "captions" to look at
     loss_of: Callable        # (model, batch) -> loss of each sample (N,)
-    preview: Callable        # (model) -> picture, uint8 (3, H, W)
-    config_of: Callable      # (model) -> config, as the weights keep it
-    facts: dict              # what its weights keep of how they were made: hashes of the weights they stand on, and more
+    preview: Callable        # (model) -> image, uint8 (3, H, W)
+    config: dict             # what the checkpoint says of the model
+    facts: dict = field(default_factory=dict)  # ids of what it stands on, and more
+    finish: Callable = lambda model, config: config  # (model, config) -> the config to ship
 
 
 def prepare_vae(args) -> Setup:
-    data, side = pictures(args), args.side
-    model, facts = vae.AutoencoderKL(vae.VAEConfig()), {}
-    if args.freeze == "encoder":  # latents stay what they are, their scale, and the name by which all other weights know them
-        model, weights = vae.load(args.init)
-        facts["latents"] = weights["hash"]
-    latent_shape = (model.config.latent_channels, side // model.config.factor, side // model.config.factor)
+    data, model = stills(args), vae.AutoencoderKL(vae.VAEConfig())
+    if args.freeze == "encoder":  # latents stay what they are, and so does their scale
+        model, _ = vae.load(args.init)
+    c = model.config
+    latent_shape = c.latent_channels, SIDE // c.factor, SIDE // c.factor
 
     def batch_of(step, samples):
         rngs, picks = draw(args, step, samples, len(data["pixels"]))
         return {"pixels": vae.to_float(data["pixels"][picks, 0]), "noise": normal(rngs, latent_shape),
                 "captions": [data["captions"][i] for i in picks]}
 
-    def preview(model):
+    def preview(model):  # originals above their reconstructions
         originals = data["pixels"][:16, 0]
         mean = model.encode(vae.to_float(originals).to(args.device))[0]
         return vae.contact_sheet(torch.stack([originals, vae.to_uint8(model.decode(mean)).cpu()]))
 
-    def config_of(model):  # latent diffusion, appendix G: unit variance, measured, and kept with the weights
-        if args.freeze != "encoder":
-            chunks = data["pixels"][:2048, 0].split(128)
-            raw = torch.cat([model.encode(vae.to_float(chunk).to(args.device))[0] for chunk in chunks])
-            model.config.scaling_factor = (1 / raw.std()).item()
-        return asdict(model.config)
+    def finish(model, config):  # unit variance, measured: latent diffusion, appendix G
+        if args.freeze == "encoder":
+            return config
+        chunks = data["pixels"][:2048, 0].split(128)
+        raw = [model.encode(vae.to_float(chunk).to(args.device))[0] for chunk in chunks]
+        return config | {"scaling_factor": (1 / torch.cat(raw).std()).item()}
 
-    return Setup(model, batch_of, vae.loss, preview, config_of, facts)
+    return Setup(model, batch_of, vae.loss, preview, asdict(c), finish=finish)
 
 
 def training_captions() -> list:
-    """Every caption a training clip can have; none of a held-out triple or an unseen pair."""
+    """Every caption that a training clip can have."""
     return sorted({caption({"colour": c, "shape": s, "motion": m, "ground": g})
-                   for c, s, m in TRIPLES["train"] for g in range(len(GROUNDS))})
+                   for c, s, m in TRIPLES["train"] for g in GROUNDS})
 
 
 def prepare_clip(args) -> Setup:
-    data = pictures(args)
+    data = stills(args)
     captions = training_captions() if args.data == "world" else sorted(set(data["captions"]))
     every = captions + data["captions"]
     vocab, merges = text.learn_tokenizer(every)
-    tokenizer = text.build_tokenizer(vocab, merges)
-    model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=args.side))
+    model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=SIDE))
     words = sorted({word for line in every for word in re.findall(r"\w+", line.lower())})
-    motion_ids, ids = text.tokenize(tokenizer, every, model.config.context).split([len(captions), len(data["captions"])])      # (N, L) each
+    ids = text.tokenize(text.build_tokenizer(vocab, merges), every, model.config.context)
+    motion_ids, ids = ids.split([len(captions), len(data["captions"])])  # (N, L) each
 
     def batch_of(step, samples):
         rngs, picks = draw(args, step, samples, len(ids))
         others = [rng.integers(len(motion_ids)) for rng in rngs]
-        return {"pixels": vae.to_float(data["pixels"][picks, 0]), "ids": ids[picks], "motion_ids": motion_ids[others],
-                "captions": [data["captions"][i] for i in picks]}
+        return {"pixels": vae.to_float(data["pixels"][picks, 0]), "ids": ids[picks],
+                "motion_ids": motion_ids[others], "captions": [data["captions"][i] for i in picks]}
 
-    def preview(model):  # pictures over the cosines of each with each caption: bright where they agree
+    def preview(model):  # images over the cosines of each with each caption
         shown = data["pixels"][:16, 0]
-        cosines = model.similarity(vae.to_float(shown).to(args.device), ids[:16].to(args.device)) / model.logit_scale.exp()
-        tiles = (cosines.T.clamp(0, 1) * 255).byte().cpu().repeat_interleave(args.side, 1).repeat_interleave(16, 0).expand(3, -1, -1)
-        return torch.cat([vae.contact_sheet(shown[None]), tiles], dim=1)
+        logits = model.similarity(vae.to_float(shown).to(args.device), ids[:16].to(args.device))
+        cosines = (logits / model.logit_scale.exp()).T.clamp(0, 1).cpu()
+        tiles = (cosines * 255).byte().repeat_interleave(SIDE, 1).repeat_interleave(16, 0)
+        return torch.cat([vae.contact_sheet(shown[None]), tiles.expand(3, -1, -1)], dim=1)
 
-    def config_of(model):
-        return {"clip": asdict(model.config), "tokenizer": {"vocab": vocab, "merges": merges}, "words": words}
-
-    return Setup(model, batch_of, text.loss, preview, config_of, {})
-
-
-def caption_tokens(args, captions: list):
-    """Tokens (K, L, D) of every distinct caption, the row of each caption in them (N,), the null prompt's tokens (L, D),
-    and the hash of the text encoder."""
-    clip, tokenizer, weights = text.load(weights_in(args.weights, "text"), args.device)
-    distinct = sorted(set(captions))
-    row_of = {words: i for i, words in enumerate(distinct)}
-
-    def make():
-        groups = tqdm(batches(distinct, 256), desc="encoding captions", disable=len(distinct) < 4096)
-        encoded = [text.encode(clip, tokenizer, group) for group in groups]
-        return {"tokens": torch.cat([part["tokens"] for part in encoded]), "null": encoded[0]["null_tokens"][0].clone()}  # (K, L, D), (L, D)
-
-    made = kept(f"tokens-{digest(distinct)}-{weights['hash']}", make)
-    return made["tokens"], torch.tensor([row_of[words] for words in captions]), made["null"], weights["hash"]
+    config = {"clip": asdict(model.config), "tokenizer": {"vocab": vocab, "merges": merges},
+              "words": words}
+    return Setup(model, batch_of, text.loss, preview, config)
 
 
-def spoken(rngs, tokens, null, captions: list):
-    """Tokens (N, L, D) and captions, one in ten replaced by the null prompt's, which guidance subtracts."""
-    dropped = torch.tensor([rng.random() < .1 for rng in rngs])
-    return torch.where(dropped[:, None, None], null, tokens), ["" if drop else words for drop, words in zip(dropped, captions)]
+def sheet(args, z, columns: int = 16) -> torch.Tensor:
+    """Latents (B, T, 4, h, w) as an image, a row for each video."""
+    autoencoder, _ = vae.load(find_checkpoint(args.weights, "vae"), args.device)
+    return vae.contact_sheet(vae.decode_video(autoencoder, z), columns)
 
 
-def diffusion_batch(args, data: dict, step: int, samples, timesteps=middle_timesteps) -> dict:
-    """Latents with their prompts' tokens, frame rates, noise and timesteps."""
-    rngs, picks = draw(args, step, samples, len(data["latents"]))
-    context, captions = spoken(rngs, data["tokens"][data["rows"][picks]], data["null"], [data["captions"][i] for i in picks])
-    x = data["latents"][picks].float()                                              # (N, T, 4, h, w)
-    return {"latents": x, "context": context, "fps": data["fps"][picks],
-            "noise": normal(rngs, x.shape[1:]), "t": timesteps(rngs), "captions": captions}
+def unet_config(model: UNet, diffusion: base.Diffusion) -> dict:
+    return {"unet": asdict(model.config),
+            "diffusion": {"schedule": diffusion.schedule, "target": diffusion.target}}
 
 
-def with_tokens(args, kind: str) -> tuple[dict, dict]:
-    """Latents of `kind` beside the tokens of their captions, and the hashes of what made both."""
-    data, vae_hash = latents(args, kind)
-    tokens, rows, null, text_hash = caption_tokens(args, data["captions"])
-    facts = {"vae": vae_hash, "text": text_hash, "side": data["latents"].shape[-1]}
-    return data | {"tokens": tokens, "rows": rows, "null": null}, facts
-
-
-def sheet(args, latents, columns: int = 16) -> torch.Tensor:
-    """Latents (B, T, 4, h, w) as a picture, a row for each video."""
-    autoencoder, _ = vae.load(weights_in(args.weights, "vae"), args.device)
-    return vae.contact_sheet(vae.decode_video(autoencoder, latents), columns)
-
-
-def preview_of(args, prompts: list, frames: int, diffusion: base.Diffusion, side: int, fps: float = 1.):
-    """A function that samples the prompts and lays the frames out: a video per row, or pictures."""
-    def preview(model):
-        z = base.generate(model, diffusion, text.said(args.weights, prompts), frames, fps, side)
-        return sheet(args, z) if frames > 1 else sheet(args, z.transpose(0, 1), columns=8)
-    return preview
-
-
-def diffusion_config(diffusion: base.Diffusion):
-    return lambda model: {"unet": asdict(model.config), "diffusion": diffusion.config}
+VIDEO_PROMPTS = ["a red star moving left", "a cyan circle bouncing on sand",
+                 "a yellow square spinning on grass", "a green triangle growing at night",
+                 "a pink ring circling", "a blue cross moving up on bricks"]
 
 
 def prepare_image(args) -> Setup:
-    data, facts = with_tokens(args, "stills")
-    width = data["tokens"].shape[-1]
-    model, diffusion = UNet(replace(base.TINY, temporal="none", gates=False, context_dim=width)), base.Diffusion()
-    prompts = data["captions"][:32]
-    if args.data == "world":
-        factors = zip(list(COLOURS) * 4, SHAPES * 6, GROUNDS * 7)
-        prompts = [f"a {colour} {shape} {ground}".strip() for colour, shape, ground in factors]
-    return Setup(model, lambda step, samples: diffusion_batch(args, data, step, samples),
-                 lambda model, batch: base.loss(model, diffusion, batch), preview_of(args, prompts, 1, diffusion, facts["side"]),
-                 diffusion_config(diffusion), facts)
+    data, facts = latents(args, "stills")
+    model = UNet(replace(base.TINY_IMAGE, context_dim=data["tokens"].shape[-1]))
+    diffusion, prompts = base.Diffusion(), data["captions"][:32]
+
+    def preview(model):
+        text_emb = text.encode_clip(prompts, args.weights)["text"]
+        z = base.generate(model, diffusion, text_emb, frames=1, side=facts["side"])
+        return sheet(args, z.transpose(0, 1), columns=8)
+    return Setup(model, partial(diffusion_batch, args, data),
+                 lambda model, batch: base.loss(model, diffusion, batch), preview,
+                 unet_config(model, diffusion), facts)
 
 
-def parent(path, stage: str, facts: dict) -> dict:
-    """The weights to start from, of `stage`, if they stand on the same autoencoder and text encoder."""
-    weights = base.load_weights(path, stage)
-    if any(weights["made_by"].get(key) != facts[key] for key in ("vae", "text", "prior") if key in facts):
-        raise UserError(f"{path} is of another autoencoder, text encoder or prior; train it anew with `python train.py {stage} --fresh`")
-    return weights
+def check_parent(made_by: dict, facts: dict, path):
+    """Refuse weights to start from that stand on another autoencoder or text encoder."""
+    for key in ("vae", "text"):
+        if made_by.get(key, facts.get(key)) != facts.get(key):
+            raise UserError(f"{path} stands on {key} {made_by[key]}, not on {facts[key]}: train it anew")
 
 
-VIDEO_PROMPTS = ["a red star moving left", "a cyan circle bouncing on sand", "a yellow square spinning on grass",
-                 "a green triangle growing at night", "a pink ring circling", "a blue cross moving up on bricks"]
-
-
-def prepare_prior(args) -> Setup:
-    """The mean clip of every prompt and frame rate, which the video model is handed."""
-    data, facts = with_tokens(args, "clips")
-    model = base.TemporalPrior(data["tokens"].shape[-1], data["latents"].shape[2])
+def prepare_mean_clip(args) -> Setup:
+    data, facts = latents(args, "clips")
+    config = {"context_dim": data["tokens"].shape[-1], "channels": data["latents"].shape[2]}
     prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
 
     def preview(model):
-        context = text.said(args.weights, prompts)["tokens"].to(args.device)
-        slowest = data["fps"].min().to(args.device).expand(len(prompts))            # which shows most motion: 4 fps, of the world
-        return sheet(args, model(context, slowest, *data["latents"][0, :, 0].shape).cpu())
-
-    return Setup(model, lambda step, samples: diffusion_batch(args, data, step, samples), base.prior_loss, preview,
-                 lambda model: {"context_dim": data["tokens"].shape[-1]}, facts)
-
-
-def inflation(args) -> dict:
-    """What becomes of an image model's config: with a prior if one has been trained."""
-    has_prior = (args.weights / "prior.pt").is_file()
-    return {"temporal": "prior+attention+conv" if has_prior else "attention+conv", "gates": True}
-
-
-def freeze(model, args):
-    """Leave to training what `--freeze` does not name."""
-    trained = {"none": lambda name: True, "spatial": UNet.is_inflation,
-               "encoder": lambda name: name.startswith(("decoder.", "post_quant_conv."))}[args.freeze]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained(name))
+        tokens = text.encode_clip(prompts, args.weights)["text"]["tokens"]
+        slowest = data["fps"].min().expand(len(tokens))  # shows most motion
+        shape = data["latents"][0, :, 0].shape
+        return sheet(args, model(tokens.to(args.device), slowest.to(args.device), *shape).cpu())
+    return Setup(base.MeanClip(**config), partial(diffusion_batch, args, data), base.mean_clip_loss,
+                 preview, config, facts)
 
 
 def prepare_base(args) -> Setup:
-    """Make-A-Video, section 3.4: the image model, inflated, goes on to learn from video.
-
-    Every fourth step is of pictures, four for each clip. Differs: Imagen Video packs its pictures into clips."""
-    data, facts = with_tokens(args, "clips")
-    joint = args.joint and args.freeze == "none"  # a picture teaches what was added for video next to nothing
-    stills = with_tokens(args, "stills")[0] if joint else None
-    image = parent(weights_in(args.weights, "image"), "image", facts)
-    model, diffusion = base.build(image, args.weights, **inflation(args))
-    if hasattr(model, "temporal_prior"):
-        prior = parent(args.weights / "prior.pt", "prior", facts)
-        base.fill(model.temporal_prior, prior, args.weights / "prior.pt")
-        facts["prior"] = prior["hash"]
-    else:
-        note("base: no prior.pt, so attention alone must find what a prompt means for a frame; `python train.py prior` makes one")
+    """Make-A-Video, 3.2 and 3.4: the image model, inflated, learns from video. Every fourth step is of
+    stills, four for each clip. Differs: Make-A-Video's clips have no captions; Imagen Video packs its
+    stills into clips."""
+    path, mean_clip = find_checkpoint(args.weights, "image"), Path(args.weights) / "mean_clip.pt"
+    temporal = ("mean_clip", "attention", "conv") if mean_clip.is_file() else ("attention", "conv")
+    model, diffusion, made_by = base.load(path, "cpu", ("image",), temporal=temporal,
+                                          gates=True, embeddings=("fps",))
+    data, facts = latents(args, "clips", 8 * made_by["side"])
+    check_parent(made_by, facts, path)
+    if mean_clip.is_file():
+        weights = base.load_checkpoint(mean_clip, "mean-clip")
+        check_parent(weights["made_by"], facts, mean_clip)
+        base.load_state(model.mean_clip, weights["model"], mean_clip)
+    joint = latents(args, "stills", 8 * made_by["side"])[0] if args.freeze == "none" else None
+    prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
 
     def batch_of(step, samples):
         if joint and step % 4 == 3:
-            return diffusion_batch(args, stills, step, [4 * i + k for i in samples for k in range(4)])
+            return diffusion_batch(args, joint, step, [4 * i + k for i in samples for k in range(4)])
         return diffusion_batch(args, data, step, samples, shifted_timesteps)
 
-    prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
-    return Setup(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch),
-                 preview_of(args, prompts, 16, diffusion, facts["side"], data["fps"].min().item()),
-                 diffusion_config(diffusion), facts | {"image": image["hash"]})
+    def preview(model):
+        text_emb = text.encode_clip(prompts, args.weights)["text"]
+        fps = data["fps"].min().item()
+        return sheet(args, base.generate(model, diffusion, text_emb, fps=fps, side=facts["side"]))
+    return Setup(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview,
+                 unet_config(model, diffusion), facts)
 
 
 def prepare_interpolate(args) -> Setup:
-    """Make-A-Video, section 3.3: the video model goes on to learn from clips some of whose frames it is shown."""
-    data, facts = with_tokens(args, "clips")
-    weights = parent(args.weights / "base.pt", "base", facts)
-    model, diffusion = base.build(interpolate.inflate(weights), args.weights / "base.pt", **interpolate.CHANGES)
+    """Make-A-Video, 3.3: the video model learns from clips some of whose frames it is shown."""
+    data, facts = latents(args, "clips")
+    path = find_checkpoint(args.weights, "base")
+    weights = interpolate.widen(base.load_checkpoint(path, "base"))
+    check_parent(weights["made_by"], facts, path)
+    model = UNet(base.UNetConfig(**weights["config"]["unet"]))
+    base.load_state(model, weights["model"], path)
+    diffusion = base.Diffusion(**weights["config"]["diffusion"])
 
     def batch_of(step, samples):
-        masks = [interpolate.random_known(np.random.default_rng((args.seed, 5, step, i))) for i in samples]
-        return diffusion_batch(args, data, step, samples, shifted_timesteps) | {"known": torch.stack(masks)}
+        rngs = [np.random.default_rng((args.seed, 5, step, i)) for i in samples]
+        known = torch.stack([interpolate.random_known(rng) for rng in rngs])  # (N, T)
+        return diffusion_batch(args, data, step, samples, shifted_timesteps) | {"known": known}
 
     def preview(model):  # sixteen frames of which every fifth is given, below the truth
         fps = data["fps"][0].item()
-        rows = (data["fps"] == fps).nonzero()[:4, 0]
-        x, known = data["latents"][rows].float(), torch.arange(16) % 5 == 0
-        said = {"tokens": data["tokens"][data["rows"][rows]], "null_tokens": data["null"][None]}
-        made = interpolate.fill_timeline(model, diffusion, x, known, said, fps)
-        return sheet(args, torch.stack([x, made], dim=1).flatten(0, 1))             # of (8, T, 4, h, w)
+        picks = (data["fps"] == fps).nonzero()[:4, 0]
+        x, known = data["latents"][picks].float(), torch.arange(16) % 5 == 0
+        text_emb = {"tokens": data["tokens"][data["rows"][picks]], "null_tokens": data["null_tokens"]}
+        made = interpolate.fill_timeline(model, diffusion, x, known, text_emb, fps)
+        return sheet(args, torch.stack([x, made], dim=1).flatten(0, 1))
+    return Setup(model, batch_of, lambda model, batch: interpolate.loss(model, diffusion, batch),
+                 preview, unet_config(model, diffusion), facts)
 
-    return Setup(model, batch_of, lambda model, batch: interpolate.loss(model, diffusion, batch), preview,
-                 diffusion_config(diffusion), facts | {"base": weights["hash"]})
 
-
-def prepare_pixels(args, which: str) -> Setup:
+def prepare_pixels(args, name: str) -> Setup:
     """A network between pixels. Every fourth step is of single frames, except for TSR, which needs two.
 
-    Differs: Make-A-Video's SR_l is an image model first, and Imagen Video's networks learn from whole blocks of whole frames, the last
-    alone from crops. Here all learn from windows of short clips, and those that enlarge from single frames too."""
-    stage = replace(NETWORKS[which], blank=args.blank)
-    doubles, taught = which in interpolate.TSR, {}
+    Differs: Make-A-Video's SR_l is an image model first; Imagen Video's networks see whole blocks of
+    whole frames, the last one crops. Here all see windows of short clips."""
+    stage, doubles, diffusion = NETWORKS[name], name in interpolate.TSR, base.Diffusion(target="sample")
+    hears = "text" in stage.unet.embeddings
+    teacher, paths, taught = None, None, {}
     if args.distill:
-        teacher, _, weights = superres.load(which, args.init, args.device)
-        steps = superres.fitted(stage, weights).steps
-        if "distill" in weights["made_by"] and steps != args.distill[0]:
-            raise UserError(f"{args.init} was distilled to {steps} step{'s' * (steps > 1)}, and cannot teach what {args.distill[0]} do")
-        walks, taught = superres.teacher_walks(stage, *args.distill), {"distill": args.distill}     # (steps, K + 1)
-        stage = replace(stage, steps=args.distill[1])  # to preview
-    data, facts = pairs(args, which)
-    config, diffusion = stage.config, superres.diffusion_of()
-    if config.pooled:
-        tokens, rows, null, facts["text"] = caption_tokens(args, data["captions"])
-        config = replace(config, context_dim=tokens.shape[-1])
-    if doubles:
-        facts["blank"] = args.blank
-    model = UNet(config)
+        teacher, _, _, made_by = superres.load(stage, args.init, args.device)
+        taught = made_by.get("distill", [0, args.distill[0]])
+        if taught[1] != args.distill[0]:
+            raise UserError(f"{args.init} takes {taught[1]} steps, not {args.distill[0]}")
+        paths = superres.teacher_paths(stage, *args.distill)  # (steps, K + 1)
+        stage, taught = replace(stage, steps=args.distill[1]), {"distill": args.distill}
+    data, facts = pairs(args, name)
+    if hears:
+        data = add_tokens(args, data, facts)
+        stage = replace(stage, unet=replace(stage.unet, context_dim=data["tokens"].shape[-1]))
+    model = UNet(stage.unet)
 
     def loss_of(model, batch):
-        if args.distill:
+        if teacher:
             return superres.distillation_loss(model, teacher, diffusion, batch, stage)
         return superres.loss(model, diffusion, batch, stage)
 
     def batch_of(step, samples):
         rngs, picks = draw(args, step, samples, len(data["pixels"]))
-        small = torch.stack([data["decoded" if rng.random() < .5 else "small"][i] for i, rng in zip(picks, rngs)])
-        x = vae.to_float(data["pixels"][picks])                                     # (N, T, 3, S, S)
+        kinds = ["decoded" if rng.random() < .5 else "small" for rng in rngs]
+        small = torch.stack([data[kind][i] for kind, i in zip(kinds, picks)])
+        x = vae.to_float(data["pixels"][picks])  # (N, T, 3, S, S)
         if doubles:
-            small = interpolate.double(small[:, ::2])                               # (N, T, 6, s, s)
+            small = interpolate.double(small[:, ::2])  # (N, T, 6, s, s)
         elif step % 4 == 3:
             x, small = x[:, :1], small[:, :1]
-        noise = normal(rngs, (1 if stage.shared_noise else x.shape[1], *x.shape[2:])).expand_as(x)  # (N, T, 3, S, S)
-        batch = {"pixels": x, "small": vae.to_float(small), "level": torch.tensor([rng.random() for rng in rngs], dtype=torch.float32),
-                 "fps": data["fps"][picks].float(), "noise": noise, "captions": [data["captions"][i] for i in picks]}
-        if args.distill:
-            batch["walk"] = walks[[int(rng.integers(len(walks))) for rng in rngs]]  # (N, K + 1)
-            batch["t"] = batch["walk"][:, 0]
+        frames = 1 if stage.shared_noise else x.shape[1]
+        noise = normal(rngs, (frames, *x.shape[2:])).expand_as(x)  # (N, T, 3, S, S)
+        level = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32)
+        batch = {"pixels": x, "small": vae.to_float(small), "level": level, "noise": noise,
+                 "fps": data["fps"][picks].float(), "captions": [data["captions"][i] for i in picks]}
+        if teacher:
+            batch["path"] = paths[[int(rng.integers(len(paths))) for rng in rngs]]  # (N, K + 1)
+            batch["t"] = batch["path"][:, 0]
         else:
             batch["t"] = shifted_timesteps(rngs, stage.shift)
-        if config.pooled:
-            batch["context"], batch["captions"] = spoken(rngs, tokens[rows[picks]], null, batch["captions"])
+        if hears:
+            batch["context"], batch["captions"] = drop_prompt(rngs, data, picks)
         return batch
 
     def preview(model):  # what is given, ours, truth
         small, truth, moment = data["decoded"][:8], data["pixels"][:8], int(doubles)
         small = interpolate.double(small[:, ::2]) if doubles else small  # (8, T, C, s, s)
-        prompt = lambda i: {"context": tokens[rows[i]][None], "null_context": null[None]} if config.pooled else {}
-        ours = torch.stack([superres.upscale(model, diffusion, stage, clip, data["fps"][i].item(), **prompt(i)) for i, clip in enumerate(small)])
-        plain = vae.to_uint8(superres.enlarge(vae.to_float(small[:, :, :3]), stage.scale, torch.zeros(len(small))))
-        return vae.contact_sheet(torch.stack([v[:, moment] for v in (plain, ours, truth)]), columns=8)
+        ours = []
+        for i, clip in enumerate(small):
+            prompt = {}
+            if hears:
+                prompt = {"context": data["tokens"][data["rows"][i]][None],
+                          "null_context": data["null_tokens"]}
+            fps = data["fps"][i].item()
+            ours.append(superres.upscale(model, diffusion, stage, clip, fps, **prompt))
+        given = superres.enlarge(vae.to_float(small[:, :, :3]), stage.scale, torch.zeros(len(small)))
+        videos = vae.to_uint8(given), torch.stack(ours), truth
+        return vae.contact_sheet(torch.stack([video[:, moment] for video in videos]), columns=8)
 
-    return Setup(model, batch_of, loss_of, preview, diffusion_config(diffusion), facts | taught)
+    return Setup(model, batch_of, loss_of, preview, unet_config(model, diffusion), facts | taught)
 
 
-PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image, "prior": prepare_prior, "base": prepare_base,
-           "interpolate": prepare_interpolate} | {superres.name_of(which): partial(prepare_pixels, which=which) for which in NETWORKS}
-OUTPUT = {stage: f"{stage}.pt" for stage in PREPARE} | {"clip": "text.pt"}  # each stage's file in weights/
+PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image,
+           "mean-clip": prepare_mean_clip, "base": prepare_base, "interpolate": prepare_interpolate}
+PREPARE |= {stage.checkpoint: partial(prepare_pixels, name=name) for name, stage in NETWORKS.items()}
+OUTPUT = {name: f"{name}.pt" for name in PREPARE} | {"clip": "text.pt", "mean-clip": "mean_clip.pt"}
 
 
 # ------------------------------------------------------------------------------------------------
-# The loop, one for all stages.
+# The loop, one for all stages
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """A share of the full rate, by the step alone: up over the warm-up, level for a third, then straight down to zero.
-    Raising `--steps` continues a finished run, and raises the rate again."""
-    return max(0., min(1., (step + 1) / recipe.warmup, 1.5 * (recipe.steps - step) / recipe.steps))
+    """A share of the full rate: up over the warm-up, level for a third, then straight down to zero."""
+    left = (recipe.steps - step) / recipe.steps
+    return max(0., min(1., (step + 1) / recipe.warmup, 1.5 * left))
 
 
 class Loss(torch.nn.Module):
-    """The loss as a module, so that data-parallel training and torch.compile see one forward, whatever a stage calls."""
+    """The loss as a module: data-parallel training and torch.compile see one forward."""
 
     def __init__(self, model, loss_of):
         super().__init__()
         self.model, self.loss_of = model, loss_of
 
     def forward(self, batch):
-        return self.loss_of(self.model, batch)                                      # (N,)
+        return self.loss_of(self.model, batch)  # (N,)
 
 
-def ahead(make: Callable, of, threads: int = 4):
-    """make(*each) for each of `of`, in order, made ahead of time by threads, so that a GPU need not wait."""
+def ahead(make: Callable, calls, threads: int = 4):
+    """make(*call) for each of `calls`, in order, made ahead by threads, so that a GPU need not wait."""
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
-        for each in of:
-            waiting.append(pool.submit(make, *each))
+        for call in calls:
+            waiting.append(pool.submit(make, *call))
             if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-LOG_COLUMNS = ["step", "minutes", "loss", "t<1/4", "t<1/2", "t<3/4", "t<1"]
-
-
-def trim_log(path: Path, start: int):
-    """Keep the rows up to step `start` alone: those after the checkpoint that a run goes on from are about to be written again."""
-    rows = [row.split(",") for row in path.read_text().splitlines()[1:]] if path.is_file() else []
-    rows = [row for row in rows if len(row) == len(LOG_COLUMNS) and int(row[0]) <= start]
-    with atomic(path) as temporary:
-        temporary.write_text("".join(",".join(row) + "\n" for row in [LOG_COLUMNS, *rows]))
-
-
-def gathered(values: torch.Tensor) -> torch.Tensor:
-    """The rows of every process, one after the other. (N, ...) -> (RANKS * N, ...)"""
-    if RANKS == 1:
-        return values.cpu()
-    parts = [torch.empty_like(values) for _ in range(RANKS)]
-    dist.all_gather(parts, values)
-    return torch.cat(parts).cpu()
-
-
-def dump_first_batch(folder: Path, batch: dict, args):
-    """A batch of up to eight samples as eyes see them, side by side, and their captions: an error of range, channel order, stride
-    or caption shows here at once."""
+def show_first_batch(folder: Path, batch: dict, args):
+    """Up to eight samples side by side, with captions: errors of range, order or caption show here."""
     if "pixels" in batch:
         videos = vae.to_uint8(batch["pixels"])
-        videos = videos[:, None] if videos.ndim == 4 else videos                    # (8, T, 3, H, W)
+        videos = videos[:, None] if videos.ndim == 4 else videos  # (8, T, 3, H, W)
     else:
-        videos = vae.decode_video(vae.load(weights_in(args.weights, "vae"), args.device)[0], batch["latents"])
-    vae.write_video(folder / "first_batch.gif", torch.cat(list(videos), dim=3), 4.)  # (T, 3, H, 8*W)
-    rates = batch["fps"].tolist() if "fps" in batch else [1.] * len(videos)
-    lines = [f"{rate:5.2f} fps  {words}\n" for rate, words in zip(rates, batch["captions"])]
-    (folder / "first_batch.txt").write_text("".join(lines), encoding="utf-8")
+        autoencoder, _ = vae.load(find_checkpoint(args.weights, "vae"), args.device)
+        videos = vae.decode_video(autoencoder, batch["latents"])
+    vae.write_video(folder / "first_batch.gif", torch.cat(list(videos), dim=3), 4.)
+    (folder / "first_batch.txt").write_text("\n".join(batch["captions"]) + "\n", encoding="utf-8")
 
 
-def train(stage: str, args):
-    """Train one stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
-    recipe = RECIPES[stage]
+def trainable(name: str, freeze: str) -> bool:
+    """Is this parameter left to training by --freeze?"""
+    return {"none": True, "spatial": UNet.is_inflation(name),
+            "encoder": name.startswith(("decoder.", "post_quant_conv."))}[freeze]
+
+
+def make_optimizer(model, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW, with a learning rate of its own for the layers that an image model does not have."""
+    groups = {recipe.lr: [], recipe.fresh_lr or recipe.lr: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            fresh = recipe.fresh_lr and UNet.is_inflation(name)
+            groups[recipe.fresh_lr if fresh else recipe.lr].append(parameter)
+    groups = [{"params": params, "base_lr": lr} for lr, params in reversed(groups.items()) if params]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
+
+
+def check_same_run(then: dict, now: dict, path):
+    """Refuse to go on from a checkpoint whose model, data or recipe is another."""
+    differing = [f"{key} (then {then.get(key)}, now {now.get(key)})" for key in sorted(now | then)
+                 if then.get(key) != now.get(key)]
+    if differing:
+        raise UserError(f"{path} differs in {'; '.join(differing)}. Start over with --fresh, or train "
+                        "finished weights further with --init")
+
+
+def train(name: str, args):
+    """Train a stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
+    recipe = RECIPES[name]
     if args.lr:
         recipe = replace(recipe, lr=args.lr, fresh_lr=recipe.fresh_lr * args.lr / recipe.lr)
     recipe = replace(recipe, steps=args.steps or recipe.steps, batch=args.batch or recipe.batch)
-    folder = RUNS / args.name / stage
-    say = print if RANK == 0 else lambda *words: None
+    folder, output = RUNS / args.name / name, Path(args.weights) / OUTPUT[name]
+    checkpoint = folder / "checkpoint.pt"
+    for path in (checkpoint, output):
+        base.check_output(path, ".pt")
     torch.manual_seed(args.seed)
-    if "cuda" in args.device:
-        torch.cuda.reset_peak_memory_stats(args.device)
-    if args.init:  # what cannot be read or written is refused before an hour of making data
-        base.load_weights(args.init, stage)
-    if RANK == 0:
-        base.check_folder(folder)
-        base.check_folder(args.weights)
-    setup = PREPARE[stage](args)
+    setup = PREPARE[name](args)
     model = setup.model.to(args.device, memory_format=torch.channels_last).train()
-    if hasattr(model, "gradient_checkpointing"):
-        model.gradient_checkpointing = args.checkpointing
-    freeze(model, args)
-    fresh = lambda name: recipe.fresh_lr > 0 and UNet.is_inflation(name)
-    groups = [{"params": [p for n, p in model.named_parameters() if p.requires_grad and fresh(n)], "base_lr": recipe.fresh_lr},
-              {"params": [p for n, p in model.named_parameters() if p.requires_grad and not fresh(n)], "base_lr": recipe.lr}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
-    start, minutes, running, checkpoint = 0, 0., math.nan, folder / "checkpoint.pt"
-    state = read_pt(checkpoint) if checkpoint.is_file() and not args.fresh else None
-    if args.init:  # go on from finished weights of this very stage
-        weights = parent(args.init, stage, setup.facts)
-        if "distill" in weights["made_by"] and not args.distill:
-            note(f"{args.init} was distilled, and has to learn anew all noise levels but those of its steps")
-        base.fill(model, weights, args.init)
-        made_by, earlier = weights["made_by"], state["origin"] if state else {}
-        begun = {"init": weights["own"], "init_steps": made_by.get("steps", 0), "init_minutes": made_by.get("minutes", 0.)}
-        if "init" in earlier and earlier["init"] == made_by.get("init") and not args.distill:
-            begun = {key: earlier[key] for key in begun}  # --init now names what this very run has written over the weights it began from
-        setup.facts |= begun
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    for average, parameter in zip(ema.parameters(), model.parameters()):
-        if not parameter.requires_grad:  # what is frozen is its own average: of Stable Diffusion, 3 GiB
-            average.data = parameter.data
-    origin = {"stage": stage, "seed": args.seed, "data": name_of_data(args), "stills": args.stills, "clips": args.clips,
-              "side": args.side, "joint": args.joint and stage == "base", "freeze": args.freeze, **setup.facts}
-    if state:
-        now, then = asdict(recipe) | origin, state["recipe"] | state["origin"] | {"steps": max(recipe.steps, state["step"])}
-        other = [key for key in now | then if now.get(key) != then.get(key)]
-        if other:
-            raise UserError(f"{checkpoint} differs in {', '.join(other)} from what is asked for; --fresh starts over")
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+    model.gradient_checkpointing = args.checkpointing
+    if args.init:
+        weights = base.load_checkpoint(args.init, name)
+        check_parent(weights["made_by"], setup.facts, args.init)
+        if weights["config"].get("diffusion") != setup.config.get("diffusion"):
+            raise UserError(f"{args.init} was trained with {weights['config']['diffusion']}")
+        base.load_state(model, weights["model"], args.init)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable(parameter_name, args.freeze))
+    optimizer, ema = make_optimizer(model, recipe), copy.deepcopy(model).eval().requires_grad_(False)
+    run = asdict(recipe) | {"seed": args.seed, "data": data_id(args.data), "freeze": args.freeze}
+    run |= setup.config | setup.facts | {"stills": STILLS, "clips": CLIPS}
+    start, minutes, running = 0, 0., math.nan
+    if checkpoint.is_file() and not args.fresh:
+        state = load_pt(checkpoint)
+        check_same_run(state["run"] | {"steps": recipe.steps}, run, checkpoint)
+        for part, kept in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
+            part.load_state_dict(state[kept])
         start, minutes, running = state["step"], state["minutes"], state["loss"]
-        if start >= recipe.steps and (args.weights / OUTPUT[stage]).is_file():
-            return say(f"{stage}: already trained; --fresh starts over")
-        say(f"{stage}: going on from step {start}")
+        if start >= recipe.steps and output.is_file():
+            return print(f"{name}: already trained; --fresh starts over")
     loss_of = Loss(model, setup.loss_of)
-    if RANKS > 1:  # steps on pictures, where there are such, leave the temporal layers unused
-        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=hasattr(model, "fps_embedding"))
+    if RANKS > 1:  # steps on stills leave the temporal layers unused
+        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=name == "base")
     if args.compile:
         torch.compiler.assume_constant_result(base.has_fast_bf16)  # which it cannot look into
         loss_of = torch.compile(loss_of)
-    say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe}")
 
     def save(step):
-        write_pt(checkpoint, {
-            "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-            "step": step, "minutes": minutes, "loss": running, "recipe": asdict(recipe), "origin": origin})
-
-    @torch.inference_mode()
-    def export(path, step):
-        save_weights(path, stage, setup.config_of(ema), ema, steps=step, seed=args.seed, data=args.data, minutes=round(minutes, 1),
-                     metrics={"loss": round(running, 5)}, **setup.facts)
-
-    @torch.inference_mode()
-    def show():
-        vae.write_picture(folder / "preview.png", setup.preview(ema))
+        save_pt(checkpoint, {"model": model.state_dict(), "ema": ema.state_dict(), "run": run,
+                             "optimizer": optimizer.state_dict(), "step": step, "minutes": minutes,
+                             "loss": running})
 
     if RANK == 0:
-        trim_log(folder / "log.csv", start)
-        dump_first_batch(folder, setup.batch_of(0, range(min(8, recipe.batch))), args)
-    stop = []  # Ctrl-C lets the step end, and saves; a second one does not wait
-    before = signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+        print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe}")
+        show_first_batch(folder, setup.batch_of(0, range(min(8, recipe.batch))), args)
     mine = list(range(RANK, recipe.batch, RANKS))
-    parts = batches(mine, len(mine) // args.accumulate)
-    ready = ahead(setup.batch_of, ((step, part) for step in range(start, recipe.steps) for part in parts))
-    bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=stage, unit="step", disable=RANK > 0)
-    window, saves, last_save, last_step = [], 0, time.time(), time.time()
-    try:
-        for step in bar:
-            seen = []
-            for _ in parts:
-                batch = {key: value.to(args.device) for key, value in next(ready).items() if key != "captions"}
-                with fast_autocast(args.device):
-                    each = loss_of(batch)                                           # (N,)
-                (each.mean() / args.accumulate).backward()
-                loss = each.detach().float()
-                seen.append(torch.stack([loss, batch["t"] / 1000 if "t" in batch else torch.zeros_like(loss)], dim=1))
-            seen = gathered(torch.cat(seen))                                        # (N, 2): loss and noise level of each sample
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-            if not (seen.isfinite().all() and norm.isfinite()):
-                raise UserError(f"the loss of step {step}, or its gradient, is not finite; what {checkpoint} holds is from before")
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * learning_rate(step, recipe)
-            optimizer.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                decay = min(recipe.ema, (1 + step) / (10 + step))
-                for average, parameter in zip(ema.parameters(), model.parameters()):
-                    average.lerp_(parameter, 1 - decay)
-            minutes += (time.time() - last_step) / 60
-            last_step = time.time()
-            last = step + 1 == recipe.steps  # whose checkpoint is written after the weights: where it is, they are
-            if gathered(torch.tensor([len(stop)], device=args.device)).any() and not last:  # all processes stop at the same step
-                if RANK == 0:
-                    save(step + 1)
-                raise KeyboardInterrupt
-            if RANK > 0:
-                continue
-            window.append(seen)
-            if (step + 1) % 25 == 0 or last:
-                losses, levels = torch.cat(window).unbind(1)
-                running = losses.mean().item()
-                quartiles = [losses[(levels * 4).long() == q].mean().item() for q in range(4)]
-                rate = len(losses) / len(window) * (bar.format_dict["rate"] or 0)
-                bar.set_postfix(loss=f"{running:.4f}", samples_per_s=f"{rate:.1f}")
-                row = [step + 1, round(minutes, 2), *(round(x, 5) for x in (running, *quartiles))]
-                with open(folder / "log.csv", "a") as file:
-                    file.write(",".join(map(str, row)) + "\n")
-                window = []
-            if time.time() - last_save > 60 * args.save_minutes and not last:
-                save(step + 1)
-                saves += 1
-                if saves.bit_count() == 1:  # at the first, second, fourth, eighth ...: sampling takes its time
-                    show()
-                last_save = last_step = time.time()
-            if args.snapshots and (step + 1) * args.snapshots // recipe.steps > step * args.snapshots // recipe.steps:
-                export(folder / f"weights-{step + 1:06d}.pt", step + 1)
-    except KeyboardInterrupt:
-        say(f"\n{stage}: stopped; the same command goes on from {checkpoint}")
-        raise
-    finally:
-        signal.signal(signal.SIGINT, before)
+    size = len(mine) // args.accumulate
+    parts = [mine[i:i + size] for i in range(0, len(mine), size)]
+    calls = ((step, part) for step in range(start, recipe.steps) for part in parts)
+    batches, window, last_save, clock = ahead(setup.batch_of, calls), [], time.time(), time.time()
+    bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=name, disable=RANK > 0)
+    for step in bar:
+        seen = []  # (N, 2): loss and noise level of each sample of this process
+        for _ in parts:
+            batch = {k: v.to(args.device) for k, v in next(batches).items() if k != "captions"}
+            with fast_autocast(args.device):
+                losses = loss_of(batch)  # (N,)
+            (losses.mean() / args.accumulate).backward()
+            losses = losses.detach().float()
+            levels = batch["t"] / 1000 if "t" in batch else torch.zeros_like(losses)
+            seen.append(torch.stack([losses, levels], dim=1))
+        window.append(torch.cat(seen).cpu())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        if not norm.isfinite():
+            raise UserError(f"step {step}: the gradient is not finite; {checkpoint} is from before")
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * learning_rate(step, recipe)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            decay = min(recipe.ema, (1 + step) / (10 + step))
+            for average, parameter in zip(ema.parameters(), model.parameters()):
+                average.lerp_(parameter, 1 - decay)
+        minutes, clock = minutes + (time.time() - clock) / 60, time.time()
+        last = step + 1 == recipe.steps
+        if (step + 1) % 25 == 0 or last:
+            losses, levels = torch.cat(window).unbind(1)
+            quartiles = [losses[(levels * 4).long() == q].mean().item() for q in range(4)]
+            running, window = losses.mean().item(), []
+            bar.set_postfix(loss=f"{running:.4f}")
+            if RANK == 0:
+                with open(folder / "log.csv", "a") as log:
+                    row = step + 1, round(minutes, 2), *(round(x, 5) for x in (running, *quartiles))
+                    log.write(",".join(map(str, row)) + "\n")
+        if RANK == 0 and not last and time.time() - last_save > 60 * SAVE_MINUTES:
+            save(step + 1)
+            last_save = time.time()
     if RANK == 0:
-        export(args.weights / OUTPUT[stage], recipe.steps)
-        save(recipe.steps)
-        show()
+        with torch.inference_mode():
+            base.save_checkpoint(output, setup.finish(ema, setup.config), ema, stage=name,
+                                 command=args.command, steps=recipe.steps, seed=args.seed,
+                                 data=args.data, minutes=round(minutes, 1), **setup.facts)
+            save(recipe.steps)  # after the weights: where it is, they are
+            vae.write_image(folder / "preview.png", setup.preview(ema))
+        print(f"{name}: {minutes:.1f} minutes, loss {running:.4f}; wrote {output}; look at "
+              f"{folder / 'preview.png'}")
     if RANKS > 1:
         dist.barrier()  # the next stage reads what this one wrote
-    memory = f", GPU memory {torch.cuda.max_memory_allocated(args.device) / 2 ** 30:.2f} GiB at most" if "cuda" in args.device else ""
-    say(f"{stage}: {minutes:.1f} minutes{memory}, loss {running:.4f}; wrote {args.weights / OUTPUT[stage]}; look at {folder / 'preview.png'}")
-
-
-def dry_run(args):
-    """What a step of `base` would cost, reckoned on the meta device: nothing is computed, and no GPU is needed."""
-    path, config = weights_in(args.weights, "image"), base.SD15
-    if path.exists():
-        config, _ = base.read_config(base.load_weights(path, "image"), path)
-    else:
-        note(f"{args.weights} has no weights yet: reckoned with the numbers of Stable Diffusion 1.5")
-    whole = args.batch or RECIPES["base"].batch
-    batch, side = whole // args.accumulate, args.side // 8
-    fast = base.has_fast_bf16(args.device)
-    saved = {}
-    with torch.device("meta"):
-        unet = UNet(replace(config, **inflation(args))).train()
-        unet.gradient_checkpointing = args.checkpointing
-        freeze(unet, args)
-        inputs = torch.zeros(batch, 16, 4, side, side), torch.zeros(batch), torch.zeros(batch, 77, config.context_dim), torch.ones(batch)
-        keep = lambda tensor: saved.__setitem__(tensor.untyped_storage()._cdata, tensor.numel()) or tensor
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            unet(*inputs).sum().backward()
-    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
-    every = sum(p.numel() for p in unet.parameters())
-    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    activations = sum(n for key, n in saved.items() if key not in weights) * (2 if fast else 4)
-    print(f"base: {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained")
-    print(f"a step on {whole} clips of 16 x {args.side} x {args.side}, {batch} at a time, forward and backward: "
-          f"{args.accumulate * counter.get_total_flops() / 1e12:.2f} TFLOP")
-    sizes = {"weights and their average, fp32": 4 * (every + trained), "gradients and Adam's moments, fp32": 12 * trained,
-             f"activations, {'bf16' if fast else 'fp32'}": activations}
-    for what, size in sizes.items():
-        print(f"  {what:36s} {size / 2 ** 30:6.2f} GiB")
-    print(f"  {'together':36s} {sum(sizes.values()) / 2 ** 30:6.2f} GiB, and what the kernels need for themselves")
 
 
 def main(argv=None):
-    if RANKS > 1 and torch.cuda.is_available():  # a card for each process, before anything opens the first one
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    parser = Parser("Train one stage, or all of them in order.")
-    parser.add_argument("stage", choices=[*PREPARE, "all"], help="what to train; a stage needs the weights of those before it")
-    parser.add_argument("--data", default="world", help="'world', the built-in toy world, or a folder of clips")
-    parser.add_argument("--stills", type=positive(int), default=64000, help="pictures of the world to make; not for superres, tsr and ssr")
-    parser.add_argument("--clips", type=positive(int), default=16000, help="clips of the world to make")
-    parser.add_argument("--side", type=positive(int), default=64, help="side of these, in pixels")
-    parser.add_argument("--steps", type=positive(int), help="steps, instead of the recipe's")
-    parser.add_argument("--batch", type=positive(int), help="samples per step, instead of the recipe's")
-    parser.add_argument("--lr", type=positive(float), help="learning rate, instead of the recipe's")
+    parser = base.command_line(__doc__)
+    parser.add_argument("stage", choices=[*PREPARE, "all"])
+    parser.add_argument("--data", default="world", help="'world', or a folder of clips [world]")
+    parser.add_argument("--weights", default=WEIGHTS, help="folder, read and written [weights/]")
+    parser.add_argument("--init", metavar="FILE", help="train these weights of the stage further")
     parser.add_argument("--freeze", choices=("none", "spatial", "encoder"), default="none",
-                        help="spatial, of base: train the temporal layers and gates alone; encoder, of vae: the decoder alone, so that latents stay")
-    parser.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="base: every fourth step on pictures; not with --freeze spatial")
-    parser.add_argument("--blank", action="store_true", help="tsr: leave what is between the given frames blank, instead of repeating them")
-    parser.add_argument("--distill", type=positive(int), nargs=2, metavar=("TEACHER", "STUDENT"),
-                        help="superres, ssr: learn to do in STUDENT steps of sampling what --init does in TEACHER; 4 1, say")
-    parser.add_argument("--accumulate", type=positive(int), default=1,
-                        help="cut each batch into this many pieces (clip contrasts within one)")
-    parser.add_argument("--checkpointing", action="store_true", help="U-Nets: recompute activations backwards, to save memory")
-    parser.add_argument("--dry-run", action="store_true", help="base: print parameters, FLOPs and memory of a step, and stop")
+                        help="base: train only temporal layers; vae: only the decoder [none]")
+    parser.add_argument("--steps", type=base.positive, help="[the recipe's]")
+    parser.add_argument("--batch", type=base.positive, help="samples per step [the recipe's]")
+    parser.add_argument("--lr", type=float, help="learning rate [the recipe's]")
+    parser.add_argument("--accumulate", type=base.positive, default=1, metavar="N",
+                        help="make each batch in N parts [1]")
+    parser.add_argument("--checkpointing", action="store_true", help="U-Nets: less memory, more time")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--init", help="start from these weights of the same stage, such as weights/base.pt, to train them further")
-    parser.add_argument("--fresh", action="store_true", help="start over, whatever checkpoint there is")
-    parser.add_argument("--save-minutes", type=positive(float), default=3., help="minutes between checkpoints")
-    parser.add_argument("--snapshots", type=positive(int), help="keep this many weights on the way, for a curve over training")
-    parser.add_argument("--name", default="", help="folder in runs/ to keep this run's stages apart from others")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights, read and written")
-    parser.add_argument("--seed", type=base.seed, default=0, help="of the data, the initial weights and every sample")
-    parser.add_device()
+    parser.add_argument("--distill", type=int, nargs=2, metavar=("TEACHER", "STUDENT"), help="superres, "
+                        "ssr: do in STUDENT steps what --init does in TEACHER")
+    parser.add_argument("--name", default="", help="runs/NAME/STAGE/ instead of runs/STAGE/")
+    parser.add_argument("--fresh", action="store_true", help="ignore the checkpoint")
     args = parser.parse_args(argv)
-    if args.init and args.stage == "all":
-        raise UserError("--init is for one stage")
-    if args.freeze == "spatial" and args.stage != "base":
-        raise UserError("--freeze spatial is for stage base, which has layers that its image model had not")
-    if args.freeze == "encoder" and not (args.stage == "vae" and args.init):
-        raise UserError("--freeze encoder is for stage vae, and for weights that --init names: a decoder trained further")
-    if args.distill and not (args.init and args.stage in map(superres.name_of, superres.STAGES)):
-        raise UserError("--distill is for the super-resolution stages, and for weights that --init names, which are the teacher")
-    if args.distill and Path(args.init).resolve() == (args.weights / OUTPUT[args.stage]).resolve():
-        raise UserError(f"the student would be written over {args.init}, its teacher; copy that first, and name the copy")
-    if args.blank and not args.stage.startswith("tsr"):
-        raise UserError("--blank is for the stages tsr-32 and tsr-128")
+    args.command = base.command_text("train.py", argv)
+    stages = list(PREPARE) if args.stage == "all" else [args.stage]
+    wrong = {"--init": args.init and args.stage == "all",
+             "--freeze spatial": args.freeze == "spatial" and args.stage != "base",
+             "--freeze encoder": args.freeze == "encoder" and not (args.stage == "vae" and args.init),
+             "--distill": args.distill and not (args.init and args.stage.startswith(("superres", "ssr")))}
+    for flag in wrong:
+        if wrong[flag]:
+            raise UserError(f"{flag} does not go with stage {args.stage}, or wants --init; see --help")
     if args.data != "world" and not Path(args.data).is_dir():
         raise UserError(f"{args.data}: no such folder of clips")
-    if args.side % 8:
-        raise UserError(f"--side is {args.side}, where a multiple of the autoencoder's stride of 8 is wanted")
-    stages = list(PREPARE) if args.stage == "all" else [args.stage]
-    for stage in stages:  # all of them before the first is trained, for days
-        batch = args.batch or RECIPES[stage].batch
+    for name in stages:  # before the first is trained, for hours
+        batch = args.batch or RECIPES[name].batch
         if batch % (RANKS * args.accumulate):
-            raise UserError(f"{stage}: a batch of {batch} cannot be cut into {RANKS * args.accumulate} equal parts, processes times --accumulate")
-    if args.dry_run:
-        if args.stage != "base":
-            raise UserError("--dry-run is for stage base")
-        return dry_run(args)
-    if RANKS > 1:  # one process waits for as long as another renders data
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(days=1))
-    for stage in stages:
-        train(stage, args)
+            raise UserError(f"{name}: a batch of {batch} does not split into "
+                            f"{RANKS * args.accumulate} equal parts, processes times --accumulate")
+    if RANKS > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "gloo" if args.device == "cpu" else "nccl"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+    for name in stages:
+        train(name, args)
     if RANKS > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(main)
+    base.run(main)
