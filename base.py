@@ -655,8 +655,11 @@ def mean_clip_loss(mean_clip: MeanClip, batch: dict) -> torch.Tensor:
 def initial_noise(shape: tuple, seed: int, stage: str, index: int = 0) -> torch.Tensor:
     """Standard normal (B, ...), on the CPU. Video i is a function of (seed + i, stage, index) only,
     whatever else is made; index counts steps, or frames."""
-    each = [torch.Generator().manual_seed(seed + i + 1000003 * index) for i in range(shape[0])]
-    return torch.stack([torch.randn(shape[1:], generator=generator) for generator in each])
+    def video(i):
+        key = hashlib.sha256(f"{stage} {seed + i} {index}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
+        return torch.randn(shape[1:], generator=generator)
+    return torch.stack([video(i) for i in range(shape[0])])
 
 
 def default_sampling(frames: int) -> tuple[int, str]:

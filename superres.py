@@ -183,10 +183,9 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: StageConfig, small, fps: fl
     if context is not None:
         context, null_context = context.to(device).float(), null_context.to(device).float()
 
-    def noise(i):  # of frame i, (1, 3, H, W)
-        if shared:
-            return base.initial_noise((1, 3, H, W), seed, stage.name)
-        return base.initial_noise((1, 3, H, W), 1000003 * (seed + 1) + i, stage.name)
+    def noise(i):  # of frame i, (1, 3, H, W); tsr-128 runs twice in a cascade, at two rates
+        stream = f"{stage.name} at {fps:g} fps"
+        return base.initial_noise((1, 3, H, W), seed, stream, 0 if shared else i)
 
     def as_batch(frames):  # (T', C, H, W): one clip, or for SR_h a batch of pictures
         return frames[None] if stage.halo else frames[:, None]

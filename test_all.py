@@ -366,6 +366,14 @@ def test_a_video_does_not_depend_on_what_else_is_made(sampler, monkeypatch):
     assert differ(a[:, 1:], a[:, :-1]) and not differ(shared[:, 1:], shared[:, :-1])
 
 
+def test_every_use_of_noise_has_its_own_stream():
+    uses = [(seed, stage, i) for seed in (0, 1, 10 ** 30) for stage in ("base", "low")
+            for i in (0, 1)]
+    drawn = torch.stack([base.initial_noise((1, 64), *use)[0] for use in uses])
+    assert (drawn.corrcoef() - torch.eye(len(uses))).abs().max() < .6
+    close(base.initial_noise((3, 8), 5, "base", 2)[2], base.initial_noise((1, 8), 7, "base", 2)[0], 0)
+
+
 # ------------------------------------------------------------------------------------------------
 # text.py and vae.py
 
