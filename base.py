@@ -137,12 +137,31 @@ class TransformerBlock(nn.Module):
         return x + self.ff.net(self.norm3(x))  # (B*T, H*W, C)
 
 
+class ChannelNorm(nn.Module):
+    """RMS norm of every position over its own channels, (N, C, H, W). It is local: a network that is
+    trained on windows sees the same on whole frames, where GroupNorm takes other statistics."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        x = F.rms_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.eps)
+        return (x + self.bias).permute(0, 3, 1, 2)
+
+
+def make_norm(groups: int, channels: int, eps: float = 1e-5) -> nn.Module:
+    return nn.GroupNorm(groups, channels, eps) if groups else ChannelNorm(channels, eps)
+
+
 class SpatialTransformer(nn.Module):
     """Stable Diffusion's attention block on each frame: ATTN2D of Make-A-Video, Eq. 3."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.norm = make_norm(groups, dim, eps=1e-6)
         self.proj_in = nn.Conv2d(dim, dim, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, heads, context_dim)])
         self.proj_out = nn.Conv2d(dim, dim, 1)
@@ -182,11 +201,11 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, time_dim: int | None = None,
                  groups: int = 8, eps: float = 1e-5, temporal: bool = False):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = make_norm(groups, in_channels, eps)
         self.conv1 = PseudoConv3d(in_channels, out_channels, temporal)
         if time_dim:
             self.time_emb_proj = nn.Linear(time_dim, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = make_norm(groups, out_channels, eps)
         self.conv2 = PseudoConv3d(out_channels, out_channels, temporal)
         same = in_channels == out_channels
         self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -291,7 +310,7 @@ class UNetConfig:
     attention: tuple = (True, True)  # which levels attend
     heads: int = 4
     context_dim: int | None = 128    # width of the text tokens; None: no text
-    groups: int = 8                  # of GroupNorm
+    groups: int = 8                  # of GroupNorm; 0: ChannelNorm, which is local
     temporal: tuple = ("mean_clip", "attention", "conv")  # what an image model, (), lacks
     gates: bool = True               # attention gates on the skips
     patch_size: int = 1              # patches folded into channels: makes 256 px affordable
@@ -376,7 +395,7 @@ class UNet(nn.Module):
             widths_in = [w + s for w, s in zip([below] + [out] * c.layers, popped)]
             self.up_blocks.append(UNetBlock(c, widths_in, out, (c.layers + 1) * c.attention[i],
                                             popped, resampler="up" if i else ""))
-        self.conv_norm_out = nn.GroupNorm(c.groups, width)
+        self.conv_norm_out = make_norm(c.groups, width)
         self.conv_out = zero_module(nn.Conv2d(width, c.out_channels * patch, 3, padding=1))
 
     @staticmethod

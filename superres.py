@@ -92,7 +92,7 @@ class StageConfig:
 # Differs: Imagen Video goes from 24 x 40 to 768 x 1280 in pixels, by x 2, x 4, x 4; here 64 x 64
 # comes out of latents. Patches are at most 4 x 4: behind 8 x 8, edges were misplaced at any width.
 PIXELS = UNetConfig(in_channels=6, out_channels=3, channels=(24, 48, 64), context_dim=None,
-                    attention=(False, False, False), temporal=("conv",), patch_size=4,
+                    attention=(False, False, False), groups=0, temporal=("conv",), patch_size=4,
                     embeddings=("fps", "level"))
 FRAMES = replace(PIXELS, temporal=(), gates=False, embeddings=("level",))
 SSR = replace(PIXELS, context_dim=128, embeddings=("fps", "level", "text"))
@@ -139,9 +139,16 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: StageConfig) -> t
 def teacher_paths(stage: StageConfig, teacher: int, student: int) -> torch.Tensor:
     """The teacher's timesteps, a row for each step of the student: (student, K + 1); -1 is clean."""
     timesteps = torch.tensor(base.sampling_timesteps(teacher, stage.shift) + [-1])
-    if teacher % student or teacher <= student or len(timesteps) != teacher + 1:
+    once = teacher == student == 1  # a one-step student teaches its texture to another network
+    if not once and (teacher % student or teacher <= student or len(timesteps) != teacher + 1):
         raise UserError(f"{student} steps cannot each stand for several of {teacher}")
     return timesteps.unfold(0, teacher // student + 1, teacher // student)
+
+
+def has_texture(pixels) -> torch.Tensor:
+    """Which clips (B, T, 3, H, W) in -1...1 have texture, (B,): in a tenth of them neighbours differ."""
+    step = (pixels[..., 1:] - pixels[..., :-1]).abs().amax(2)  # (B, T, H, W - 1)
+    return (step > 7 / 255).float().flatten(1).mean(1) > .1
 
 
 def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: dict,
@@ -150,6 +157,7 @@ def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: di
     for `loss`, and path (B, K + 1), timesteps from t down. 2202.00512; Imagen Video 2.7
 
     One step predicts a mean, which has little texture; the student learns what many steps draw.
+    Where there is no texture to invent, the truth teaches better than the teacher.
     Differs: Imagen Video halves from hundreds of steps to eight, and samples with fresh noise; here K
     is free, from at most 16 steps to one, by DDIM."""
     large = enlarge(batch["small"], stage.scale, batch["level"])
@@ -158,6 +166,8 @@ def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: di
     with torch.no_grad():
         predict = clean_predictor(teacher, *condition)
         x = diffusion.distillation_target(predict, z, batch["path"])  # (B, T, 3, H, W)
+    textured = has_texture(batch["pixels"]).view(-1, 1, 1, 1, 1)
+    x = torch.where(textured, x, batch["pixels"])
     student = clean_predictor(unet, *condition)
     return (student(z, batch["t"]) - x).pow(2).flatten(1).mean(1)
 

@@ -556,7 +556,7 @@ def pairs(args, name: str) -> tuple[dict, dict]:
 
     decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",)) if p.side == 64 else "none"
     key = f"{data_id(args.data)}-pairs-{name}-{digest(p)}-{args.seed}-{decoder}"
-    return cached(key, make), {"vae": vae_id}
+    return cached(key, make), {"vae": vae_id, "windows": p.count}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -777,7 +777,8 @@ def prepare_base(args) -> Setup:
     def preview(model):
         text_emb = text.encode_clip(prompts, args.weights)["text"]
         fps = data["fps"].min().item()
-        return sheet(args, base.generate(model, diffusion, text_emb, fps=fps, side=facts["side"]))
+        return sheet(args, base.generate(model, diffusion, text_emb, fps=fps, side=facts["side"],
+                                         steps=16))
     return Setup(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview,
                  unet_config(model, diffusion), facts)
 
@@ -817,10 +818,10 @@ def prepare_pixels(args, name: str) -> Setup:
     hears = "text" in stage.unet.embeddings
     teacher, paths, taught = None, None, {}
     if args.distill:
-        teacher, _, _, made_by = superres.load(stage, args.init, args.device)
+        teacher, _, _, made_by = superres.load(stage, args.teacher or args.init, args.device)
         taught = made_by.get("distill", [0, args.distill[0]])
         if taught[1] != args.distill[0]:
-            raise UserError(f"{args.init} takes {taught[1]} steps, not {args.distill[0]}")
+            raise UserError(f"the teacher takes {taught[1]} steps, not {args.distill[0]}")
         paths = superres.teacher_paths(stage, *args.distill)  # (steps, K + 1)
         stage, taught = replace(stage, steps=args.distill[1]), {"distill": args.distill}
     data, facts = pairs(args, name)
@@ -968,14 +969,16 @@ def train(name: str, args):
     if args.init:
         weights = base.load_checkpoint(args.init, name)
         check_parent(weights["made_by"], setup.facts, args.init)
-        if weights["config"].get("diffusion") != setup.config.get("diffusion"):
-            raise UserError(f"{args.init} was trained with {weights['config']['diffusion']}")
+        then, now = (config.get("diffusion") for config in (weights["config"], setup.config))
+        if then != now:
+            raise UserError(f"{args.init} was trained with diffusion {then}, not {now}")
         base.load_state(model, weights["model"], args.init)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable(parameter_name, args.freeze))
     optimizer, ema = make_optimizer(model, recipe), copy.deepcopy(model).eval().requires_grad_(False)
     run = asdict(recipe) | {"seed": args.seed, "data": data_id(args.data), "freeze": args.freeze}
-    run |= setup.config | setup.facts | {"stills": STILLS, "clips": CLIPS}
+    run |= setup.config | setup.facts | {"stills": STILLS, "clips": CLIPS, "pixels": SIDE}
+    run |= {"init": args.init, "teacher": args.teacher}
     start, minutes, running = 0, 0., math.nan
     if checkpoint.is_file() and not args.fresh:
         state = load_pt(checkpoint)
@@ -999,6 +1002,8 @@ def train(name: str, args):
 
     if RANK == 0:
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe}")
+        if start == 0:
+            (folder / "log.csv").write_text("step,minutes,loss,t<1/4,t<1/2,t<3/4,t<1\n")
         show_first_batch(folder, setup.batch_of(0, range(min(8, recipe.batch))), args)
     mine = list(range(RANK, recipe.batch, RANKS))
     size = len(mine) // args.accumulate
@@ -1072,6 +1077,7 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--distill", type=int, nargs=2, metavar=("TEACHER", "STUDENT"), help="superres, "
                         "ssr: do in STUDENT steps what --init does in TEACHER")
+    parser.add_argument("--teacher", metavar="FILE", help="--distill: the teacher [--init]")
     parser.add_argument("--name", default="", help="runs/NAME/STAGE/ instead of runs/STAGE/")
     parser.add_argument("--fresh", action="store_true", help="ignore the checkpoint")
     args = parser.parse_args(argv)
