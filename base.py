@@ -681,22 +681,19 @@ def initial_noise(shape: tuple, seed: int, stage: str, index: int = 0) -> torch.
     return torch.stack([video(i) for i in range(shape[0])])
 
 
-def default_sampling(frames: int) -> tuple[int, str]:
-    """Steps and sampler. Fresh noise lets later steps correct early errors of motion; a single frame
-    has no motion."""
-    return (48, "ancestral") if frames > 1 else (16, "dpmpp")
+STEPS = 16  # 48 are no better: see the model card
 
 
 def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int = 16, fps: float = 4.,
-             side: int = 8, guidance=2., steps: int | None = None, sampler: str | None = None,
+             side: int = 8, guidance=2., steps: int = STEPS, sampler: str | None = None,
              gamma: float = 0., shared_noise: bool = False, seed: int = 0, label: str = ""):
     """Latents of one video per prompt, (B, T, 4, side, side). text: tokens (B, L, D), null_tokens
-    (1, L, D). guidance: a scale, for clips in GUIDANCE_INTERVAL, or a function of t. shared_noise:
-    all frames start from one noise, so an image model repeats one picture."""
+    (1, L, D). guidance: a scale, for clips in GUIDANCE_INTERVAL, or a function of t. Clips take the
+    ancestral sampler: fresh noise lets later steps correct early errors of motion; images have none.
+    shared_noise: all frames start from one noise, so an image model repeats one picture."""
     device, B = next(unet.parameters()).device, len(text["tokens"])
     noises = 1 if shared_noise else frames
-    best = default_sampling(noises)
-    steps, sampler = steps or best[0], sampler or best[1]
+    sampler = sampler or ("ancestral" if noises > 1 else "dpmpp")
     shape = B, noises, unet.config.out_channels, side, side
     if noises > 1 and not callable(guidance):
         guidance = interval_guidance(diffusion, guidance)
@@ -806,8 +803,10 @@ def command_text(script: str, argv) -> str:
 
 
 def save_clip(path, clip: dict, script: str, argv):
-    """Write a clip; its history gains this command line."""
+    """Write a clip and say so; its history gains this command line."""
     save_pt(path, clip | {"history": clip["history"] + [command_text(script, argv)]})
+    shape = tuple(clip["text"]["tokens"].shape if clip["data"] is None else clip["data"].shape)
+    print(f"{path}: {clip['kind']} {shape}")
 
 
 def load_clip(path, kind: str) -> dict:
@@ -929,7 +928,7 @@ def check_ids(clip: dict, made_by: dict):
 
 
 def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
-                  fps: float = 4., guidance=2., steps=None, sampler=None) -> dict:
+                  fps: float = 4., guidance=2., steps: int = STEPS, sampler=None) -> dict:
     """A clip of text -> a clip of latents, by the weights in a folder."""
     if not 0 < fps < math.inf:
         raise UserError(f"{fps} frames per second: a positive number is needed")
@@ -949,7 +948,7 @@ def main(argv=None):
                         "1.x folder [weights/]")
     parser.add_argument("--frames", type=positive, default=16, help="1 makes a picture [16]")
     parser.add_argument("--fps", type=float, default=4., help="trained on 4 to 30 [4]")
-    parser.add_argument("--steps", type=positive, help="[48, or 16 for a picture]")
+    parser.add_argument("--steps", type=positive, default=STEPS, help="[%(default)s]")
     parser.add_argument("--guidance", type=float, default=2., help="scale; 1 is none [2]")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral"),
                         help="[ancestral, or dpmpp for a picture]")

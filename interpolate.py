@@ -120,7 +120,7 @@ def random_known(rng, frames: int = WINDOW) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------
 # Sampling: one window, then a timeline of them
 
-STEPS = 8  # per window
+STEPS = 2  # per window; between keyframes one is enough, animation wants more
 
 
 def inpaint_window(unet: UNet, diffusion: Diffusion, x, known, noise, text_emb: dict, fps,
@@ -230,7 +230,7 @@ def load(weights=base.WEIGHTS, device="cpu"):
 
 
 def fill_clip(clip: dict, weights=base.WEIGHTS, device="cpu", seed: int = 0, skip: int = 1,
-              before: int = 0, after: int = 0, guidance: float = 1.) -> dict:
+              before: int = 0, after: int = 0, guidance: float = 1., steps: int | None = None):
     """A clip of latents with skip - 1 new frames in every gap, and `before` or `after` more."""
     unet, diffusion, made_by = load(weights, device)
     clip = text.with_text(clip, weights, device)
@@ -241,7 +241,7 @@ def fill_clip(clip: dict, weights=base.WEIGHTS, device="cpu", seed: int = 0, ski
                         f"which must be from 2 to {WINDOW - 1}")
     fps = clip["fps"] * skip
     z = fill_timeline(unet, diffusion, x, known, clip["text"], fps, seed, "interpolate",
-                      guidance=guidance)
+                      guidance=guidance, steps=steps or (1 if skip > 1 else STEPS))
     return clip | {"data": z, "fps": fps, "seed": seed}
 
 
@@ -259,7 +259,7 @@ def animate_clip(clip: dict, image, weights=base.WEIGHTS, device="cpu", seed: in
     z = vae.encode_video(autoencoder, pixels[None])  # (1, 1, 4, h, w)
     z = z.expand(len(clip["prompts"]), -1, -1, -1, -1)
     clip = clip | {"kind": "latents", "data": z, "fps": 4., "vae": vae_id}
-    return fill_clip(clip, weights, device, seed, after=WINDOW - 1, guidance=guidance)
+    return fill_clip(clip, weights, device, seed, after=WINDOW - 1, guidance=guidance, steps=8)
 
 
 def main(argv=None):

@@ -274,7 +274,7 @@ def main(argv=None):
     if Path(args.out).suffix.lower() == ".pt":
         base.save_clip(args.out, clip, "superres.py", argv)
     else:
-        vae.write_videos(args.out, clip["data"], clip["fps"])
+        print(*vae.write_videos(args.out, clip["data"], clip["fps"]), sep="\n")
 
 
 if __name__ == "__main__":

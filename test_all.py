@@ -132,6 +132,19 @@ def refusal(main, *argv) -> str:
 # ------------------------------------------------------------------------------------------------
 # base.py: the U-Net
 
+def test_the_mean_clip_is_added_to_what_conv_in_sees():
+    model, (_, t, context, fps) = randomize(UNet(SMALL)), inputs()
+    convs = model.conv_in, model.mean_clip_conv
+    with torch.no_grad():
+        for conv in convs:
+            conv.weight.copy_(convs[0].weight)
+            conv.bias.zero_()
+        mean = model.mean_clip(context, fps, 5, 8, 8)
+        cancelled = model(-mean, t, context, fps)
+        convs[1].weight.zero_()
+        close(cancelled, model(torch.zeros_like(mean), t, context, fps), 1e-3)
+
+
 def test_temporal_layers_are_identity_at_init():
     image = randomize(UNet(replace(SMALL, temporal=(), gates=False, embeddings=())))
     video = base.load_state(UNet(SMALL), image.state_dict(), "", UNet.is_inflation)
@@ -350,8 +363,8 @@ def test_a_clip_is_guided_at_middling_noise_and_hears_prompt_and_fps():
         assert torch.equal(context, text_emb()["tokens"]) and fps.tolist() == [24, 24]
     assert {len(z) for z, *_ in calls_of(model, lambda: make(1))} == {4}  # pictures everywhere
     assert differ(make(gamma=0.), make(gamma=1.))
-    assert base.default_sampling(2) == (48, "ancestral")
-    assert base.default_sampling(1) == (16, "dpmpp")
+    for frames, sampler in ((2, "ancestral"), (1, "dpmpp")):
+        close(make(frames), make(frames, sampler=sampler), 0)
 
 
 @cases("sampler", SAMPLERS)
@@ -550,7 +563,8 @@ def test_a_window_hears_its_prompt_and_its_known_frames_are_noised():
         assert context is emb["tokens"] and rate is fps
         assert torch.equal(cond, interpolate.condition(x, known))
     t = base.sampling_timesteps(8)
-    assert guided_steps(model, t, lambda: inpaint(guidance=4.)) == [n for n in t if 500 <= n < 843]
+    guided = guided_steps(model, t, lambda: inpaint(guidance=4., steps=8))
+    assert guided == [n for n in t if 500 <= n < 843]
 
 
 def test_training_masks_hide_and_show_something():
@@ -1292,7 +1306,6 @@ train.main("vae --batch 4 --steps 6 --weights . --device cpu --name".split() + s
 
 def miniature(patch, folder):
     patch.setattr(base, "has_fast_bf16", lambda device: False)
-    patch.setattr(base, "default_sampling", lambda frames: (2, "ddim"))
     patch.setattr(train.latents, "__defaults__", (32,))
     pairs = {name: replace(p, count=4, inner=16) for name, p in train.PAIRS.items()}
     patch_all(patch, STILLS=24, CLIPS=8, SIDE=32, PAIRS=pairs, RUNS=folder / "runs")
@@ -1666,7 +1679,7 @@ def decode(latents):
     return vae.decode_video(vae.load(device=ARGS.device)[0], latents)
 
 
-def make(factors: list, fps: float = 4., skip: int = 1, steps=None):
+def make(factors: list, fps: float = 4., skip: int = 1, steps: int = base.STEPS):
     """Videos of the prompts at skip * fps, uint8 (N, 15*skip + 1, 3, 64, 64)."""
     videos, few = [], 8 if ARGS.device == "cpu" else 64
     for i in tqdm(range(0, len(factors), few), "videos", leave=False):
@@ -1676,9 +1689,10 @@ def make(factors: list, fps: float = 4., skip: int = 1, steps=None):
     return torch.cat(videos)
 
 
-def extend(z, factors: list, fps: float, guidance: float):  # by 15 frames
-    clip = clip_of(factors, z, fps)
-    return decode(interpolate.fill_clip(clip, *where(), after=15, guidance=guidance)["data"])
+def extend(z, factors: list, fps: float, guidance: float, steps=None):  # by 15 frames
+    clip = interpolate.fill_clip(clip_of(factors, z, fps), *where(), after=15, guidance=guidance,
+                                 steps=steps)
+    return decode(clip["data"])
 
 
 def enlarge(name: str, videos, factors: list, fps: float, **how):
@@ -1722,7 +1736,7 @@ def evaluate_autoencoder():
         row(name, psnr(truth, made), *(np.mean(off, 0) * (255, 1)))
 
 
-def between(skip: int, steps: int = interpolate.STEPS) -> list:
+def between(skip: int, steps: int = 1) -> list:
     """The cells under BETWEEN: 16 keyframes at 4 fps, against decode(encode(truth))."""
     factors = prompts_of(30)
     z = encode(render_all(factors, np.arange(15 * skip + 1) / (4 * skip)))
@@ -1742,9 +1756,9 @@ def evaluate_interpolation():
     for skip in range(2, 7):
         row(f"skip {skip}", *between(skip))
     row, factors = table("Fidelity of given and 15 further frames", *FIDELITY), prompts_of(5)
-    for given, fps, guidance in ((16, 8., 1.), (1, 4., 2.)):
+    for given, fps, guidance, steps in ((16, 8., 1., 2), (1, 4., 2., 8)):
         z = encode(render_all(factors, np.arange(given) / fps))
-        videos = extend(z, factors, fps, guidance)
+        videos = extend(z, factors, fps, guidance, steps)
         row(f"{given} given at {fps:g} fps", *fidelity(factors, videos, fps))
 
 
@@ -1807,7 +1821,7 @@ def evaluate_outlines():
     for name, factors in sorted(kinds.items()):
         factors = factors[:max(1, ARGS.prompts // 8)]
         videos, z = make(factors), encode(render_all(factors, AT_4_FPS))
-        ways = videos, extend(z[:, :1], factors, 4., 2.), decode(z)
+        ways = videos, extend(z[:, :1], factors, 4., 2., 8), decode(z)
         ours, still, coded = (torch.stack(list(map(outline_psnr, way, factors))) for way in ways)
         worst = ours.flatten().sort().values[:-(-ours.numel() // 10)]
         row(name, str(len(factors)), fidelity(factors, videos)[5], ours.mean(), worst.mean(),

@@ -373,7 +373,7 @@ def main(argv=None):
     if Path(args.out).suffix.lower() == ".pt":
         save_clip(args.out, clip, "vae.py", argv)
     else:
-        write_videos(args.out, clip["data"], clip["fps"])
+        print(*write_videos(args.out, clip["data"], clip["fps"]), sep="\n")
 
 
 if __name__ == "__main__":
