@@ -17,10 +17,12 @@ import copy
 import csv
 import hashlib
 import io
+import json
 import math
 import os
 import re
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -328,7 +330,7 @@ def data_id(data: str) -> str:
     """Hash of the world, or of a folder's files and their dates."""
     if data == "world":
         return world_id()
-    kinds = (*vae.VIDEOS, *vae.IMAGES, ".txt", ".csv")
+    kinds = (*vae.VIDEOS, *vae.IMAGES, ".txt", ".csv", ".jsonl")
     files = sorted(path for path in Path(data).rglob("*") if path.suffix.lower() in kinds)
     return digest([(path.relative_to(data).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
                    for path in files])
@@ -372,58 +374,85 @@ def world_clips(seed: int, side: int):
         yield torch.stack(videos), [caption(scene) for scene in scenes], torch.tensor(rates)
 
 
-def read_captions(folder: Path) -> dict:
-    """{file: caption} of a folder's captions.csv, with columns `file` and `caption`."""
-    path = folder / "captions.csv"
-    if not path.is_file():
-        return {}
+def read_text(path: Path) -> str:
     try:
-        table = csv.DictReader(io.StringIO(path.read_text("utf-8-sig")))
-        rows = list(table)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not {"file", "caption"} <= set(table.fieldnames or ()):
-        raise UserError(f"{path} has no columns 'file' and 'caption' in its first line")
-    lost = [row["file"] for row in rows if not (folder / row["file"]).is_file()]
-    if lost:
-        base.warn(f"{path} names {len(lost)} files that are not there: {', '.join(lost[:5])}")
-    return {row["file"]: row["caption"] or "" for row in rows}
+        return path.read_text("utf-8-sig").strip() if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not written in UTF-8: {error}") from error
 
 
-def folder_clips(folder, frames: int, side: int):
+def read_table(path: Path):
+    """Yields (line, file, caption). Hugging Face's tables say file_name and text."""
+    text, line = read_text(path), 1
+    is_csv = path.suffix == ".csv"
+    rows = csv.DictReader(io.StringIO(text), strict=True) if is_csv else map(json.loads, text.split("\n"))
+    try:
+        for row in rows:
+            line = getattr(rows, "line_num", line + 1)
+            if None in row:
+                raise ValueError("too many fields; a caption with commas needs quotes")
+            file, words = row.get("file", row.get("file_name")), row.get("caption", row.get("text"))
+            if file is None or words is None:
+                raise ValueError("no 'file' and 'caption', nor 'file_name' and 'text'")
+            yield line, file, str(words)
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise UserError(f"{path}, line {line} or the next: {error}") from error
+
+
+def plain(file) -> str:
+    """A path, whichever slashes or kind of accents it is written with."""
+    return os.path.normpath(unicodedata.normalize("NFC", str(file)).strip().replace("\\", "/"))
+
+
+def read_captions(folder: Path, lenient: bool) -> dict:
+    """{clip: caption} from a folder's captions.csv, metadata.csv or metadata.jsonl, else from a .txt
+    beside the clip. Names what has no partner, and stops if that is much, unless lenient."""
+    clips = sorted(p for p in folder.rglob("*") if p.suffix.lower() in vae.VIDEOS + vae.IMAGES)
+    exact = {plain(clip.relative_to(folder)): clip for clip in clips}
+    known = {file.casefold(): clip for file, clip in exact.items()} | exact
+    captions = {clip: read_text(clip.with_suffix(".txt")) for clip in clips}
+    tables = [folder / name for name in ("captions.csv", "metadata.csv", "metadata.jsonl")]
+    table, lost = next((path for path in tables if path.is_file()), None), []
+    for line, file, words in read_table(table) if table else ():
+        clip = known.get(plain(file), known.get(plain(file).casefold()))
+        if clip:
+            captions[clip] = words or captions[clip]
+        else:
+            lost.append(f"{table}, line {line}: no such file: {file}")
+    silent = [f"{clip} has no caption" for clip in clips if table and not captions[clip]]
+    for message in lost + silent:
+        base.warn(message)
+    if min(len(lost), len(silent)) > len(clips) / 10 and not lenient:
+        raise UserError(f"{table}: {len(lost)} rows find no file, and {len(silent)} of {len(clips)} "
+                        "clips get no caption. Mend those above, or train so with --lenient")
+    return captions
+
+
+def folder_clips(folder, frames: int, side: int, lenient: bool = False):
     """Clips of `frames` frames from every video below a folder, cut to the middle square: yields
-    (pixels (n, frames, 3, side, side), captions, fps). Images count as videos of one frame.
+    (pixels (1, frames, 3, side, side), [caption], fps). Images count as videos of one frame.
 
-    The rate is the file's own, divided by a frame-skip of 1, 2 or 4 where the video is long enough; of
-    stills there are four per second. A file that is unreadable, too short or too small is named and
-    counted, never padded, enlarged or replaced."""
+    Of 1, 2 and 4 frames one is taken; of stills, four per second. A file that is unreadable, too short
+    or too small is named and counted, never padded, enlarged or replaced."""
     folder, skipped, used, silent = Path(folder), [], 0, 0
-    captions = read_captions(folder)
+    captions = read_captions(folder, lenient)
     kinds = vae.VIDEOS if frames > 1 else vae.VIDEOS + vae.IMAGES
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds)
+    files = [path for path in captions if path.suffix.lower() in kinds]
     for path in tqdm(files, desc=f"reading {folder}"):
+        words, windows = captions[path], {}
         try:
-            video, fps = vae.read_video(path)
-            T, _, H, W = video.shape
-            S = min(H, W)
-            if T < frames or S < side:
-                raise UserError(f"{path}: {T} frames of {W} x {H}; {frames} of {side} are needed")
+            for i, (frame, fps) in enumerate(vae.read_frames(path, side)):
+                for skip in (1, 2, 4) if frames > 1 else (max(1, round(fps / 4)),):
+                    window = windows.setdefault(skip, [])
+                    window += [frame] * (i % skip == 0)
+                    if len(window) == frames:
+                        yield torch.stack(windows.pop(skip))[None], [words], torch.tensor([fps / skip])
+            if i + 1 < frames:
+                raise UserError(f"{path}: {i + 1} frames; {frames} are needed")
         except UserError as error:
             skipped.append(str(error))
             continue
-        if frames == 1:
-            video = video[::max(1, round(fps / 4))]
-        square = crop(video, ((W - S) // 2, (H - S) // 2, S))
-        square = torch.cat([F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True)
-                            .round().byte() for part in square.split(64)])  # (T, 3, side, side)
-        words, beside = captions.get(path.relative_to(folder).as_posix(), ""), path.with_suffix(".txt")
-        if not words and beside.is_file():
-            words = beside.read_text("utf-8-sig", "replace").strip()
         used, silent = used + 1, silent + (not words)
-        for skip in (1, 2, 4) if frames > 1 else (1,):
-            if len(square[::skip]) >= frames:
-                windows = square[::skip].unfold(0, frames, frames).movedim(-1, 1)  # (n, T, 3, S, S)
-                yield windows, [words] * len(windows), torch.full((len(windows),), fps / skip)
     for line in skipped:
         base.warn(f"skipped {line}")
     base.warn(f"{folder}: {used} files used, {silent} without a caption; {len(skipped)} skipped")
@@ -434,7 +463,7 @@ def folder_clips(folder, frames: int, side: int):
 def clips_of(args, kind: str, side: int):
     """The groups of clips, or of stills, that --data asks for."""
     if args.data != "world":
-        return folder_clips(args.data, 1 if kind == "stills" else 16, side)
+        return folder_clips(args.data, 1 if kind == "stills" else 16, side, args.lenient)
     return world_stills(args.seed, side) if kind == "stills" else world_clips(args.seed, side)
 
 
@@ -521,10 +550,10 @@ def world_pairs(p: Pairs, scale: int, key: int, seed: int):
         yield small, large, centre, caption(scene), fps
 
 
-def folder_pairs(folder, p: Pairs, scale: int, seed: int):
+def folder_pairs(folder, p: Pairs, scale: int, seed: int, lenient: bool):
     """The same from the clips of a folder."""
     rng = np.random.default_rng((seed, 5))
-    for windows, words, rates in folder_clips(folder, p.frames, scale * p.side):
+    for windows, words, rates in folder_clips(folder, p.frames, scale * p.side, lenient):
         for large, line, fps in zip(windows, words, rates):
             small = F.interpolate(large.float(), (p.side, p.side), mode="area").round().byte()
             yield small, partial(crop, large), rng.random(2), line, float(fps)
@@ -537,7 +566,7 @@ def pairs(args, name: str) -> tuple[dict, dict]:
     autoencoder, vae_id = vae.load(find_checkpoint(args.weights, "vae"), args.device)
 
     def make():
-        source = folder_pairs(args.data, p, scale, args.seed)
+        source = folder_pairs(args.data, p, scale, args.seed, args.lenient)
         if args.data == "world":
             source = world_pairs(p, scale, 6 + list(PAIRS).index(name), args.seed)
         items, captions = {"small": [], "decoded": [], "pixels": [], "fps": []}, []
@@ -1064,6 +1093,7 @@ def main(argv=None):
     parser = base.command_line(__doc__)
     parser.add_argument("stage", choices=[*PREPARE, "all"])
     parser.add_argument("--data", default="world", help="'world', or a folder of clips [world]")
+    parser.add_argument("--lenient", action="store_true", help="train on clips whose caption is lost")
     parser.add_argument("--weights", default=WEIGHTS, help="folder, read and written [weights/]")
     parser.add_argument("--init", metavar="FILE", help="train these weights of the stage further")
     parser.add_argument("--freeze", choices=("none", "spatial", "encoder"), default="none",

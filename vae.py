@@ -12,8 +12,10 @@ are coded one by one.
 
 Layers bear Stable Diffusion's names.
 """
-import logging
+from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain, islice
 from pathlib import Path
 
 from base import (SD_ID, WEIGHTS, Attention, Downsample, ResnetBlock, Upsample, UserError, atomic,
@@ -21,14 +23,13 @@ from base import (SD_ID, WEIGHTS, Attention, Downsample, ResnetBlock, Upsample, 
                   load_checkpoint, load_clip, load_stable_diffusion, load_state, new_clip, run,
                   save_clip, tensors_id, warn)
 
+import av
 import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
-
-logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of rotated clips, needlessly
 
 
 # ------------------------------------------------------------------------------------------------
@@ -240,51 +241,101 @@ def decode_video(vae: AutoencoderKL, latents: torch.Tensor, label: str = "") -> 
 
 IMAGES, VIDEOS = (".png", ".jpg", ".jpeg"), (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi")
 WRITTEN = (".mp4", ".gif", ".png")
+BT709, PQ, HLG = 1, 16, 18  # FFmpeg's numbers
+REFORMATTER = av.video.reformatter.VideoReformatter()  # kept: its table for HDR takes seconds
 
 
-def on_black(frame: np.ndarray) -> np.ndarray:
-    """A frame uint8 (H, W, 4) over black, so that a hidden colour stays hidden. (H, W, 3)"""
-    return (frame[..., :3] * (frame[..., 3:] / 255)).round().astype(np.uint8)
+def decode(file, stream):
+    """The frames of a stream, with the times at which players show them."""
+    decoder, end = stream.codec_context, 0
+    if stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own decoders of webm drop alpha
+        decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
+    decoder.thread_type = "AUTO"
+    for packet in file.demux(stream):
+        with suppress(av.InvalidDataError):  # what is damaged is left out
+            for frame in decoder.decode(packet):
+                if file.format.name == "gif" and frame.duration < 2:  # 1/100 s, as browsers do
+                    frame.duration = 10
+                time = {"avi": frame.dts, "gif": end}.get(file.format.name, frame.pts)
+                frame.pts = end if time is None else time
+                if end and frame.pts - end > 300 / frame.time_base:  # damaged, or years of one picture
+                    raise ValueError("one of its frames lasts longer than five minutes")
+                end = frame.pts + frame.duration
+                yield frame
 
 
-def read_gif(file) -> tuple[list, float]:
-    """Frames and frame rate of a gif. A frame that is shown longer stands for several."""
-    count = file.properties(index=...).n_images
-    shown = [file.metadata(index=i).get("duration", 0) for i in range(count)]
-    shown = [ms if ms >= 20 else 100 for ms in shown]  # as browsers do
-    frames = []
-    for frame, ms in zip(file.iter(mode="RGBA"), shown):
-        frames += [on_black(frame)] * round(ms / min(shown))
-    return frames, 1000 * len(frames) / sum(shown)
+def as_shown(frames, header: float, aspect: float, side: int | None):
+    """See read_frames. The constant rate is the header's if the first times keep it within 2 %, else
+    that of their usual distance, without pauses. aspect: of a pixel, W / H."""
+    first = list(islice(frames, 32))
+    if not first:
+        raise ValueError("it holds no frames")
+    head, times = first[0], [frame.pts for frame in first]
+    gaps = np.diff([*times, times[-1] + first[-1].duration]) * float(head.time_base)
+    gaps = gaps[gaps > 0] if max(gaps) > 0 else np.array([1 / header])
+    usual = gaps[abs(np.log(gaps / np.sort(gaps)[(len(gaps) - 1) // 2])) < .4].mean()
+    fps = header if abs(usual * header - 1) < .02 else float(1 / usual)
+    W, H = head.width * aspect, head.height
+    scale = side / min(W, H) if side else 1
+    if scale > 1:
+        raise ValueError(f"{W:g} x {H:g} pixels; {side} x {side} are needed")
+    like = {"width": head.width, "height": head.height, "format": head.format.name}
+    if head.color_trc in (PQ, HLG):
+        like |= {"format": "gbrp", "dst_color_trc": BT709, "dst_color_primaries": BT709}
+    steps = [("buffer", "video_size={width}x{height}:pix_fmt={format}".format(**like)
+              + f":time_base={head.time_base}")]
+    steps += [("bwdif", "send_frame:deint=interlaced")] * head.interlaced_frame
+    if head.format.has_palette or any(part.is_alpha for part in head.format.components):
+        steps += [("format", "gbrapf32le"), ("premultiply", "inplace=1")]  # hidden means black
+    size = f"{round(W * scale)}:{round(H * scale)}"
+    steps += [("scale", size + ":flags=bicubic+accurate_rnd+full_chroma_int"), ("format", "rgb24"),
+              ("crop", f"{side or 'iw'}:{side or 'ih'}"), ("fps", str(fps)), ("buffersink", None)]
+    graph = av.filter.Graph()
+    graph.link_nodes(*(graph.add(*step) for step in steps)).configure()
+    for frame in chain(first, frames, [None]):
+        if frame:  # the last one's duration counts; in live files it is too short
+            frame.duration = max(frame.duration, round(usual / frame.time_base))
+            frame = REFORMATTER.reformat(frame, **like)
+        graph.push(frame)
+        with suppress(BlockingIOError, EOFError):
+            while True:
+                pixels = np.rot90(graph.pull().to_ndarray(), head.rotation // 90)  # (H, W, 3)
+                yield torch.from_numpy(pixels.transpose(2, 0, 1).copy()), fps
 
 
-def read_video(path):
-    """A video or image file as uint8 (T, 3, H, W), and its frames per second (1 for an image)."""
+def read_frames(path, side: int | None = None):
+    """Yields each frame of a file as a player shows it, uint8 (3, H, W), and the frames per second (1
+    for an image). With a side: the middle square, shrunk."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in IMAGES + VIDEOS:
         raise UserError(f"{path}: unknown extension; use one of {' '.join(VIDEOS + IMAGES)}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    plugin = "pillow" if suffix in (*IMAGES, ".gif") else "FFMPEG"
     try:
-        with iio.imopen(path, "r", plugin=plugin) as file:
-            if suffix == ".gif":
-                frames, fps = read_gif(file)
-            elif suffix in IMAGES:
-                if file.metadata(index=0)["mode"].startswith("I"):
-                    raise ValueError("it has 16 bits per value, not 8")
-                frames, fps = [on_black(file.read(index=0, mode="RGBA", rotate=True))], 1.
-            else:  # passthrough: else ffmpeg fills the pauses of an uneven clip with copies
-                fps = float(file.metadata()["fps"])
-                frames = list(file.iter(output_params=["-fps_mode", "passthrough"]))
-        if not frames or not 0 < fps < float("inf"):
-            raise ValueError("it holds no frames, or no frame rate")
-    except Exception as error:  # imageio's plugins raise whatever ffmpeg or pillow raise
+        if suffix in IMAGES:
+            if iio.immeta(path, index=0, plugin="pillow")["mode"].startswith("I"):
+                raise ValueError("it has 16 bits per value, not 8")
+            rgba = iio.imread(path, index=0, plugin="pillow", mode="RGBA", rotate=True)
+            frame = av.VideoFrame.from_ndarray(rgba, "rgba")
+            frame.pts, frame.duration, frame.time_base = 0, 1, Fraction(1)
+            yield from as_shown(iter([frame]), 1., 1., side)
+            return
+        with av.open(f"file:{path}") as file:
+            if not file.streams.video:
+                raise ValueError("it holds no video")
+            stream = max(file.streams.video, key=lambda s: s.disposition & 1)  # default, else first
+            yield from as_shown(decode(file, stream), float(stream.average_rate or 1),
+                                float(stream.sample_aspect_ratio or 1), side)
+    except Exception as error:  # pillow and av raise anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path} cannot be read: {reason[0]}") from error
-    video = torch.stack([torch.from_numpy(np.array(frame)) for frame in frames])  # (T, H, W, 3)
-    return video.permute(0, 3, 1, 2).contiguous(), fps
+
+
+def read_video(path):
+    """A video or image file as uint8 (T, 3, H, W), and its frames per second (1 for an image)."""
+    frames, rates = zip(*read_frames(path))
+    return torch.stack(frames), rates[0]
 
 
 def contact_sheet(videos: torch.Tensor, columns: int = 16) -> torch.Tensor:
@@ -317,8 +368,15 @@ def write_video(path, video: torch.Tensor, fps: float):
         else:
             frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)),
                             mode="edge")  # the codec takes only even sides
-            iio.imwrite(temporary, frames, plugin="FFMPEG", fps=fps, codec="libx264", quality=None,
-                        macro_block_size=1, ffmpeg_log_level="error", output_params=["-crf", "12"])
+            with av.open(f"file:{temporary}", "w") as file:
+                stream = file.add_stream("libx264", Fraction(fps).limit_denominator(65535), {"crf": "12"})
+                stream.height, stream.width = frames.shape[1:3]
+                stream.colorspace = stream.color_primaries = stream.color_trc = BT709
+                stream.color_range = 1  # 16...235
+                for frame in map(av.VideoFrame.from_ndarray, frames):
+                    frame.colorspace = BT709
+                    file.mux(stream.encode(frame))
+                file.mux(stream.encode(None))
 
 
 def write_videos(path, videos: torch.Tensor, fps: float) -> list:
