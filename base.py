@@ -148,8 +148,9 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        x = F.rms_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.eps)
-        return (x + self.bias).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1).float()  # (N, H, W, C); bf16 takes a CPU twice as long
+        x = F.rms_norm(x, self.weight.shape, self.weight, self.eps) + self.bias
+        return x.permute(0, 3, 1, 2)
 
 
 def make_norm(groups: int, channels: int, eps: float = 1e-5) -> nn.Module:
