@@ -1244,7 +1244,7 @@ def test_a_scene_is_the_same_at_any_size_and_in_a_window(ground):
     assert window == (9, 56, 40) and torch.equal(cut.float(), whole[..., 56:, 9:49])
 
 
-def test_folders_of_clips(tmp_path, capsys):
+def test_folders_of_clips(tmp_path, capsys, monkeypatch):
     shade = torch.arange(0, 256, 4, dtype=torch.uint8)
     wide = F.pad(shade.view(64, 1, 1, 1).expand(-1, 3, 32, 32), (16, 16))
     for name, video in zip("abcd", (wide, wide[:16], wide[:15], wide[:, :, :14])):
@@ -1259,6 +1259,13 @@ def test_folders_of_clips(tmp_path, capsys):
         for clip, shades in zip(clips, shade[::skip].view(n, 16)):  # of middle squares
             assert (clip.mean((1, 2, 3)) - shades).abs().max() < 4
     assert len(groups) == 8 and groups[-1][1:] == (["a thing"], torch.tensor([20.]))
+    patch_all(monkeypatch, RUNS=tmp_path / "runs", SIDE=32)  # c.mp4 is short, d.mp4 is low
+    assert train.plan(tmp_path, ["vae", "base", "superres-high"]) == {"vae": 296, "base": 200}
+    assert "superres-high   1 frames of 768 x 768: 0 clips fit" in capsys.readouterr().out
+    with pytest.raises(base.UserError, match="no clip that superres-high"):
+        train.plan(tmp_path, ["superres-high"])
+    capsys.readouterr()
+    list(train.folder_clips(tmp_path, 16, 16, lenient=True))
     said = capsys.readouterr().err
     assert all(f"skipped {tmp_path / name}.mp4" in said for name in "cde")
     assert "no.mp4" in said and "2 files used, 0 without a caption; 3 skipped" in said

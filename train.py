@@ -26,6 +26,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -981,9 +982,9 @@ def check_same_run(then: dict, now: dict, path):
                         "finished weights further with --init")
 
 
-def train(name: str, args):
+def train(name: str, args, steps: int | None = None):
     """Train a stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
-    recipe = RECIPES[name]
+    recipe = replace(RECIPES[name], steps=steps or RECIPES[name].steps)
     if args.lr:
         recipe = replace(recipe, lr=args.lr, fresh_lr=recipe.fresh_lr * args.lr / recipe.lr)
     recipe = replace(recipe, steps=args.steps or recipe.steps, batch=args.batch or recipe.batch)
@@ -1089,6 +1090,35 @@ def train(name: str, args):
         dist.barrier()  # the next stage reads what this one wrote
 
 
+def plan(folder, stages: list) -> dict:
+    """{stage: steps} of the stages that a folder of clips can train. Says what it holds, and what else
+    would be needed. Steps: a hundred passes over the windows, within the recipe."""
+    def look():
+        clips = []
+        for path in tqdm(sorted(Path(folder).rglob("*")), desc=f"looking at {folder}"):
+            if path.suffix.lower() in vae.VIDEOS + vae.IMAGES:
+                with suppress(UserError):  # named when it is wanted
+                    frames, rates = zip(*((frame.shape[1:], fps) for frame, fps in vae.read_frames(path)))
+                    clips.append((len(frames), min(frames[0]), rates[0]))
+        return {"clips": clips}
+    clips, steps = cached(f"{data_id(folder)}-look", look)["clips"], {}
+    print(f"{folder}: {len(clips)} readable clips, {sum(n / fps for n, _, fps in clips):.0f} s")
+    pixels = {NETWORKS[which].checkpoint: (p.frames, NETWORKS[which].scale * p.side)
+              for which, p in PAIRS.items()}
+    for name in stages:
+        still = name in ("vae", "clip", "image")
+        frames, side = pixels.get(name, (1 if still else 16, SIDE))
+        fitting = [n // frames for n, shorter, _ in clips if n >= frames and shorter >= side]
+        recipe = RECIPES[name]
+        if fitting:
+            steps[name] = min(recipe.steps, max(200, 100 * sum(fitting) // recipe.batch))
+        print(f"  {name:14s} {frames:2d} frames of {side} x {side}: {len(fitting)} clips fit, "
+              + (f"{steps[name]} steps" if fitting else "so it is not trained"))
+    if not steps:
+        raise UserError(f"{folder} holds no clip that {', '.join(stages)} can learn from")
+    return steps
+
+
 def main(argv=None):
     parser = base.command_line(__doc__)
     parser.add_argument("stage", choices=[*PREPARE, "all"])
@@ -1132,8 +1162,9 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "gloo" if args.device == "cpu" else "nccl"
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    for name in stages:
-        train(name, args)
+    steps = {} if args.data == "world" else plan(args.data, stages)
+    for name in steps or stages:
+        train(name, args, steps.get(name))
     if RANKS > 1:
         dist.destroy_process_group()
 
