@@ -132,6 +132,15 @@ def refusal(main, *argv) -> str:
 # ------------------------------------------------------------------------------------------------
 # base.py: the U-Net
 
+def test_attention_over_very_many_sequences_is_split(monkeypatch):
+    q, k, v = randn(3, 2 ** 16 + 3, 1, 2, 2)
+    attention, sizes = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, *rest, **how: sizes.append(len(q)) or attention(q, *rest, **how))
+    close(base.attend(q, k, v), attention(q, k, v))
+    assert len(sizes) == 2 and max(sizes) < 2 ** 16
+
+
 def test_the_mean_clip_is_added_to_what_conv_in_sees():
     model, (_, t, context, fps) = randomize(UNet(SMALL)), inputs()
     convs = model.conv_in, model.mean_clip_conv
@@ -1019,6 +1028,8 @@ def test_a_small_model_learns_one_clip():
 
 
 def test_long_prompts_and_unknown_words_are_named(tmp_path, capsys):
+    text.warn_unknown(["a horse"], [])  # of Stable Diffusion's words nothing is known
+    assert not capsys.readouterr().err
     text.main(["a red Elephant", "", "star " * 15, "日本 🙂", "-o", str(tmp_path / "t.pt")])
     messages, emb = capsys.readouterr().err, base.load_clip(tmp_path / "t.pt", "text")["text"]
     assert "on: elephant, 日本\n" in messages and "only the first 14" in messages
@@ -1389,7 +1400,7 @@ def test_accumulation_clipping_average_and_log(two_run):
 
 
 @pytest.mark.parametrize("argv, changes, message", [
-    ("--lr .02", {}, r"lr \(then 0.01, now 0.02\).*--fresh.*--init"), ("--data .", {}, "data"),
+    ("--lr .02", {}, r"lr \(then 0.01, now 0.02\).*--fresh.*--init"), ("--seed 3", {}, "seed"),
     ("", {"config": 2}, "diffusion"), ("--init base.pt", {"vae": 2}, "vae 1, not on 2"),
     ("--init base.pt", {"config": 2}, "base.pt was trained with diffusion 1")])
 def test_a_run_goes_on_only_as_it_began_and_while_finite(argv, changes, message, two_run):

@@ -982,6 +982,31 @@ def check_same_run(then: dict, now: dict, path):
                         "finished weights further with --init")
 
 
+def take_step(step: int, pieces: list, loss_of: torch.nn.Module, ema, optimizer, recipe, device):
+    """One step of the optimizer and of the average, on the pieces of a batch. Returns the loss and the
+    noise level of each sample of this process, (N, 2)."""
+    parameters, seen = list(loss_of.parameters()), []
+    for batch in pieces:
+        batch = {k: v.to(device) for k, v in batch.items() if k != "captions"}
+        with fast_autocast(device):
+            losses = loss_of(batch)  # (N,)
+        (losses.mean() / len(pieces)).backward()
+        losses = losses.detach().float()
+        levels = batch["t"] / 1000 if "t" in batch else torch.zeros_like(losses)
+        seen.append(torch.stack([losses, levels], dim=1))
+    if not torch.nn.utils.clip_grad_norm_(parameters, 1.).isfinite():
+        raise UserError(f"step {step}: the gradient is not finite; the checkpoint is from before")
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * learning_rate(step, recipe)
+    optimizer.step()
+    optimizer.zero_grad()
+    decay = min(recipe.ema, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for average, parameter in zip(ema.parameters(), parameters):
+            average.lerp_(parameter, 1 - decay)
+    return torch.cat(seen).cpu()
+
+
 def train(name: str, args, steps: int | None = None):
     """Train a stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
     recipe = replace(RECIPES[name], steps=steps or RECIPES[name].steps)
@@ -1042,27 +1067,8 @@ def train(name: str, args, steps: int | None = None):
     batches, window, last_save, clock = ahead(setup.batch_of, calls), [], time.time(), time.time()
     bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=name, disable=RANK > 0)
     for step in bar:
-        seen = []  # (N, 2): loss and noise level of each sample of this process
-        for _ in parts:
-            batch = {k: v.to(args.device) for k, v in next(batches).items() if k != "captions"}
-            with fast_autocast(args.device):
-                losses = loss_of(batch)  # (N,)
-            (losses.mean() / args.accumulate).backward()
-            losses = losses.detach().float()
-            levels = batch["t"] / 1000 if "t" in batch else torch.zeros_like(losses)
-            seen.append(torch.stack([losses, levels], dim=1))
-        window.append(torch.cat(seen).cpu())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        if not norm.isfinite():
-            raise UserError(f"step {step}: the gradient is not finite; {checkpoint} is from before")
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * learning_rate(step, recipe)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            decay = min(recipe.ema, (1 + step) / (10 + step))
-            for average, parameter in zip(ema.parameters(), model.parameters()):
-                average.lerp_(parameter, 1 - decay)
+        pieces = [next(batches) for _ in parts]
+        window.append(take_step(step, pieces, loss_of, ema, optimizer, recipe, args.device))
         minutes, clock = minutes + (time.time() - clock) / 60, time.time()
         last = step + 1 == recipe.steps
         if (step + 1) % 25 == 0 or last:
