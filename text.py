@@ -291,11 +291,11 @@ def with_text(clip: dict, weights=WEIGHTS, device="cpu") -> dict:
     return clip | {"text": empty["text"], "encoder": empty["encoder"]}
 
 
-def warn_unknown(prompts: list, words: list):
+def warn_unknown(prompts: list, words: list, cure: str = ""):
     """Name the words of prompts that the text encoder was never trained on."""
     unknown = {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())} - set(words)
     if words and unknown:
-        warn(f"the text encoder was never trained on: {', '.join(sorted(unknown))}")
+        warn(f"the text encoder was never trained on: {', '.join(sorted(unknown))}{cure}")
 
 
 def main(argv=None):

@@ -500,7 +500,8 @@ def add_tokens(args, data: dict, facts: dict) -> dict:
     clip, tokenizer, known = text.load(find_checkpoint(args.weights, "text"), args.device)
     facts["text"] = known["id"]
     distinct = sorted(set(data["captions"]))
-    text.warn_unknown(distinct, known["words"])
+    text.warn_unknown(distinct, known["words"], ". Use words that it knows, or train clip, and then "
+                      "every later stage, on these captions")
     groups = [distinct[i:i + 256] for i in range(0, len(distinct), 256)]
     encoded = [text.encode(clip, tokenizer, group) for group in groups]
     row = {words: i for i, words in enumerate(distinct)}
