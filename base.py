@@ -29,6 +29,7 @@ from pathlib import Path
 # the first command took three times as long without this line. It is read when torch is loaded, so
 # our modules import base first.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what it lacks, the CPU does
 
 import torch
 import torch.nn as nn
@@ -650,8 +651,10 @@ def has_fast_bf16(device) -> bool:
 
 
 def fast_autocast(device):
-    """bf16 where it is fast, else fp32."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_fast_bf16(device))
+    """bf16 where it is fast, else fp32; on CUDA fp16, except in training. Nobody has run it, or mps."""
+    device, bf16 = torch.device(device).type, has_fast_bf16(device)
+    fp16 = device == "cuda" and not torch.is_grad_enabled()
+    return torch.autocast(device, torch.bfloat16 if bf16 else torch.float16, enabled=bf16 or fp16)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -716,6 +719,8 @@ COMMANDS = {"text": 'python text.py "a red star moving left" -o text.pt',
            "latents": "python base.py text.pt -o base.pt",
            "pixels": "python vae.py decode base.pt -o pixels.pt"}
 SD_ID = "stable-diffusion-1"  # all 1.x folders share one text encoder and one latent space
+SD_FORM = "Stable Diffusion 1.x is read from a folder of unet/, vae/, text_encoder/, tokenizer/"
+SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": .012}
 
 
 class UserError(Exception):
@@ -746,7 +751,7 @@ def command_line(doc: str, seed: bool = True) -> argparse.ArgumentParser:
     """A parser whose help is the script's docstring, with the flags that scripts share."""
     parser = argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS,  # errors in one line
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    devices = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
     parser.add_argument("--device", choices=devices, default=devices[-1], help="[%(default)s]")
     if seed:
         parser.add_argument("--seed", type=int, default=0, help="video i starts from seed + i [0]")
@@ -781,13 +786,21 @@ def save_pt(path, content: dict):
 
 
 def load_pt(path, remedy: str = "") -> dict:
-    """The dict of a .pt file. weights_only: a file from a stranger never runs code."""
+    """The dict of a .pt, .safetensors or .json file. weights_only: it never runs code."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file{remedy}")
     try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        if Path(path).suffix == ".json":
+            return dict(json.loads(Path(path).read_bytes()))
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever a foreign file provokes
-        raise UserError(f"{path} is damaged, or no .pt file of a dict of plain tensors") from error
+        problem = "is damaged, or no .pt file of a dict of plain tensors"
+        with open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                problem = "is a Git-LFS pointer; get the file with `git lfs pull`"
+        raise UserError(f"{path} {problem}") from error
 
 
 def new_clip(kind: str, data=None, text=None, prompts=(), fps: float = 1., seed=None, history=(),
@@ -813,19 +826,27 @@ def save_clip(path, clip: dict, script: str, argv):
 def load_clip(path, kind: str) -> dict:
     """Read a file between stages, and check what the next stage relies on."""
     clip, problem = load_pt(path), None
-    data, text, prompts = clip.get("data"), clip.get("text"), clip.get("prompts", ())
-    if not new_clip(kind).keys() <= clip.keys() or clip["kind"] != kind:
-        problem = f"holds {clip.get('kind', 'something else')}, not {kind}"
-    elif kind != "text" and not (
-            isinstance(data, torch.Tensor) and data.ndim == 5 and data.numel() and
-            data.shape[2] == (3 if kind == "pixels" else 4) and len(data) == len(prompts) and
-            data.is_floating_point() == (kind == "latents") and data.isfinite().all()):
-        problem = "needs finite data (B, T, C, H, W), and B prompts"
-    elif (kind == "text" or text) and not (
-            isinstance(text, dict) and {"tokens", "null_tokens"} <= text.keys() and
-            len(text["tokens"]) == len(prompts) and
-            text["null_tokens"].shape == (1, *text["tokens"].shape[1:])):
-        problem = "needs text tokens (B, L, D) and null_tokens (1, L, D)"
+    try:
+        data, text, prompts, fps = (clip.get(key) for key in ("data", "text", "prompts", "fps"))
+        tensors = [x for x in (data, *(text or {}).values()) if x is not None]
+        if not new_clip(kind).keys() <= clip.keys() or clip["kind"] != kind:
+            problem = f"holds {clip.get('kind', 'something else')!s:.20}, not {kind}"
+        elif not (isinstance(fps, (int, float)) and 1e-3 <= fps <= 1e5 and all(
+                x.layout == torch.strided and x.numel() and x.isfinite().all() for x in tensors)):
+            problem = "needs finite tensors, and .001 to 100000 fps"
+        elif kind != "text" and not (
+                data.ndim == 5 and data.is_floating_point() == (kind == "latents") and
+                data.shape[2] == (3 if kind == "pixels" else 4) and len(data) == len(prompts)):
+            problem = "needs data (B, T, C, H, W), and B prompts"
+        elif (kind == "text" or text is not None) and not (
+                text["tokens"].ndim == 3 and text["tokens"].is_floating_point() and
+                text["null_tokens"].shape == (1, *text["tokens"].shape[1:]) and
+                len(text["tokens"]) == len(prompts)):
+            problem = "needs text tokens (B, L, D) and null_tokens (1, L, D)"
+        else:  # only lists of strings can be joined
+            "".join(prompts + clip["history"] + [clip["encoder"] or "", clip["vae"] or ""])
+    except Exception as error:  # whatever a foreign file provokes
+        problem = f"is damaged: {error!r}"
     if problem:
         raise UserError(f"{path} {problem}; make one with `{COMMANDS[kind]}`")
     return clip
@@ -854,7 +875,12 @@ def find_checkpoint(weights, name: str) -> Path:
 
 def load_checkpoint(path, *stages: str) -> dict:
     """What save_checkpoint wrote for one of these stages."""
-    remedy = f"; train it with `python train.py {stages[0]}`"
+    path, remedy = Path(path), f"; train it with `python train.py {stages[0]}`"
+    if not path.parent.is_dir():
+        remedy += f"; {SD_FORM}, not by a hub's name"
+    file = path if path.is_file() else path.parent / "config.json"
+    if file.suffix in (".safetensors", ".ckpt", ".bin", ".json") and file.is_file():
+        raise UserError(f"{file} is one file of a model; {SD_FORM}")
     weights = load_pt(path, remedy)
     stage = weights.get("made_by", {}).get("stage", "something else")
     if stage not in stages:
@@ -876,18 +902,22 @@ def load_state(model: nn.Module, state: dict, path, may_lack=lambda name: False)
 def load_stable_diffusion(folder, part: str) -> tuple[dict, dict]:
     """config.json and tensors of a Stable Diffusion 1.x folder's "unet", "vae" or "text_encoder"."""
     folder = Path(folder) / part
-    names = [f"{stem}{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
+    names = [stem + kind + suffix for kind in ("", "-*-of-*", ".fp16*", ".non_ema*")
+             for suffix in (".safetensors", ".bin")
              for stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
-    files = [folder / name for name in names if (folder / name).is_file()]
+    files = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
     if not files or not (folder / "config.json").is_file():
         raise UserError(f"{folder} lacks config.json or weights: not a Stable Diffusion folder")
-    settings = {"norm_num_groups": 32} | json.loads((folder / "config.json").read_text())
-    if settings.get("cross_attention_dim", settings.get("hidden_size")) in (1024, 1280, 2048):
-        raise UserError(f"{folder} is Stable Diffusion 2 or XL; only 1.x is read")
-    state = {}
-    read = load_file if files[0].suffix == ".safetensors" else load_pt
+    settings = {"norm_num_groups": 32} | load_pt(folder / "config.json")
+    width = settings.get("cross_attention_dim", settings.get("hidden_size"))
+    kinds = {"Stable Diffusion 2 or XL": width in (1024, 1280, 2048),
+             "an LCM": settings.get("time_cond_proj_dim"),
+             "for inpainting": settings.get("in_channels") == 9}
+    for kind in filter(kinds.get, kinds):
+        raise UserError(f"{folder} is {kind}; only plain 1.x is read")
+    state, tensors = {}, [item for file in files for item in load_pt(file).items()]
     old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # 2022
-    for name, tensor in read(files[0]).items():
+    for name, tensor in tensors:
         for old, new in old_names.items():
             if f".{old}." in name:
                 name = name.replace(old, new)
@@ -908,7 +938,13 @@ def load(path=WEIGHTS / "base.pt", device="cpu", stages: tuple = ("base", "image
                             attention=tuple("CrossAttn" in kind for kind in s["down_block_types"]),
                             heads=s["attention_head_dim"], context_dim=s["cross_attention_dim"],
                             groups=s["norm_num_groups"], temporal=("attention", "conv"))
-        diffusion, may_lack = Diffusion("scaled_linear", "epsilon"), UNet.is_inflation
+        file = Path(path) / "scheduler/scheduler_config.json"
+        noise = {"prediction_type": "epsilon"} | (load_pt(file) if file.is_file() else SD_BETAS)
+        target = str(noise["prediction_type"]).removesuffix("_prediction")
+        zero_snr = noise.get("rescale_betas_zero_snr")
+        if zero_snr or target not in ("epsilon", "v", "sample") or not SD_BETAS.items() <= noise.items():
+            raise UserError(f"{file}: only {SD_BETAS} of epsilon, v_prediction or sample are read")
+        diffusion, may_lack = Diffusion("scaled_linear", target), UNet.is_inflation
         made_by = {"stage": "image", "side": s["sample_size"], "vae": SD_ID, "text": SD_ID}
     else:
         weights = load_checkpoint(path, *stages)
@@ -919,22 +955,24 @@ def load(path=WEIGHTS / "base.pt", device="cpu", stages: tuple = ("base", "image
     return unet.to(device, memory_format=torch.channels_last).eval(), diffusion, made_by
 
 
-def check_ids(clip: dict, made_by: dict):
-    """Refuse tokens or latents of another text encoder or VAE than the weights were trained on."""
+def check_ids(clip: dict, made_by: dict, width: int | None = None):
+    """Refuse tokens or latents of another text encoder, VAE or width than the weights read."""
     for key, kind, ours in (("encoder", "text", made_by.get("text")),
                             ("vae", "latents", made_by.get("vae"))):
         if clip[key] and ours and clip[key] != ours:
             raise UserError(f"this clip's {kind} came from {key} {clip[key]}, but the weights are of "
                             f"{ours}; make it anew with `{COMMANDS[kind]}`")
+    if width and clip["text"]["tokens"].shape[-1] != width:
+        raise UserError(f"the weights need tokens {width} wide; make some with `{COMMANDS['text']}`")
 
 
 def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
                   fps: float = 4., guidance=2., steps: int = STEPS, sampler=None) -> dict:
     """A clip of text -> a clip of latents, by the weights in a folder."""
-    if not 0 < fps < math.inf:
-        raise UserError(f"{fps} frames per second: a positive number is needed")
+    if not 1e-3 <= fps <= 1e5:
+        raise UserError(f"{fps} frames per second: .001 to 100000 are possible")
     unet, diffusion, made_by = load(find_checkpoint(weights, "base"), device)
-    check_ids(clip, made_by)
+    check_ids(clip, made_by, unet.config.context_dim)
     z = generate(unet, diffusion, clip["text"], frames, fps, made_by["side"], guidance, steps,
                  sampler, seed=seed, label="base")
     return clip | {"kind": "latents", "data": z, "fps": float(fps), "seed": seed,

@@ -234,7 +234,7 @@ def fill_clip(clip: dict, weights=base.WEIGHTS, device="cpu", seed: int = 0, ski
     """A clip of latents with skip - 1 new frames in every gap, and `before` or `after` more."""
     unet, diffusion, made_by = load(weights, device)
     clip = text.with_text(clip, weights, device)
-    base.check_ids(clip, made_by)
+    base.check_ids(clip, made_by, unet.config.context_dim)
     x, known = timeline(clip["data"].float(), skip, before, after)
     if known.all() or skip >= WINDOW:  # a window must see two keyframes
         raise UserError(f"nothing to fill in: {clip['data'].shape[1]} frames at a skip of {skip}, "

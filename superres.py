@@ -246,7 +246,7 @@ def upscale_clip(clip: dict, stage: StageConfig, weights=base.WEIGHTS, device="c
         raise UserError(f"{stage.name} does not read the prompt, so it takes no guidance")
     if "text" in unet.config.embeddings:
         clip = text.with_text(clip, weights, device)
-        base.check_ids(clip, made_by)
+        base.check_ids(clip, made_by, unet.config.context_dim)
         null = clip["text"]["null_tokens"]
         prompts = [{"context": t[None], "null_context": null} for t in clip["text"]["tokens"]]
     videos = [

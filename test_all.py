@@ -583,6 +583,76 @@ def test_captions_find_their_clips_or_say_why_not(tmp_path, table, rows, problem
         train.read_captions(tmp_path, lenient=True)
 
 
+@cases("settings, target", [
+    ({}, "epsilon"), ({"prediction_type": "v_prediction"}, "v"), ({"prediction_type": "sample"}, "sample"),
+    ({"prediction_type": "flow"}, None), ({"beta_schedule": "linear"}, None), ({"beta_end": .02}, None),
+    ({"rescale_betas_zero_snr": True}, None)])
+def test_the_scheduler_of_a_folder_is_obeyed(stable, tmp_path, settings, target):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "unet").symlink_to(stable.folder / "unet")
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(base.SD_BETAS | settings))
+    with contextlib.nullcontext() if target else pytest.raises(UserError, match="scheduler_config.json"):
+        assert base.load(tmp_path)[1].target == target
+
+
+@cases("weights, message", [
+    ("v1-5.ckpt", "one file of a model; Stable"), ("sd/unet", "one file of a model; Stable"),
+    ("runwayml/sd-v1-5", "not by a hub's name"), ("lfs.pt", "Git-LFS pointer"), ("lfs", "Git-LFS pointer"),
+    ("cut", "config.json is damaged"), ("lcm", "is an LCM"), ("inpainting", "is for inpainting")])
+def test_other_forms_of_weights_are_named(stable, files, weights, message):
+    Path("sd").symlink_to(stable.folder)
+    settings, pointer = Path("sd/unet/config.json").read_text(), "version https://git-lfs.github.com/spec/v1\n"
+    changes = {"time_cond_proj_dim": 256}, {"in_channels": 9}
+    lcm, inpainting = (json.dumps(json.loads(settings) | change) for change in changes)
+    for name, content in {"lfs": settings, "cut": settings[:9], "lcm": lcm, "inpainting": inpainting}.items():
+        Path(name, "unet").mkdir(parents=True)
+        Path(name, "unet/config.json").write_text(content)
+        Path(name, "unet/diffusion_pytorch_model.safetensors").write_text(pointer)
+    for name in ("v1-5.ckpt", "lfs.pt"):
+        Path(name).write_text(pointer)
+    assert message in refusal(base.main, "text.pt", "--weights", weights)
+
+
+@cases("form", [{"max_shard_size": "50KB"}, {"variant": "non_ema"}, {"variant": "fp16", "max_shard_size": "50KB"}])
+def test_shards_and_variants_are_read(stable, tmp_path, form):
+    stable.unet.save_pretrained(tmp_path / "unet", **form)
+    close(*(base.load_stable_diffusion(folder, "unet")[1] for folder in (tmp_path, stable.folder)), 0)
+
+
+def test_prompts_are_cleaned_as_clip_does(stable):
+    ids = text.tokenize(text.load(stable.folder)[1], ["“don’t” &amp;lt; &eacute;", "\"don't\" < é"], 24)
+    assert torch.equal(*ids)
+
+
+def test_any_stage_file_is_used_or_refused(files):
+    config = {"unet": asdict(SMALL), "diffusion": {}}
+    base.save_checkpoint("w.pt", config, randomize(UNet(SMALL)), stage="base", side=2, vae=None)
+    good = base.new_clip("text", text=text_emb(), prompts=["a", "b"], fps=4., history=["text.py a b"])
+    x, used, rng = randn(2, 6, 8), 0, np.random.default_rng(0)
+    junk = [None, 0, -1., math.nan, "ab", b"ab", [], ["a", 1], ["a", "b"], {}, {"a": 1}, x, x[:0], x[0], x / 0,
+            x.to_sparse(), x.long(), x.to(torch.complex64), randn(2, 6, 9), randn(1, 6, 9), torch.ones(1),
+            torch.empty(0), x.to("meta"), [x, x]]
+    for i in range(200):
+        clip = good | {"text": dict(good["text"])}
+        for _ in range(rng.integers(1, 3)):
+            inner = rng.random() < .4 and isinstance(clip.get("text"), dict)
+            part = clip["text"] if inner else clip
+            key = rng.choice(list(part))
+            part[key] = junk[rng.integers(len(junk))]
+            if rng.random() < .1:
+                del part[key]
+        torch.save(clip, "bad.pt")
+        data = bytearray(Path("bad.pt").read_bytes())
+        if i % 4 == 0:
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        Path("bad.pt").write_bytes(data[:rng.integers(len(data))] if i % 20 == 0 else data)
+        with contextlib.suppress(UserError):
+            made = base.generate_clip(base.load_clip("bad.pt", "text"), "w.pt", frames=2, steps=1)
+            base.save_clip("made.pt", made, "base.py", [])
+            used += base.load_clip("made.pt", "latents")["data"].shape == (2, 2, 4, 2, 2)
+    assert 5 < used < 100
+
+
 # ------------------------------------------------------------------------------------------------
 # interpolate.py
 
@@ -1284,6 +1354,7 @@ def test_folders_of_clips(tmp_path, capsys, monkeypatch):
 
 class Args:  # what train.main hands to a stage
     data, weights, device, freeze, seed, distill = "world", base.WEIGHTS, "cpu", "none", 0, None
+    lenient, teacher, init = False, None, None
 
 
 def test_cache_follows_the_world_and_pairs_agree(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ Differs: stills hold no motion, so the text half also learns from captions witho
 the next token, and to name all words of a caption from its last state. The latter keeps "left" far
 from "right": no next token ever tells these two apart.
 """
+import html
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base import (SD_ID, WEIGHTS, UserError, attend, check_output, command_line, find_checkpoint,
-                  load_checkpoint, load_stable_diffusion, load_state, new_clip, run,
+                  load_checkpoint, load_pt, load_stable_diffusion, load_state, new_clip, run,
                   save_clip, tensors_id, warn)
 
 import torch
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+STRAIGHT = str.maketrans("‘’‚‛“”„‟", 4 * "'" + 4 * '"')
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -71,20 +73,22 @@ def read_tokenizer(folder: Path) -> dict:
     if (folder / "vocab.json").is_file():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [line.split() for line in lines if line and not line.startswith("#version")]
-        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        vocab = load_pt(folder / "vocab.json")
         return {"vocab": vocab, "merges": merges}
     if (folder / "tokenizer.json").is_file():
-        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        model = load_pt(folder / "tokenizer.json")["model"]
         return {"vocab": model["vocab"], "merges": read_merges(model)}
     raise UserError(f"{folder} holds neither vocab.json and merges.txt nor tokenizer.json")
 
 
 def tokenize(tokenizer: Tokenizer, prompts: list, context: int) -> torch.Tensor:
-    """Ids (B, context): start, the prompt, then ends. A longer prompt is cut, with a warning."""
+    """Ids (B, context): start, the prompt, then ends. A longer prompt is cut, with a warning.
+    Differs: CLIP's ftfy also splits ligatures, narrows full-width forms and mends mojibake."""
     start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
     rows = []
     for prompt in prompts:
-        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        plain = html.unescape(html.unescape(prompt)).translate(STRAIGHT)
+        ids = tokenizer.encode(plain, add_special_tokens=False).ids
         if len(ids) > context - 2:
             warn(f"'{prompt}' has {len(ids)} tokens; only the first {context - 2} are read")
         ids = [start, *ids[:context - 2], end]
@@ -258,6 +262,8 @@ def load(path=WEIGHTS / "text.pt", device="cpu"):
                             s["num_hidden_layers"], s["num_attention_heads"], vision_layers=0)
         clip = load_state(CLIP(config), state, path, lambda name: not name.startswith("text_model"))
         tokenizer, facts = read_tokenizer(Path(path) / "tokenizer"), {"id": SD_ID, "words": []}
+        if config.vocab_size > len(tokenizer["vocab"]):
+            raise UserError(f"{path} has tokens of textual inversion, which are not read")
     else:
         weights = load_checkpoint(path, "clip")
         config, tokenizer = CLIPConfig(**weights["config"]["clip"]), weights["config"]["tokenizer"]

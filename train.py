@@ -1167,7 +1167,7 @@ def main(argv=None):
     if RANKS > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "gloo" if args.device == "cpu" else "nccl"
+        backend = "nccl" if args.device == "cuda" and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
     steps = {} if args.data == "world" else plan(args.data, stages)
     for name in steps or stages:
