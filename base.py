@@ -685,7 +685,7 @@ def initial_noise(shape: tuple, seed: int, stage: str, index: int = 0) -> torch.
     return torch.stack([video(i) for i in range(shape[0])])
 
 
-STEPS = 16  # 48 are no better: see the model card
+STEPS = 24  # 48 are no better: see the model card
 
 
 def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int = 16, fps: float = 4.,

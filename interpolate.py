@@ -120,7 +120,7 @@ def random_known(rng, frames: int = WINDOW) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------
 # Sampling: one window, then a timeline of them
 
-STEPS = 2  # per window; between keyframes one is enough, animation wants more
+STEPS = 2  # per window; eight are no better, except for animation
 
 
 def inpaint_window(unet: UNet, diffusion: Diffusion, x, known, noise, text_emb: dict, fps,
@@ -230,7 +230,7 @@ def load(weights=base.WEIGHTS, device="cpu"):
 
 
 def fill_clip(clip: dict, weights=base.WEIGHTS, device="cpu", seed: int = 0, skip: int = 1,
-              before: int = 0, after: int = 0, guidance: float = 1., steps: int | None = None):
+              before: int = 0, after: int = 0, guidance: float = 1., steps: int = STEPS) -> dict:
     """A clip of latents with skip - 1 new frames in every gap, and `before` or `after` more."""
     unet, diffusion, made_by = load(weights, device)
     clip = text.with_text(clip, weights, device)
@@ -241,7 +241,7 @@ def fill_clip(clip: dict, weights=base.WEIGHTS, device="cpu", seed: int = 0, ski
                         f"which must be from 2 to {WINDOW - 1}")
     fps = clip["fps"] * skip
     z = fill_timeline(unet, diffusion, x, known, clip["text"], fps, seed, "interpolate",
-                      guidance=guidance, steps=steps or (1 if skip > 1 else STEPS))
+                      guidance=guidance, steps=steps)
     return clip | {"data": z, "fps": fps, "seed": seed}
 
 

@@ -1894,7 +1894,7 @@ def make(factors: list, fps: float = 4., skip: int = 1, steps: int = base.STEPS)
     return torch.cat(videos)
 
 
-def extend(z, factors: list, fps: float, guidance: float, steps=None):  # by 15 frames
+def extend(z, factors: list, fps: float, guidance: float, steps: int):  # by 15 frames
     clip = interpolate.fill_clip(clip_of(factors, z, fps), *where(), after=15, guidance=guidance,
                                  steps=steps)
     return decode(clip["data"])
@@ -1941,7 +1941,7 @@ def evaluate_autoencoder():
         row(name, psnr(truth, made), *(np.mean(off, 0) * (255, 1)))
 
 
-def between(skip: int, steps: int = 1) -> list:
+def between(skip: int, steps: int = interpolate.STEPS) -> list:
     """The cells under BETWEEN: 16 keyframes at 4 fps, against decode(encode(truth))."""
     factors = prompts_of(30)
     z = encode(render_all(factors, np.arange(15 * skip + 1) / (4 * skip)))
