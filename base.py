@@ -716,8 +716,8 @@ def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int = 16, fps
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 COMMANDS = {"text": 'python text.py "a red star moving left" -o text.pt',
-           "latents": "python base.py text.pt -o base.pt",
-           "pixels": "python vae.py decode base.pt -o pixels.pt"}
+            "latents": "python base.py text.pt -o base.pt",
+            "pixels": "python vae.py decode base.pt -o pixels.pt"}
 SD_ID = "stable-diffusion-1"  # all 1.x folders share one text encoder and one latent space
 SD_FORM = "Stable Diffusion 1.x is read from a folder of unet/, vae/, text_encoder/, tokenizer/"
 SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": .012}

@@ -193,9 +193,9 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: StageConfig, small, fps: fl
     if context is not None:
         context, null_context = context.to(device).float(), null_context.to(device).float()
 
-    def noise(i):  # of frame i, (1, 3, H, W); tsr-128 runs twice in a cascade, at two rates
-        stream = f"{stage.name} at {fps:g} fps"
-        return base.initial_noise((1, 3, H, W), seed, stream, 0 if shared else i)
+    def noise(i):  # (1, 3, H, W); tsr-128 runs twice in a cascade, at two rates
+        return base.initial_noise((1, 3, H, W), seed, f"{stage.name} at {fps:g} fps", i)
+    one = noise(0) if shared else None
 
     def as_batch(frames):  # (T', C, H, W): one clip, or for SR_h a batch of pictures
         return frames[None] if stage.halo else frames[:, None]
@@ -203,7 +203,8 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: StageConfig, small, fps: fl
     def denoise(first: int, last: int):  # frames first to last - 1
         frames = vae.to_float(as_batch(small[first:last])).to(device)  # (B, T', C, h, w)
         large = enlarge(frames, stage.scale, level)
-        z = as_batch(torch.cat([noise(i) for i in range(first, last)])).to(device)
+        z = torch.cat([one if shared else noise(i) for i in range(first, last)])
+        z = as_batch(z).to(device)  # (B, T', 3, H, W)
         rates = torch.full((len(z),), float(fps), device=device)
         predict = clean_predictor(unet, large, level.expand(len(z)), rates, context, null_context,
                                   guidance)
@@ -242,13 +243,13 @@ def upscale_clip(clip: dict, stage: StageConfig, weights=base.WEIGHTS, device="c
     prompt. (B, T, C, h, w) -> (B, T, 3, H, W). `how` goes to `upscale`."""
     unet, diffusion, stage, made_by = load(stage, weights, device)
     prompts = [{} for _ in clip["data"]]
-    if "text" not in unet.config.embeddings and how.get("guidance", 1.) != 1:
-        raise UserError(f"{stage.name} does not read the prompt, so it takes no guidance")
     if "text" in unet.config.embeddings:
         clip = text.with_text(clip, weights, device)
         base.check_ids(clip, made_by, unet.config.context_dim)
         null = clip["text"]["null_tokens"]
         prompts = [{"context": t[None], "null_context": null} for t in clip["text"]["tokens"]]
+    elif how.get("guidance", 1.) != 1:
+        raise UserError(f"{stage.name} does not read the prompt, so it takes no guidance")
     videos = [
         upscale(unet, diffusion, stage, video, clip["fps"], seed + i, label=stage.name, **prompt,
                 **how)
@@ -271,10 +272,7 @@ def main(argv=None):
     clip = upscale_clip(read_clip(args.input), STAGES[args.stage], args.weights, args.device,
                         args.seed, steps=args.steps, guidance=args.guidance,
                         shared_noise=False if args.independent_noise else None)
-    if Path(args.out).suffix.lower() == ".pt":
-        base.save_clip(args.out, clip, "superres.py", argv)
-    else:
-        print(*vae.write_videos(args.out, clip["data"], clip["fps"]), sep="\n")
+    vae.write_clip(args.out, clip, "superres.py", argv)
 
 
 if __name__ == "__main__":

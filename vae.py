@@ -393,6 +393,14 @@ def write_videos(path, videos: torch.Tensor, fps: float) -> list:
     return paths
 
 
+def write_clip(path, clip: dict, script: str, argv):
+    """Write a clip as a .pt for the next stage, or its pixels as files to look at, and say so."""
+    if Path(path).suffix.lower() == ".pt":
+        save_clip(path, clip, script, argv)
+    else:
+        print(*write_videos(path, clip["data"], clip["fps"]), sep="\n")
+
+
 # ------------------------------------------------------------------------------------------------
 
 def encode_clip(path, weights=WEIGHTS, device="cpu") -> dict:
@@ -428,10 +436,7 @@ def main(argv=None):
         clip = encode_clip(args.input, args.weights, args.device)
     else:
         clip = decode_clip(load_clip(args.input, "latents"), args.weights, args.device)
-    if Path(args.out).suffix.lower() == ".pt":
-        save_clip(args.out, clip, "vae.py", argv)
-    else:
-        print(*write_videos(args.out, clip["data"], clip["fps"]), sep="\n")
+    write_clip(args.out, clip, "vae.py", argv)
 
 
 if __name__ == "__main__":
