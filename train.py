@@ -5,18 +5,17 @@
     python train.py base --data clips/         on videos with a captions.csv, or a .txt beside each
     torchrun --nproc_per_node 2 train.py base  each batch shared by two processes
 
-Stages, in order: vae; clip, the text encoder; image, a text-to-image U-Net; mean-clip; base, that
-U-Net inflated and trained on video (Make-A-Video, 3.4); interpolate, base fine-tuned on masked frames;
-superres-low and -high; and for Imagen Video ssr-128, ssr-256, ssr-768, tsr-32, tsr-128.
+Stages, in order: vae; clip, the text encoder; image, a text-to-image U-Net; mean-clip; base, the same
+U-Net on video (Make-A-Video, 3.4); interpolate, base fine-tuned on masked frames; superres-low, -high;
+and Imagen Video's ssr-128, ssr-256, ssr-768, tsr-32, tsr-128.
 
-Sample i of step n is a pure function of (seed, n, i), noise and timestep included: a run that was
-stopped reaches the very bits of one that was not. runs/STAGE/ gets log.csv (loss by quartile of t),
-preview.png, first_batch.gif and checkpoint.pt.
+Sample i of step n is a pure function of (seed, n, i), so a run that was stopped reaches the very bits
+of one that was not. runs/STAGE/ gets log.csv (loss by quartile of t), preview.png, first_batch.png and
+checkpoint.pt.
 """
 import copy
 import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -26,10 +25,10 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 import base
@@ -64,116 +63,70 @@ COLOURS = {"red": (230, 40, 40), "orange": (250, 140, 30), "yellow": (245, 215, 
            "purple": (155, 60, 200), "pink": (245, 130, 185)}
 
 
-# Signed distances to outlines of radius about 1, negative inside; u right, v down.
-
-def circle(u, v):
-    return torch.hypot(u, v) - 1
-
-
-def square(u, v):
-    return torch.maximum(u.abs(), v.abs()) - .86
-
-
-def triangle(u, v):
-    return torch.maximum(v, .5 * (math.sqrt(3) * u.abs() - v)) - .6
-
-
 def star(u, v):
     """One edge, from a tip at radius 1.2 to a notch at .52, mirrored and turned five times."""
     wedge = 2 * math.pi / 5
     theta = torch.remainder(torch.atan2(u, -v) + wedge / 2, wedge) - wedge / 2  # 0 is up, at a tip
-    a, b = torch.hypot(u, v) * theta.cos(), torch.hypot(u, v) * theta.abs().sin()
+    r = torch.hypot(u, v)
+    a, b = r * theta.cos(), r * theta.abs().sin()
     notch_a, notch_b = .52 * math.cos(wedge / 2), .52 * math.sin(wedge / 2)
     edge = math.hypot(1.2 - notch_a, notch_b)
     return ((a - 1.2) * notch_b + b * (1.2 - notch_a)) / edge
 
 
-def cross(u, v):
-    upright = torch.maximum(u.abs() - .36, v.abs() - 1.05)
-    level = torch.maximum(u.abs() - 1.05, v.abs() - .36)
-    return torch.minimum(upright, level)
-
-
-def ring(u, v):
-    return (torch.hypot(u, v) - .74).abs() - .26
-
-
-SHAPES = {"circle": circle, "square": square, "triangle": triangle, "star": star, "cross": cross,
-          "ring": ring}
-
-
-# Paths: a scene's x, y, radius and clockwise angle at times t (T,) in seconds.
-
-def slide(dx: float, dy: float, scene: dict, t):
-    return scene["x"] + .14 * dx * t, scene["y"] + .14 * dy * t, scene["radius"], 0.
-
-
-def resize(first: float, last: float, scene: dict, t):
-    return scene["x"], scene["y"], first + (last - first) * t / SCENE_SECONDS, 0.
-
-
-def bounce(scene: dict, t):
-    height = (math.pi * (t / 2.5 + scene["phase"])).sin().abs()
-    return scene["x"], .74 - .42 * height, scene["radius"], 0.
-
-
-def circulate(scene: dict, t):
-    turn = 2 * math.pi * (t / 5 + scene["phase"])  # y points down: a growing angle is clockwise
-    return scene["x"] + .22 * turn.cos(), scene["y"] + .22 * turn.sin(), scene["radius"], 0.
-
-
-def spin(scene: dict, t):
-    angle = math.radians(60) * t + 2 * math.pi * scene["phase"]
-    return scene["x"], scene["y"], scene["radius"], angle
+# Signed distances to outlines of radius about 1, negative inside; u right, v down.
+SHAPES = {
+    "circle": lambda u, v: torch.hypot(u, v) - 1,
+    "square": lambda u, v: torch.maximum(u.abs(), v.abs()) - .86,
+    "triangle": lambda u, v: torch.maximum(v, .5 * (math.sqrt(3) * u.abs() - v)) - .6,
+    "star": star,
+    "cross": lambda u, v: torch.minimum(torch.maximum(u.abs() - .36, v.abs() - 1.05),
+                                        torch.maximum(u.abs() - 1.05, v.abs() - .36)),
+    "ring": lambda u, v: (torch.hypot(u, v) - .74).abs() - .26}
+ROUND = ("circle", "ring")  # a round shape that spins stands still
 
 
 @dataclass
 class Motion:
-    path: Callable
+    path: Callable              # (x, y, radius, phase, seconds t (T,)) -> x, y, radius, clockwise angle
     x: tuple = (.35, .65)       # ranges of the scene's free numbers
     y: tuple = (.35, .65)
     radius: tuple = (.10, .14)
     often: int = 1              # how many times as often as others it is drawn in training
 
 
-# Motions whose frames must agree on a phase, or show turned shapes, are drawn more often.
+# Motions whose frames must agree on a phase p, or show turned shapes, are drawn more often.
 # Differs: the papers oversample no class.
-MOTIONS = {"moving left": Motion(partial(slide, -1, 0), x=(.68, .78), y=(.3, .7)),
-           "moving right": Motion(partial(slide, 1, 0), x=(.22, .32), y=(.3, .7)),
-           "moving up": Motion(partial(slide, 0, -1), x=(.3, .7), y=(.68, .78)),
-           "moving down": Motion(partial(slide, 0, 1), x=(.3, .7), y=(.22, .32)),
-           "growing": Motion(partial(resize, .07, .24)),
-           "shrinking": Motion(partial(resize, .24, .07)),
-           "bouncing": Motion(bounce, x=(.3, .7), radius=(.10, .13), often=4),
-           "circling": Motion(circulate, (.45, .55), (.45, .55), (.09, .12), often=2),
-           "spinning": Motion(spin, radius=(.14, .20), often=4)}
+TURN = 2 * math.pi
+MOTIONS = {
+    "moving left": Motion(lambda x, y, r, p, t: (x - .14 * t, y, r, 0.), x=(.68, .78), y=(.3, .7)),
+    "moving right": Motion(lambda x, y, r, p, t: (x + .14 * t, y, r, 0.), x=(.22, .32), y=(.3, .7)),
+    "moving up": Motion(lambda x, y, r, p, t: (x, y - .14 * t, r, 0.), x=(.3, .7), y=(.68, .78)),
+    "moving down": Motion(lambda x, y, r, p, t: (x, y + .14 * t, r, 0.), x=(.3, .7), y=(.22, .32)),
+    "growing": Motion(lambda x, y, r, p, t: (x, y, .07 + .17 * t / SCENE_SECONDS, 0.)),
+    "shrinking": Motion(lambda x, y, r, p, t: (x, y, .24 - .17 * t / SCENE_SECONDS, 0.)),
+    "bouncing": Motion(lambda x, y, r, p, t: (x, .74 - .42 * (TURN / 2 * (t / 2.5 + p)).sin().abs(), r, 0.),
+                       x=(.3, .7), radius=(.10, .13), often=4),
+    "circling": Motion(lambda x, y, r, p, t: (x + .22 * (TURN * (t / 5 + p)).cos(),
+                                              y + .22 * (TURN * (t / 5 + p)).sin(), r, 0.),
+                       (.45, .55), (.45, .55), (.09, .12), often=2),
+    "spinning": Motion(lambda x, y, r, p, t: (x, y, r, TURN / 6 * t + TURN * p), radius=(.14, .2), often=4)}
 
 
-def noise_octave(seed: int, rows: int, columns: int, size: int) -> torch.Tensor:
-    """Value noise of unit variance on a lattice, seen at `size` pixels: (size, size). A lattice finer
-    than the pixels is averaged, as a lens would; so small pictures show less, never an alias."""
-    if rows > 8 * size:
-        return torch.zeros(size, size)
-    rng = np.random.default_rng((seed, rows, columns))
-    lattice = torch.from_numpy(rng.standard_normal((1, 1, rows, columns), np.float32))
-    shape = max(rows, size), max(columns, size)
-    fine = F.interpolate(lattice, shape, mode="bilinear", align_corners=False)
-    return F.adaptive_avg_pool2d(fine, size)[0, 0]
-
-
-def octaves(seed: int, size: int, *layers):
-    """The sum of weighted octaves, given as (weight, rows, columns)."""
-    return sum(weight * noise_octave(seed, r, c, size) for weight, r, c in layers)
-
-
-# Grounds: a light (size, size) that is added to the ground's colour.
-
-def grass(seed: int, size: int):
-    return octaves(seed, size, (.014, 5, 5), (.02, 16, 64), (.056, 60, 260), (.06, 150, 600))
-
-
-def sand(seed: int, size: int):
-    return octaves(seed, size, (.015, 4, 4), (.02, 24, 12), (.05, 190, 190), (.06, 420, 420))
+def octaves(*layers):
+    """Value noise as the light of a ground: the sum of lattices given as (weight, rows, columns). One
+    that is finer than the pixels is averaged, as a lens would; small pictures show less, never an alias."""
+    def light(seed: int, size: int):
+        total = torch.zeros(size, size)
+        for weight, rows, columns in layers:
+            if rows <= 8 * size:
+                rng = np.random.default_rng((seed, rows, columns))
+                lattice = torch.from_numpy(rng.standard_normal((1, 1, rows, columns), np.float32))
+                shape = max(rows, size), max(columns, size)
+                fine = F.interpolate(lattice, shape, mode="bilinear", align_corners=False)
+                total = total + weight * F.adaptive_avg_pool2d(fine, size)[0, 0]
+        return total
+    return light
 
 
 def bricks(seed: int, size: int):
@@ -184,13 +137,13 @@ def bricks(seed: int, size: int):
     def to_joint(position, period: float):
         return (torch.remainder(position / period + .5, 1) - .5).abs() * period
     joint = torch.minimum(to_joint(y, .1).expand(size, size), to_joint(x + .1 * (row % 2), .2))
-    light = octaves(seed, size, (.02, 10, 5), (.045, 260, 260))
+    light = octaves((.02, 10, 5), (.045, 260, 260))(seed, size)
     return light + .13 * (.0045 / blur) * torch.exp(-(joint / blur) ** 2)
 
 
 def night(seed: int, size: int):
     centre = (torch.arange(size) + .5) / size
-    light, seen = octaves(seed, size, (.006, 6, 6)), math.hypot(.003, .4 / size)
+    light, seen = octaves((.006, 6, 6))(seed, size), math.hypot(.003, .4 / size)
     stars = torch.from_numpy(np.random.default_rng((seed, 7)).uniform(size=(16, 3))).float()
     for x, y, bright in stars:  # a star smaller than a pixel keeps its light
         square = (centre[None, :] - x) ** 2 + (centre[:, None] - y) ** 2
@@ -198,45 +151,36 @@ def night(seed: int, size: int):
     return light
 
 
-def black(seed: int, size: int):
-    return torch.zeros(size, size)
-
-
-GROUNDS = {"": ((0, 0, 0), black), "on grass": ((74, 96, 66), grass),
-           "on sand": ((158, 142, 112), sand), "on bricks": ((118, 88, 80), bricks),
-           "at night": ((22, 24, 35), night)}
-
-ROUND = ("circle", "ring")  # a round shape that spins stands still
+# Grounds: a colour, and a light (size, size) that is added to it.
+GROUNDS = {
+    "": ((0, 0, 0), octaves()),
+    "on grass": ((74, 96, 66), octaves((.014, 5, 5), (.02, 16, 64), (.056, 60, 260), (.06, 150, 600))),
+    "on sand": ((158, 142, 112), octaves((.015, 4, 4), (.02, 24, 12), (.05, 190, 190), (.06, 420, 420))),
+    "on bricks": ((118, 88, 80), bricks),
+    "at night": ((22, 24, 35), night)}
 UNSEEN_PAIRS = {("star", "circling"), ("ring", "moving up"), ("cross", "growing"),
                 ("triangle", "bouncing")}
 
 
 def split_of(colour: str, shape: str, motion: str) -> str | None:
-    """The part of the world that a triple belongs to: "train"; "held-out", triples that no video stage
-    sees; "unseen", whole shape-motion pairs that none sees; None if the motion cannot be seen."""
+    """"train"; "held-out": triples that no video stage sees; "unseen": whole shape-motion pairs that
+    none sees; None: the motion cannot be seen."""
     if motion == "spinning" and shape in ROUND:
         return None
     if (shape, motion) in UNSEEN_PAIRS:
         return "unseen"
-    index = [list(table).index(key) for table, key in
-             ((COLOURS, colour), (SHAPES, shape), (MOTIONS, motion))]
-    return "held-out" if np.dot((7, 3, 5), index) % 8 == 0 else "train"
+    c, s, m = list(COLOURS).index(colour), list(SHAPES).index(shape), list(MOTIONS).index(motion)
+    return "train" if (7 * c + 3 * s + 5 * m) % 8 else "held-out"
 
 
 EVERY = [(c, s, m) for c in COLOURS for s in SHAPES for m in MOTIONS]
 TRIPLES = {split: [triple for triple in EVERY if split_of(*triple) == split]
            for split in ("train", "held-out", "unseen")}
 TRIPLES["any"] = TRIPLES["train"] + TRIPLES["held-out"] + TRIPLES["unseen"]
-
-
-def hard_still(shape: str, motion: str) -> bool:
-    """Stills that an autoencoder learns last: rings at the border, turned shapes."""
-    return motion == "spinning" or shape == "ring" and motion.startswith("moving")
-
-
-DRAWN = TRIPLES | {
+DRAWN = TRIPLES | {  # of stills, an autoencoder learns turned shapes and rings at the border last
     "train": [t for t in TRIPLES["train"] for _ in range(MOTIONS[t[2]].often)],
-    "still": [t for t in TRIPLES["any"] for _ in range(4 if hard_still(*t[1:]) else 1)]}
+    "still": [(c, s, m) for c, s, m in TRIPLES["any"]
+              for _ in range(4 if m == "spinning" or s == "ring" and m.startswith("moving") else 1)]}
 
 
 def caption(scene: dict, still: bool = False) -> str:
@@ -246,6 +190,12 @@ def caption(scene: dict, still: bool = False) -> str:
     return " ".join(word for word in words if word)
 
 
+def training_captions() -> list:
+    """Every caption that a training clip can have."""
+    return sorted({caption({"colour": c, "shape": s, "motion": m, "ground": g})
+                   for c, s, m in TRIPLES["train"] for g in GROUNDS})
+
+
 def draw_scene(rng: np.random.Generator, split: str = "train", ground: str | None = None) -> dict:
     """A scene of a split, of "any" triple, or as "still" pictures are drawn."""
     colour, shape, motion = DRAWN[split][rng.integers(len(DRAWN[split]))]
@@ -253,27 +203,26 @@ def draw_scene(rng: np.random.Generator, split: str = "train", ground: str | Non
     if ground is None:
         ground = list(GROUNDS)[rng.integers(len(GROUNDS))]
     return {"colour": colour, "shape": shape, "motion": motion, "ground": ground,
-            "x": rng.uniform(*ranges.x), "y": rng.uniform(*ranges.y),
-            "radius": rng.uniform(*ranges.radius), "phase": rng.uniform(0, 1),
-            "seed": int(rng.integers(2 ** 31))}
+            **{key: rng.uniform(*getattr(ranges, key)) for key in ("x", "y", "radius")},
+            "phase": rng.uniform(0, 1), "seed": int(rng.integers(2 ** 31))}
 
 
 def trajectory(scene: dict, t: torch.Tensor) -> tuple:
     """Where the object is at times t (T,): x, y, radius and clockwise angle, each (T,)."""
-    path = MOTIONS[scene["motion"]].path(scene, t)
+    numbers = (scene[key] for key in ("x", "y", "radius", "phase"))
+    path = MOTIONS[scene["motion"]].path(*numbers, t)
     return tuple(torch.as_tensor(value, dtype=t.dtype).expand_as(t) for value in path)
-
-
-def render_ground(scene: dict, size: int) -> torch.Tensor:
-    """The still ground behind the object, (3, size, size) in 0...1."""
-    colour, light = GROUNDS[scene["ground"]]
-    return (torch.tensor(colour)[:, None, None] / 255 + light(scene["seed"], size)).clamp(0, 1)
 
 
 def crop(video: torch.Tensor, window) -> torch.Tensor:
     """A window (left, top, side) of every frame. (..., S, S) -> (..., side, side)"""
     left, top, side = window
     return video[..., top:top + side, left:left + side]
+
+
+def render_ground(name: str, seed: int, size: int) -> torch.Tensor:  # (3, size, size) in 0...1
+    colour, light = GROUNDS[name]
+    return (torch.tensor(colour)[:, None, None] / 255 + light(seed, size)).clamp(0, 1)
 
 
 def paint(scene: dict, path, size: int, window=None) -> torch.Tensor:
@@ -289,7 +238,7 @@ def paint(scene: dict, path, size: int, window=None) -> torch.Tensor:
     cover = (.5 - distance * r * size).clamp(0, 1)[:, None]  # (T, 1, S, S): share of each pixel
     shade = (.94 - .085 * (u + v)).clamp(0, 1.1)[:, None]  # light falls from the upper left
     colour = torch.tensor(COLOURS[scene["colour"]]).view(1, 3, 1, 1) / 255
-    ground = crop(render_ground(scene, size), (left, top, side))
+    ground = crop(render_ground(scene["ground"], scene["seed"], size), (left, top, side))
     return cover * (colour * shade).clamp(0, 1) + (1 - cover) * ground
 
 
@@ -310,10 +259,10 @@ def digest(thing) -> str:
 def cached(name: str, make: Callable) -> dict:
     """What make() returns, made by process 0 if runs/cache/NAME.pt is not there."""
     path = RUNS / "cache" / f"{name}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
     if RANK == 0 and not path.is_file():
+        base.check_output(path, ".pt")
         save_pt(path, make())
-    while not path.is_file():  # another process is at it; the file appears whole
+    while not path.is_file():  # process 0 is at it; the file appears whole
         time.sleep(1)
     return load_pt(path)
 
@@ -322,57 +271,52 @@ def cached(name: str, make: Callable) -> dict:
 def world_id() -> str:
     """Hash of how the toy world looks; invalidates the cache."""
     clips = [draw_clip(np.random.default_rng(i), 16) for i in range(64)]
-    grounds = [render_ground({"ground": name, "seed": 0}, 128) for name in GROUNDS]
+    grounds = [render_ground(name, 0, 128) for name in GROUNDS]
     return digest((DRAWN, [(255 * ground).byte().numpy().tobytes() for ground in grounds],
-                   [(caption(scene), video.numpy().tobytes(), fps) for scene, video, fps in clips]))
+                   [(words, video.numpy().tobytes(), fps) for video, words, fps in clips]))
+
+
+CLIP_KINDS = vae.VIDEOS + vae.IMAGES
+
+
+def files_of(folder, *kinds: str) -> list:
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
 
 
 def data_id(data: str) -> str:
     """Hash of the world, or of a folder's files and their dates."""
     if data == "world":
         return world_id()
-    kinds = (*vae.VIDEOS, *vae.IMAGES, ".txt", ".csv", ".jsonl")
-    files = sorted(path for path in Path(data).rglob("*") if path.suffix.lower() in kinds)
+    files = files_of(data, *CLIP_KINDS, ".txt", ".csv", ".jsonl")
     return digest([(path.relative_to(data).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
                    for path in files])
 
 
-def world_stills(seed: int, side: int):
-    """Images of any scene: yields (pixels (n, 1, 3, side, side), captions, fps), in groups. A scene's
-    beginning and end come most often: what slides is at the border then. No split: a still does not
-    show how a thing moves."""
-    for group in trange(0, STILLS, 256, desc="rendering stills"):
-        pixels, captions = [], []
-        for i in range(group, min(group + 256, STILLS)):
-            rng = np.random.default_rng((seed, 1, i))
-            scene = draw_scene(rng, "still")
-            pixels.append(render(scene, [SCENE_SECONDS * rng.beta(.25, .25)], side))
-            captions.append(caption(scene, still=True))
-        yield torch.stack(pixels), captions, torch.ones(len(captions))
-
-
-def rate_at(share: float) -> float:
-    """Frame rates from 4 to 30, log-uniform where `share` is uniform in 0...1."""
-    return 4 * (30 / 4) ** share
+def draw_still(rng: np.random.Generator, side: int = SIDE):
+    """One frame (1, 3, side, side) of a scene of any triple, since a still does not show how a thing
+    moves; caption; 1. Beginning and end come most often: what slides is at the border then."""
+    scene = draw_scene(rng, "still")
+    return render(scene, [SCENE_SECONDS * rng.beta(.25, .25)], side), caption(scene, still=True), 1.
 
 
 def draw_clip(rng: np.random.Generator, side: int = SIDE):
-    """A training scene, sixteen frames of it (16, 3, side, side), and their rate. Half of all clips run
-    at 4 fps and show a whole scene, the others at up to 30 from a random start.
+    """Sixteen frames (16, 3, side, side) of a training scene, its caption, and their rate. Half of all
+    clips run at 4 fps and show a whole scene, the others at up to 30 from a random start.
 
     Differs: Make-A-Video (3.4) draws 1 to 30 fps by a beta function, high rates first."""
     scene = draw_scene(rng, "train")
-    fps = rate_at(max(0., rng.uniform(-1, 1)))
+    fps = 4 * 7.5 ** max(0., rng.uniform(-1, 1))
     start = rng.uniform(0, SCENE_SECONDS - 15 / fps)
-    return scene, render(scene, start + np.arange(16) / fps, side), fps
+    return render(scene, start + np.arange(16) / fps, side), caption(scene), fps
 
 
-def world_clips(seed: int, side: int):
-    """Training clips of the world, in groups: yields (pixels (n, 16, 3, side, side), captions, fps)."""
-    for group in trange(0, CLIPS, 64, desc="rendering clips"):
-        rngs = [np.random.default_rng((seed, 2, i)) for i in range(group, min(group + 64, CLIPS))]
-        scenes, videos, rates = zip(*(draw_clip(rng, side) for rng in rngs))
-        yield torch.stack(videos), [caption(scene) for scene in scenes], torch.tensor(rates)
+def world_clips(kind: str, seed: int, side: int):
+    """Stills or clips of the world: yields groups of (pixels (n, T, 3, side, side), captions, fps)."""
+    count, key, make = (CLIPS, 2, draw_clip) if kind == "clips" else (STILLS, 1, draw_still)
+    for group in trange(0, count, 64, desc=f"rendering {kind}"):
+        rngs = [np.random.default_rng((seed, key, i)) for i in range(group, min(group + 64, count))]
+        videos, captions, rates = zip(*(make(rng, side) for rng in rngs))
+        yield torch.stack(videos), list(captions), torch.tensor(rates)
 
 
 def read_text(path: Path) -> str:
@@ -384,9 +328,8 @@ def read_text(path: Path) -> str:
 
 def read_table(path: Path):
     """Yields (line, file, caption). Hugging Face's tables say file_name and text."""
-    text, line = read_text(path), 1
-    is_csv = path.suffix == ".csv"
-    rows = csv.DictReader(io.StringIO(text), strict=True) if is_csv else map(json.loads, text.split("\n"))
+    lines, line = read_text(path).split("\n"), 1
+    rows = csv.DictReader(lines, strict=True) if path.suffix == ".csv" else map(json.loads, lines)
     try:
         for row in rows:
             line = getattr(rows, "line_num", line + 1)
@@ -400,72 +343,66 @@ def read_table(path: Path):
         raise UserError(f"{path}, line {line} or the next: {error}") from error
 
 
-def plain(file) -> str:
-    """A path, whichever slashes or kind of accents it is written with."""
-    return os.path.normpath(unicodedata.normalize("NFC", str(file)).strip().replace("\\", "/"))
-
-
-def read_captions(folder: Path, lenient: bool) -> dict:
+def read_captions(folder: Path) -> dict:
     """{clip: caption} from a folder's captions.csv, metadata.csv or metadata.jsonl, else from a .txt
-    beside the clip. Names what has no partner, and stops if that is much, unless lenient."""
-    clips = sorted(p for p in folder.rglob("*") if p.suffix.lower() in vae.VIDEOS + vae.IMAGES)
-    exact = {plain(clip.relative_to(folder)): clip for clip in clips}
-    known = {file.casefold(): clip for file, clip in exact.items()} | exact
+    beside the clip. Names what has no partner, and stops if that is more than a tenth."""
+    def plain(file):  # whichever slashes, case or kind of accents it is written with
+        name = unicodedata.normalize("NFC", str(file)).strip().replace("\\", "/")
+        return os.path.normpath(name).casefold()
+    clips = files_of(folder, *CLIP_KINDS)
+    known = {plain(clip.relative_to(folder)): clip for clip in clips}
     captions = {clip: read_text(clip.with_suffix(".txt")) for clip in clips}
     tables = [folder / name for name in ("captions.csv", "metadata.csv", "metadata.jsonl")]
     table, lost = next((path for path in tables if path.is_file()), None), []
     for line, file, words in read_table(table) if table else ():
-        clip = known.get(plain(file), known.get(plain(file).casefold()))
-        if clip:
+        if clip := known.get(plain(file)):
             captions[clip] = words or captions[clip]
         else:
             lost.append(f"{table}, line {line}: no such file: {file}")
     silent = [f"{clip} has no caption" for clip in clips if table and not captions[clip]]
     for message in lost + silent:
         base.warn(message)
-    if min(len(lost), len(silent)) > len(clips) / 10 and not lenient:
+    if min(len(lost), len(silent)) > len(clips) / 10:
         raise UserError(f"{table}: {len(lost)} rows find no file, and {len(silent)} of {len(clips)} "
-                        "clips get no caption. Mend those above, or train so with --lenient")
+                        "clips get no caption. Mend those above, or drop the rows")
     return captions
 
 
-def folder_clips(folder, frames: int, side: int, lenient: bool = False):
-    """Clips of `frames` frames from every video below a folder, cut to the middle square: yields
-    (pixels (1, frames, 3, side, side), [caption], fps). Images count as videos of one frame.
+def look(folder) -> list:
+    """(file, caption, frames, shorter side, rate) of each readable clip of a folder; at the first look
+    the others are named. Images count as videos of one frame."""
+    def read():
+        clips = []
+        for path, words in tqdm(read_captions(Path(folder)).items(), desc=f"looking at {folder}"):
+            try:
+                sides, rates = zip(*((min(frame.shape[1:]), fps) for frame, fps in vae.read_frames(path)))
+                clips.append((str(path.relative_to(folder)), words, len(sides), sides[0], rates[0]))
+            except UserError as error:
+                base.warn(f"skipped {error}")
+        return {"clips": clips}
+    return cached(f"{data_id(folder)}-look", read)["clips"]
 
-    Of 1, 2 and 4 frames one is taken; of stills, four per second. A file that is unreadable, too short
-    or too small is named and counted, never padded, enlarged or replaced."""
-    folder, skipped, used, silent = Path(folder), [], 0, 0
-    captions = read_captions(folder, lenient)
-    kinds = vae.VIDEOS if frames > 1 else vae.VIDEOS + vae.IMAGES
-    files = [path for path in captions if path.suffix.lower() in kinds]
-    for path in tqdm(files, desc=f"reading {folder}"):
-        words, windows = captions[path], {}
-        try:
-            for i, (frame, fps) in enumerate(vae.read_frames(path, side)):
-                for skip in (1, 2, 4) if frames > 1 else (max(1, round(fps / 4)),):
-                    window = windows.setdefault(skip, [])
-                    window += [frame] * (i % skip == 0)
-                    if len(window) == frames:
-                        yield torch.stack(windows.pop(skip))[None], [words], torch.tensor([fps / skip])
-            if i + 1 < frames:
-                raise UserError(f"{path}: {i + 1} frames; {frames} are needed")
-        except UserError as error:
-            skipped.append(str(error))
+
+def folder_clips(folder, frames: int, side: int):
+    """Clips of `frames` frames, cut to the middle square, from every video of a folder that is long and
+    large enough: yields (pixels (1, frames, 3, side, side), [caption], fps). Of 1, 2 and 4 frames one
+    is taken; of stills, four per second. Nothing is padded or enlarged."""
+    for file, words, length, shorter, fps in look(folder):
+        if length < frames or shorter < side:
             continue
-        used, silent = used + 1, silent + (not words)
-    for line in skipped:
-        base.warn(f"skipped {line}")
-    base.warn(f"{folder}: {used} files used, {silent} without a caption; {len(skipped)} skipped")
-    if not used:
-        raise UserError(f"{folder} holds no clip of {frames} frames, {side} x {side}")
+        windows = {skip: [] for skip in ((1, 2, 4) if frames > 1 else [max(1, round(fps / 4))])}
+        for i, (frame, _) in enumerate(vae.read_frames(Path(folder) / file, side)):
+            for skip, window in windows.items():
+                window += [frame] * (i % skip == 0)
+                if len(window) == frames:
+                    yield torch.stack(window)[None], [words], torch.tensor([fps / skip])
+                    window.clear()
 
 
 def clips_of(args, kind: str, side: int):
     """The groups of clips, or of stills, that --data asks for."""
-    if args.data != "world":
-        return folder_clips(args.data, 1 if kind == "stills" else 16, side, args.lenient)
-    return world_stills(args.seed, side) if kind == "stills" else world_clips(args.seed, side)
+    return (world_clips(kind, args.seed, side) if args.data == "world" else
+            folder_clips(args.data, 16 if kind == "clips" else 1, side))
 
 
 def gather(groups, key: str, function) -> dict:
@@ -518,7 +455,7 @@ class Pairs:
     side: int            # of the small clip
     inner: int           # of the window that is cut from it
     count: int
-    rates: tuple = ()    # frames per second; (): any from 4 to 30
+    rates: tuple = ()    # frames per second; (): from 4 to 30, log-uniform
 
 
 NETWORKS = superres.STAGES | interpolate.TSR
@@ -540,7 +477,7 @@ def world_pairs(p: Pairs, scale: int, key: int, seed: int):
     for i in trange(p.count, desc="rendering pairs"):
         rng = np.random.default_rng((seed, key, i))
         scene = draw_scene(rng, "train")
-        fps = float(rng.choice(p.rates)) if p.rates else rate_at(rng.random())
+        fps = float(rng.choice(p.rates)) if p.rates else 4 * 7.5 ** rng.random()
         start = rng.uniform(0, SCENE_SECONDS - (p.frames - 1) / fps)
         times = torch.as_tensor(start + np.arange(p.frames) / fps, dtype=torch.float32)
         x, y, radius, _ = (float(path[p.frames // 2]) for path in trajectory(scene, times))
@@ -552,13 +489,12 @@ def world_pairs(p: Pairs, scale: int, key: int, seed: int):
         yield small, large, centre, caption(scene), fps
 
 
-def folder_pairs(folder, p: Pairs, scale: int, seed: int, lenient: bool):
+def folder_pairs(folder, p: Pairs, scale: int, seed: int):
     """The same from the clips of a folder."""
     rng = np.random.default_rng((seed, 5))
-    for windows, words, rates in folder_clips(folder, p.frames, scale * p.side, lenient):
-        for large, line, fps in zip(windows, words, rates):
-            small = F.interpolate(large.float(), (p.side, p.side), mode="area").round().byte()
-            yield small, partial(crop, large), rng.random(2), line, float(fps)
+    for large, (line,), fps in folder_clips(folder, p.frames, scale * p.side):
+        small = F.interpolate(large[0].float(), (p.side, p.side), mode="area").round().byte()
+        yield small, partial(crop, large[0]), rng.random(2), line, float(fps)
 
 
 def pairs(args, name: str) -> tuple[dict, dict]:
@@ -568,22 +504,19 @@ def pairs(args, name: str) -> tuple[dict, dict]:
     autoencoder, vae_id = vae.load(find_checkpoint(args.weights, "vae"), args.device)
 
     def make():
-        source = folder_pairs(args.data, p, scale, args.seed, args.lenient)
+        source, rows = folder_pairs(args.data, p, scale, args.seed), []
         if args.data == "world":
             source = world_pairs(p, scale, 6 + list(PAIRS).index(name), args.seed)
-        items, captions = {"small": [], "decoded": [], "pixels": [], "fps": []}, []
         for small, large, centre, line, fps in source:
-            decoded = small
+            decoded, window = small, window_about(*centre, p.inner, p.side)
             if p.side == 64:
                 z = vae.encode_video(autoencoder, small[None])
                 decoded = vae.decode_video(autoencoder, z)[0]  # (T, 3, s, s)
-            window = window_about(*centre, p.inner, p.side)
-            items["small"].append(crop(small, window).clone())
-            items["decoded"].append(crop(decoded, window).clone())
-            items["pixels"].append(large([scale * n for n in window]).clone())
-            items["fps"].append(torch.tensor(fps))
-            captions.append(line)
-        return {key: torch.stack(values) for key, values in items.items()} | {"captions": captions}
+            rows.append((crop(small, window).clone(), crop(decoded, window).clone(),
+                         large([scale * n for n in window]).clone(), torch.tensor(fps), line))
+        *tensors, captions = zip(*rows)
+        keys = "small", "decoded", "pixels", "fps"
+        return dict(zip(keys, map(torch.stack, tensors))) | {"captions": list(captions)}
 
     decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",)) if p.side == 64 else "none"
     key = f"{data_id(args.data)}-pairs-{name}-{digest(p)}-{args.seed}-{decoder}"
@@ -645,19 +578,13 @@ class Recipe:
     ema: float = .999
 
 
-RECIPES = {"vae": Recipe(steps=32000, batch=32, lr=1.5e-3),
-           "clip": Recipe(steps=700, batch=128, lr=1e-3),
-           "image": Recipe(steps=4500, batch=128, lr=1e-3),
-           "mean-clip": Recipe(steps=2000, batch=64, lr=5e-3, warmup=50),
-           "base": Recipe(steps=32000, batch=16, lr=4e-4, fresh_lr=1.5e-3),
-           "interpolate": Recipe(steps=10700, batch=16, lr=8e-4),
-           "superres-low": Recipe(steps=7900, batch=4, lr=2e-3),
-           "superres-high": Recipe(steps=9900, batch=8, lr=2e-3),
-           "ssr-128": Recipe(steps=1750, batch=32, lr=2e-3),
-           "ssr-256": Recipe(steps=1750, batch=32, lr=2e-3),
-           "ssr-768": Recipe(steps=4600, batch=32, lr=2e-3),
-           "tsr-32": Recipe(steps=3200, batch=16, lr=2e-3),
-           "tsr-128": Recipe(steps=2600, batch=16, lr=2e-3)}
+RECIPES = {"vae": Recipe(32000, 32, 1.5e-3), "clip": Recipe(700, 128, 1e-3),
+           "image": Recipe(4500, 128, 1e-3), "mean-clip": Recipe(2000, 64, 5e-3, warmup=50),
+           "base": Recipe(32000, 16, 4e-4, fresh_lr=1.5e-3), "interpolate": Recipe(10700, 16, 8e-4),
+           "superres-low": Recipe(7900, 4, 2e-3), "superres-high": Recipe(9900, 8, 2e-3),
+           "ssr-128": Recipe(1750, 32, 2e-3), "ssr-256": Recipe(1750, 32, 2e-3),
+           "ssr-768": Recipe(4600, 32, 2e-3), "tsr-32": Recipe(3200, 16, 2e-3),
+           "tsr-128": Recipe(2600, 16, 2e-3)}
 
 
 @dataclass
@@ -678,30 +605,26 @@ def prepare_vae(args) -> Setup:
     c = model.config
     latent_shape = c.latent_channels, SIDE // c.factor, SIDE // c.factor
 
+    def pixels(rows):
+        return vae.to_float(data["pixels"][rows, 0])  # (N, 3, side, side)
+
     def batch_of(step, samples):
         rngs, picks = draw(args, step, samples, len(data["pixels"]))
-        return {"pixels": vae.to_float(data["pixels"][picks, 0]), "noise": normal(rngs, latent_shape),
+        return {"pixels": pixels(picks), "noise": normal(rngs, latent_shape),
                 "captions": [data["captions"][i] for i in picks]}
 
     def preview(model):  # originals above their reconstructions
-        originals = data["pixels"][:16, 0]
-        mean = model.encode(vae.to_float(originals).to(args.device))[0]
-        return vae.contact_sheet(torch.stack([originals, vae.to_uint8(model.decode(mean)).cpu()]))
+        originals = pixels(slice(16))
+        made = model.decode(model.encode(originals.to(args.device))[0]).cpu()
+        return vae.contact_sheet(vae.to_uint8(torch.stack([originals, made])))
 
     def finish(model, config):  # unit variance, measured: latent diffusion, appendix G
         if args.freeze == "encoder":
             return config
-        chunks = data["pixels"][:2048, 0].split(128)
-        raw = [model.encode(vae.to_float(chunk).to(args.device))[0] for chunk in chunks]
+        raw = [model.encode(chunk.to(args.device))[0] for chunk in pixels(slice(2048)).split(128)]
         return config | {"scaling_factor": (1 / torch.cat(raw).std()).item()}
 
     return Setup(model, batch_of, vae.loss, preview, asdict(c), finish=finish)
-
-
-def training_captions() -> list:
-    """Every caption that a training clip can have."""
-    return sorted({caption({"colour": c, "shape": s, "motion": m, "ground": g})
-                   for c, s, m in TRIPLES["train"] for g in GROUNDS})
 
 
 def prepare_clip(args) -> Setup:
@@ -830,11 +753,10 @@ def prepare_interpolate(args) -> Setup:
         return diffusion_batch(args, data, step, samples, shifted_timesteps) | {"known": known}
 
     def preview(model):  # sixteen frames of which every fifth is given, below the truth
-        fps = data["fps"][0].item()
-        picks = (data["fps"] == fps).nonzero()[:4, 0]
+        picks = (data["fps"] == data["fps"][0]).nonzero()[:4, 0]
         x, known = data["latents"][picks].float(), torch.arange(16) % 5 == 0
         text_emb = {"tokens": data["tokens"][data["rows"][picks]], "null_tokens": data["null_tokens"]}
-        made = interpolate.fill_timeline(model, diffusion, x, known, text_emb, fps)
+        made = interpolate.fill_timeline(model, diffusion, x, known, text_emb, data["fps"][0].item())
         return sheet(args, torch.stack([x, made], dim=1).flatten(0, 1))
     return Setup(model, batch_of, lambda model, batch: interpolate.loss(model, diffusion, batch),
                  preview, unet_config(model, diffusion), facts)
@@ -894,12 +816,9 @@ def prepare_pixels(args, name: str) -> Setup:
         small = interpolate.double(small[:, ::2]) if doubles else small  # (8, T, C, s, s)
         ours = []
         for i, clip in enumerate(small):
-            prompt = {}
-            if hears:
-                prompt = {"context": data["tokens"][data["rows"][i]][None],
-                          "null_context": data["null_tokens"]}
-            fps = data["fps"][i].item()
-            ours.append(superres.upscale(model, diffusion, stage, clip, fps, **prompt))
+            tokens = data["tokens"][data["rows"][i]][None] if hears else None
+            ours.append(superres.upscale(model, diffusion, stage, clip, data["fps"][i].item(),
+                                         context=tokens, null_context=data.get("null_tokens")))
         given = superres.enlarge(vae.to_float(small[:, :, :3]), stage.scale, torch.zeros(len(small)))
         videos = vae.to_uint8(given), torch.stack(ours), truth
         return vae.contact_sheet(torch.stack([video[:, moment] for video in videos]), columns=8)
@@ -936,51 +855,22 @@ class Loss(torch.nn.Module):
 def ahead(make: Callable, calls, threads: int = 4):
     """make(*call) for each of `calls`, in order, made ahead by threads, so that a GPU need not wait."""
     with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        for call in calls:
-            waiting.append(pool.submit(make, *call))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
+        waiting = deque(pool.submit(make, *call) for call in islice(calls, threads))
         while waiting:
+            waiting.extend(pool.submit(make, *call) for call in islice(calls, 1))
             yield waiting.popleft().result()
 
 
-def show_first_batch(folder: Path, batch: dict, args):
-    """Up to eight samples side by side, with captions: errors of range, order or caption show here."""
-    if "pixels" in batch:
-        videos = vae.to_uint8(batch["pixels"])
-        videos = videos[:, None] if videos.ndim == 4 else videos  # (8, T, 3, H, W)
-    else:
-        autoencoder, _ = vae.load(find_checkpoint(args.weights, "vae"), args.device)
-        videos = vae.decode_video(autoencoder, batch["latents"])
-    vae.write_video(folder / "first_batch.gif", torch.cat(list(videos), dim=3), 4.)
-    (folder / "first_batch.txt").write_text("\n".join(batch["captions"]) + "\n", encoding="utf-8")
-
-
-def trainable(name: str, freeze: str) -> bool:
-    """Is this parameter left to training by --freeze?"""
-    return {"none": True, "spatial": UNet.is_inflation(name),
-            "encoder": name.startswith(("decoder.", "post_quant_conv."))}[freeze]
-
-
-def make_optimizer(model, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW, with a learning rate of its own for the layers that an image model does not have."""
+def make_optimizer(model, recipe: Recipe, freeze: str) -> torch.optim.Optimizer:
+    """AdamW for what --freeze leaves, with another rate for layers that an image model does not have."""
     groups = {recipe.lr: [], recipe.fresh_lr or recipe.lr: []}
     for name, parameter in model.named_parameters():
+        new, decodes = UNet.is_inflation(name), name.startswith(("decoder.", "post_quant_conv."))
+        parameter.requires_grad_({"none": True, "spatial": new, "encoder": decodes}[freeze])
         if parameter.requires_grad:
-            fresh = recipe.fresh_lr and UNet.is_inflation(name)
-            groups[recipe.fresh_lr if fresh else recipe.lr].append(parameter)
+            groups[recipe.fresh_lr if new and recipe.fresh_lr else recipe.lr].append(parameter)
     groups = [{"params": params, "base_lr": lr} for lr, params in reversed(groups.items()) if params]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
-
-
-def check_same_run(then: dict, now: dict, path):
-    """Refuse to go on from a checkpoint whose model, data or recipe is another."""
-    differing = [f"{key} (then {then.get(key)}, now {now.get(key)})" for key in sorted(now | then)
-                 if then.get(key) != now.get(key)]
-    if differing:
-        raise UserError(f"{path} differs in {'; '.join(differing)}. Start over with --fresh, or train "
-                        "finished weights further with --init")
 
 
 def take_step(step: int, pieces: list, loss_of: torch.nn.Module, ema, optimizer, recipe, device):
@@ -993,8 +883,7 @@ def take_step(step: int, pieces: list, loss_of: torch.nn.Module, ema, optimizer,
             losses = loss_of(batch)  # (N,)
         (losses.mean() / len(pieces)).backward()
         losses = losses.detach().float()
-        levels = batch["t"] / 1000 if "t" in batch else torch.zeros_like(losses)
-        seen.append(torch.stack([losses, levels], dim=1))
+        seen.append(torch.stack([losses, batch.get("t", 0 * losses) / 1000], dim=1))
     if not torch.nn.utils.clip_grad_norm_(parameters, 1.).isfinite():
         raise UserError(f"step {step}: the gradient is not finite; the checkpoint is from before")
     for group in optimizer.param_groups:
@@ -1008,12 +897,36 @@ def take_step(step: int, pieces: list, loss_of: torch.nn.Module, ema, optimizer,
     return torch.cat(seen).cpu()
 
 
+def load_initial(path, name: str, setup: Setup, model):
+    """The weights of --init, if they stand on the same files and mean the same."""
+    weights = base.load_checkpoint(path, name)
+    check_parent(weights["made_by"], setup.facts, path)
+    then, now = (config.get("diffusion") for config in (weights["config"], setup.config))
+    if then != now:
+        raise UserError(f"{path} was trained with diffusion {then}, not {now}")
+    base.load_state(model, weights["model"], path)
+
+
+def resume(path, run: dict, parts: dict) -> dict:
+    """The checkpoint of a run, loaded into its parts; refused if model, data or recipe is another."""
+    state = load_pt(path)
+    then = state["run"] | {"steps": run["steps"]}  # more steps are welcome
+    differing = [f"{key} (then {then.get(key)}, now {run.get(key)})" for key in sorted(run | then)
+                 if then.get(key) != run.get(key)]
+    if differing:
+        raise UserError(f"{path} differs in {'; '.join(differing)}. Start over with --fresh, or train "
+                        "finished weights further with --init")
+    for key, part in parts.items():
+        part.load_state_dict(state[key])
+    return state
+
+
 def train(name: str, args, steps: int | None = None):
     """Train a stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
-    recipe = replace(RECIPES[name], steps=steps or RECIPES[name].steps)
+    recipe = RECIPES[name]
     if args.lr:
         recipe = replace(recipe, lr=args.lr, fresh_lr=recipe.fresh_lr * args.lr / recipe.lr)
-    recipe = replace(recipe, steps=args.steps or recipe.steps, batch=args.batch or recipe.batch)
+    recipe = replace(recipe, steps=args.steps or steps or recipe.steps, batch=args.batch or recipe.batch)
     folder, output = RUNS / args.name / name, Path(args.weights) / OUTPUT[name]
     checkpoint = folder / "checkpoint.pt"
     for path in (checkpoint, output):
@@ -1023,24 +936,16 @@ def train(name: str, args, steps: int | None = None):
     model = setup.model.to(args.device, memory_format=torch.channels_last).train()
     model.gradient_checkpointing = args.checkpointing
     if args.init:
-        weights = base.load_checkpoint(args.init, name)
-        check_parent(weights["made_by"], setup.facts, args.init)
-        then, now = (config.get("diffusion") for config in (weights["config"], setup.config))
-        if then != now:
-            raise UserError(f"{args.init} was trained with diffusion {then}, not {now}")
-        base.load_state(model, weights["model"], args.init)
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable(parameter_name, args.freeze))
-    optimizer, ema = make_optimizer(model, recipe), copy.deepcopy(model).eval().requires_grad_(False)
-    run = asdict(recipe) | {"seed": args.seed, "data": data_id(args.data), "freeze": args.freeze}
-    run |= setup.config | setup.facts | {"stills": STILLS, "clips": CLIPS, "pixels": SIDE}
-    run |= {"init": args.init, "teacher": args.teacher}
+        load_initial(args.init, name, setup, model)
+    optimizer = make_optimizer(model, recipe, args.freeze)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
+    run = {"data": data_id(args.data), "stills": STILLS, "clips": CLIPS, "pixels": SIDE}
+    run |= {key: getattr(args, key) for key in ("seed", "freeze", "init", "teacher")}
+    run |= asdict(recipe) | setup.config | setup.facts
     start, minutes, running = 0, 0., math.nan
     if checkpoint.is_file() and not args.fresh:
-        state = load_pt(checkpoint)
-        check_same_run(state["run"] | {"steps": recipe.steps}, run, checkpoint)
-        for part, kept in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
-            part.load_state_dict(state[kept])
+        state = resume(checkpoint, run, parts)
         start, minutes, running = state["step"], state["minutes"], state["loss"]
         if start >= recipe.steps and output.is_file():
             return print(f"{name}: already trained; --fresh starts over")
@@ -1052,23 +957,27 @@ def train(name: str, args, steps: int | None = None):
         loss_of = torch.compile(loss_of)
 
     def save(step):
-        save_pt(checkpoint, {"model": model.state_dict(), "ema": ema.state_dict(), "run": run,
-                             "optimizer": optimizer.state_dict(), "step": step, "minutes": minutes,
-                             "loss": running})
+        save_pt(checkpoint, {key: part.state_dict() for key, part in parts.items()} |
+                {"run": run, "step": step, "minutes": minutes, "loss": running})
 
     if RANK == 0:
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe}")
         if start == 0:
             (folder / "log.csv").write_text("step,minutes,loss,t<1/4,t<1/2,t<3/4,t<1\n")
-        show_first_batch(folder, setup.batch_of(0, range(min(8, recipe.batch))), args)
-    mine = list(range(RANK, recipe.batch, RANKS))
-    size = len(mine) // args.accumulate
-    parts = [mine[i:i + size] for i in range(0, len(mine), size)]
-    calls = ((step, part) for step in range(start, recipe.steps) for part in parts)
+        first = setup.batch_of(0, range(min(8, recipe.batch)))  # errors of range or order show here
+        if "latents" in first:
+            shown = sheet(args, first["latents"])
+        else:
+            x = vae.to_uint8(first["pixels"])
+            shown = vae.contact_sheet(x.view(len(x), -1, *x.shape[-3:]))  # of (8, T, 3, H, W)
+        vae.write_image(folder / "first_batch.png", shown)
+        (folder / "first_batch.txt").write_text("\n".join(first["captions"]) + "\n", encoding="utf-8")
+    mine = np.array_split(range(RANK, recipe.batch, RANKS), args.accumulate)  # equal parts
+    calls = ((step, part) for step in range(start, recipe.steps) for part in mine)
     batches, window, last_save, clock = ahead(setup.batch_of, calls), [], time.time(), time.time()
     bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=name, disable=RANK > 0)
     for step in bar:
-        pieces = [next(batches) for _ in parts]
+        pieces = [next(batches) for _ in mine]
         window.append(take_step(step, pieces, loss_of, ema, optimizer, recipe, args.device))
         minutes, clock = minutes + (time.time() - clock) / 60, time.time()
         last = step + 1 == recipe.steps
@@ -1079,8 +988,8 @@ def train(name: str, args, steps: int | None = None):
             bar.set_postfix(loss=f"{running:.4f}")
             if RANK == 0:
                 with open(folder / "log.csv", "a") as log:
-                    row = step + 1, round(minutes, 2), *(round(x, 5) for x in (running, *quartiles))
-                    log.write(",".join(map(str, row)) + "\n")
+                    numbers = ",".join(str(round(x, 5)) for x in (running, *quartiles))
+                    log.write(f"{step + 1},{minutes:.2f},{numbers}\n")
         if RANK == 0 and not last and time.time() - last_save > 60 * SAVE_MINUTES:
             save(step + 1)
             last_save = time.time()
@@ -1100,24 +1009,17 @@ def train(name: str, args, steps: int | None = None):
 def plan(folder, stages: list) -> dict:
     """{stage: steps} of the stages that a folder of clips can train. Says what it holds, and what else
     would be needed. Steps: a hundred passes over the windows, within the recipe."""
-    def look():
-        clips = []
-        for path in tqdm(sorted(Path(folder).rglob("*")), desc=f"looking at {folder}"):
-            if path.suffix.lower() in vae.VIDEOS + vae.IMAGES:
-                with suppress(UserError):  # named when it is wanted
-                    frames, rates = zip(*((frame.shape[1:], fps) for frame, fps in vae.read_frames(path)))
-                    clips.append((len(frames), min(frames[0]), rates[0]))
-        return {"clips": clips}
-    clips, steps = cached(f"{data_id(folder)}-look", look)["clips"], {}
-    print(f"{folder}: {len(clips)} readable clips, {sum(n / fps for n, _, fps in clips):.0f} s")
+    clips, steps = look(folder), {}
+    print(f"{folder}: {len(clips)} clips, {sum(n / fps for *_, n, _, fps in clips):.0f} s; "
+          f"{len(files_of(folder, *CLIP_KINDS)) - len(clips)} files cannot be read, "
+          f"{sum(not words for _, words, *_ in clips)} clips have no caption")
     pixels = {NETWORKS[which].checkpoint: (p.frames, NETWORKS[which].scale * p.side)
               for which, p in PAIRS.items()}
     for name in stages:
-        still = name in ("vae", "clip", "image")
-        frames, side = pixels.get(name, (1 if still else 16, SIDE))
-        fitting = [n // frames for n, shorter, _ in clips if n >= frames and shorter >= side]
-        recipe = RECIPES[name]
+        frames, side = pixels.get(name, (1 if name in ("vae", "clip", "image") else 16, SIDE))
+        fitting = [n // frames for *_, n, shorter, _ in clips if n >= frames and shorter >= side]
         if fitting:
+            recipe = RECIPES[name]
             steps[name] = min(recipe.steps, max(200, 100 * sum(fitting) // recipe.batch))
         print(f"  {name:14s} {frames:2d} frames of {side} x {side}: {len(fitting)} clips fit, "
               + (f"{steps[name]} steps" if fitting else "so it is not trained"))
@@ -1128,25 +1030,24 @@ def plan(folder, stages: list) -> dict:
 
 def main(argv=None):
     parser = base.command_line(__doc__)
-    parser.add_argument("stage", choices=[*PREPARE, "all"])
-    parser.add_argument("--data", default="world", help="'world', or a folder of clips [world]")
-    parser.add_argument("--lenient", action="store_true", help="train on clips whose caption is lost")
-    parser.add_argument("--weights", default=WEIGHTS, help="folder, read and written [weights/]")
-    parser.add_argument("--init", metavar="FILE", help="train these weights of the stage further")
-    parser.add_argument("--freeze", choices=("none", "spatial", "encoder"), default="none",
-                        help="base: train only temporal layers; vae: only the decoder [none]")
-    parser.add_argument("--steps", type=base.positive, help="[the recipe's]")
-    parser.add_argument("--batch", type=base.positive, help="samples per step [the recipe's]")
-    parser.add_argument("--lr", type=float, help="learning rate [the recipe's]")
-    parser.add_argument("--accumulate", type=base.positive, default=1, metavar="N",
-                        help="make each batch in N parts [1]")
-    parser.add_argument("--checkpointing", action="store_true", help="U-Nets: less memory, more time")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--distill", type=int, nargs=2, metavar=("TEACHER", "STUDENT"), help="superres, "
-                        "ssr: do in STUDENT steps what --init does in TEACHER")
-    parser.add_argument("--teacher", metavar="FILE", help="--distill: the teacher [--init]")
-    parser.add_argument("--name", default="", help="runs/NAME/STAGE/ instead of runs/STAGE/")
-    parser.add_argument("--fresh", action="store_true", help="ignore the checkpoint")
+    flag = parser.add_argument
+    flag("stage", choices=[*PREPARE, "all"])
+    flag("--data", default="world", help="'world', or a folder of clips [world]")
+    flag("--weights", default=WEIGHTS, help="folder, read and written [weights/]")
+    flag("--init", metavar="FILE", help="train these weights of the stage further")
+    flag("--freeze", choices=("none", "spatial", "encoder"), default="none",
+         help="base: train only temporal layers; vae: only the decoder [none]")
+    flag("--steps", type=base.positive, help="[the recipe's]")
+    flag("--batch", type=base.positive, help="samples per step [the recipe's]")
+    flag("--lr", type=float, help="learning rate [the recipe's]")
+    flag("--accumulate", type=base.positive, default=1, metavar="N", help="make batches in N parts [1]")
+    flag("--checkpointing", action="store_true", help="U-Nets: less memory, more time")
+    flag("--compile", action="store_true", help="torch.compile the model")
+    flag("--distill", type=int, nargs=2, metavar=("TEACHER", "STUDENT"),
+         help="superres, ssr: do in STUDENT steps what --init does in TEACHER")
+    flag("--teacher", metavar="FILE", help="--distill: the teacher [--init]")
+    flag("--name", default="", help="runs/NAME/STAGE/ instead of runs/STAGE/")
+    flag("--fresh", action="store_true", help="ignore the checkpoint")
     args = parser.parse_args(argv)
     args.command = base.command_text("train.py", argv)
     stages = list(PREPARE) if args.stage == "all" else [args.stage]
@@ -1154,16 +1055,15 @@ def main(argv=None):
              "--freeze spatial": args.freeze == "spatial" and args.stage != "base",
              "--freeze encoder": args.freeze == "encoder" and not (args.stage == "vae" and args.init),
              "--distill": args.distill and not (args.init and args.stage.startswith(("superres", "ssr")))}
-    for flag in wrong:
-        if wrong[flag]:
-            raise UserError(f"{flag} does not go with stage {args.stage}, or wants --init; see --help")
+    for name in filter(wrong.get, wrong):
+        raise UserError(f"{name} does not go with stage {args.stage}, or wants --init; see --help")
     if args.data != "world" and not Path(args.data).is_dir():
         raise UserError(f"{args.data}: no such folder of clips")
     for name in stages:  # before the first is trained, for hours
-        batch = args.batch or RECIPES[name].batch
-        if batch % (RANKS * args.accumulate):
-            raise UserError(f"{name}: a batch of {batch} does not split into "
-                            f"{RANKS * args.accumulate} equal parts, processes times --accumulate")
+        batch, parts = args.batch or RECIPES[name].batch, RANKS * args.accumulate
+        if batch % parts:
+            raise UserError(f"{name}: a batch of {batch} does not split into {parts} equal parts, "
+                            "processes times --accumulate")
     if RANKS > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
