@@ -128,7 +128,7 @@ def main(argv=None):
     else:
         paths = [out / n for n in file_names(prompts, ".png" if videos.shape[1] == 1 else ".mp4")]
         for path, video in zip(paths, videos):
-            vae.write_video(path, video, fps)
+            vae.write_videos(path, video[None], fps)
     for path in paths:
         print(f"{path}: {videos.shape[1]} frames of {videos.shape[4]} x {videos.shape[3]} at {fps:g} fps")
 

@@ -1248,7 +1248,7 @@ def test_every_video_of_a_clip_has_its_own_seed_and_prompt(weights):
 
 
 def test_an_image_is_animated(weights):
-    vae.write_video("a.png", bars(1, 40, 60), 1.)
+    vae.write_videos("a.png", bars(1, 40, 60)[None], 1.)
     sample.main(["star", "star", "--animate", "a.png", "--until", "base", "--keep", "kept", *weights])
     small = F.interpolate(bars(1, 40, 60).float(), (16, 24), mode="bilinear", antialias=True)
     first, clip = vae.encode_video(vae.load()[0], small.round().byte()[None])[0], base.load_pt("kept/base.pt")
