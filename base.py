@@ -246,20 +246,27 @@ class Upsample(nn.Module):
 class AttentionGate(nn.Module):
     """alpha = sigmoid(psi(relu(W_x x + W_g g))), skip <- alpha skip    Attention U-Net, Eqs. 1-2
 
-    The shipped weights' deepest gate, up_blocks.0.gates.0, has closed: it is 0 everywhere.
-    Differs: the video papers have no gates. In 1804.03999 alpha is at most 1, and on g's coarser
-    grid; here it is doubled, and psi starts at zero, so that a fresh gate is the identity."""
+    With emb_dim the gate also reads the embedding of timestep and image, and starts open, at .95.
+    Differs: the video papers have no gates. In 1804.03999 alpha is on g's coarser grid. Without
+    emb_dim alpha is doubled, so that a fresh gate is the identity: the older form, in base.pt and
+    interpolate.pt. Their deepest gate, up_blocks.0.gates.0, has closed: it is 0 everywhere."""
 
-    def __init__(self, skip_channels: int, gating_channels: int):
+    def __init__(self, skip_channels: int, gating_channels: int, emb_dim: int | None = None):
         super().__init__()
         inner = skip_channels // 2
         self.to_skip = nn.Conv2d(skip_channels, inner, 1, bias=False)
         self.to_gating = nn.Conv2d(gating_channels, inner, 1)
         self.psi = zero_module(nn.Conv2d(inner, 1, 1))
+        if emb_dim:
+            self.to_emb = nn.Linear(emb_dim, inner)
+            nn.init.constant_(self.psi.bias, 3.)
 
-    def forward(self, skip, gating):  # (B*T, C, H, W), (B*T, C', H, W)
-        alpha = 2 * self.psi(F.relu(self.to_skip(skip) + self.to_gating(gating))).sigmoid()
-        return skip * alpha  # alpha is (B*T, 1, H, W)
+    def forward(self, skip, gating, emb):  # (B*T, C, H, W), (B*T, C', H, W), (B*T, E)
+        h = self.to_skip(skip) + self.to_gating(gating)
+        if hasattr(self, "to_emb"):
+            h = h + self.to_emb(F.silu(emb))[:, :, None, None]
+        alpha = self.psi(F.relu(h)).sigmoid()  # (B*T, 1, H, W)
+        return skip * (alpha if hasattr(self, "to_emb") else 2 * alpha)
 
 
 class TimestepEmbedding(nn.Module):
@@ -316,7 +323,7 @@ class UNetConfig:
     temporal: tuple = ("mean_clip", "attention", "conv")  # what an image model, (), lacks
     gates: bool = True               # attention gates on the skips
     patch_size: int = 1              # patches folded into channels: makes 256 px affordable
-    embeddings: tuple = ("fps",)     # added to the timestep's: "fps", "level", "text"
+    embeddings: tuple = ("fps",)     # added to the timestep's: "fps", "level", "text", "image"
 
 
 TINY = UNetConfig()
@@ -341,13 +348,14 @@ class UNetBlock(nn.Module):
         self.temporal_attentions = nn.ModuleList(
             TemporalAttention(width, c.heads) for _ in range(temporal_attentions))
         self.gates = nn.ModuleList(
-            AttentionGate(skip, w - skip) for skip, w in zip(skips, widths_in) if c.gates)
+            AttentionGate(skip, w - skip, 4 * c.channels[0] if "image" in c.embeddings else None)
+            for skip, w in zip(skips, widths_in) if c.gates)
         self.downsamplers = nn.ModuleList([Downsample(width)] if resampler == "down" else [])
         self.upsamplers = nn.ModuleList([Upsample(width)] if resampler == "up" else [])
 
     def layer(self, i: int, x, skip, emb, context, frames: int):  # (B*T, C, H, W)
         if skip is not None:
-            skip = self.gates[i](skip, x) if self.gates else skip
+            skip = self.gates[i](skip, x, emb) if self.gates else skip
             x = torch.cat([x, skip], dim=1)  # (B*T, C + C', H, W)
         x = self.resnets[i](x, emb, frames)
         if i < len(self.attentions):
@@ -377,6 +385,9 @@ class UNet(nn.Module):
             self.level_embedding = TimestepEmbedding(width, 4 * width)
         if "text" in c.embeddings:
             self.text_embedding = nn.Linear(c.context_dim, 4 * width)
+        if "image" in c.embeddings:
+            self.image_embedding = zero_module(nn.Linear(c.context_dim, 4 * width))
+            self.image_tokens = nn.Linear(c.context_dim, 4 * c.context_dim)
         if "mean_clip" in c.temporal:
             self.mean_clip = MeanClip(c.context_dim, c.out_channels)
             conv = nn.Conv2d(c.out_channels * patch, width, 3, padding=1)
@@ -403,7 +414,8 @@ class UNet(nn.Module):
     @staticmethod
     def is_inflation(name: str) -> bool:
         """Does this parameter belong to a layer that an image model does not have?"""
-        return any(part in name for part in ("temporal", "fps_embedding", "gates", "mean_clip"))
+        return any(part in name for part in
+                   ("temporal", "fps_embedding", "gates", "mean_clip", "image_"))
 
     def patchify(self, video):
         """(B, T, C, H, W) -> (B*T, p*p*C, H/p, W/p), p the patch size. H and W are padded to fit."""
@@ -414,7 +426,9 @@ class UNet(nn.Module):
         return frames.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x, t, context=None, fps=None, level=None, cond=None):
-        """t, fps, level (B,); context (B, L, D); cond (B, T, C", H, W), further input channels."""
+        """t, fps, level (B,); cond (B, T, C", H, W), further input channels. context is the text's
+        tokens (B, L, D), or one CLIP image embedding (B, 1, D), zeros for none: then a term of the
+        timestep embedding and four tokens to attend to.                  unCLIP (2204.06125), 2.1"""
         B, T, _, H, W = x.shape
         emb = self.time_embedding(t)  # (B, E)
         if "level" in self.config.embeddings:
@@ -423,10 +437,14 @@ class UNet(nn.Module):
             emb = emb + self.text_embedding(context[:, -1])  # the last token has seen all others
         if "fps" in self.config.embeddings and T > 1:  # a picture has no frame rate
             emb = emb + self.fps_embedding(fps)
+        tokens = context
+        if "image" in self.config.embeddings:
+            emb = emb + self.image_embedding(context[:, 0])
+            tokens = self.image_tokens(context[:, 0]).unflatten(1, (4, -1))  # (B, 4, D)
         emb = emb.repeat_interleave(T, 0)  # (B*T, E)
 
         def apply(block, i, x, skip=None):
-            args = i, x, skip, emb, context, T
+            args = i, x, skip, emb, tokens, T
             if self.gradient_checkpointing and self.training:
                 return checkpoint(block.layer, *args, use_reentrant=False, preserve_rng_state=False)
             return block.layer(*args)
@@ -804,12 +822,14 @@ def load_pt(path, remedy: str = "") -> dict:
 
 
 def new_clip(kind: str, data=None, text=None, prompts=(), fps: float = 1., seed=None, history=(),
-             encoder=None, vae=None) -> dict:
+             encoder=None, vae=None, image_encoder=None) -> dict:
     """What a .pt file between stages holds. kind is "text", "latents" (float (B, T, 4, h, w)) or
     "pixels" (uint8 (B, T, 3, H, W)); text is tokens (B, L, D) and null_tokens (1, L, D), or None
-    without a prompt; encoder and vae are the ids of the text encoder and the autoencoder."""
+    without a prompt, and may have an image_embedding (B, E); encoder, vae and image_encoder are the
+    ids of what made tokens, latents and embedding."""
     return {"kind": kind, "data": data, "text": text, "prompts": list(prompts), "fps": float(fps),
-            "seed": seed, "history": list(history), "encoder": encoder, "vae": vae}
+            "seed": seed, "history": list(history), "encoder": encoder, "vae": vae,
+            "image_encoder": image_encoder}
 
 
 def command_text(script: str, argv) -> str:
@@ -829,6 +849,7 @@ def load_clip(path, kind: str) -> dict:
     try:
         data, text, prompts, fps = (clip.get(key) for key in ("data", "text", "prompts", "fps"))
         tensors = [x for x in (data, *(text or {}).values()) if x is not None]
+        clip.setdefault("image_encoder", None)  # files of before
         if not new_clip(kind).keys() <= clip.keys() or clip["kind"] != kind:
             problem = f"holds {clip.get('kind', 'something else')!s:.20}, not {kind}"
         elif not (isinstance(fps, (int, float)) and 1e-3 <= fps <= 1e5 and all(
@@ -958,6 +979,7 @@ def load(path=WEIGHTS / "base.pt", device="cpu", stages: tuple = ("base", "image
 def check_ids(clip: dict, made_by: dict, width: int | None = None):
     """Refuse tokens or latents of another text encoder, VAE or width than the weights read."""
     for key, kind, ours in (("encoder", "text", made_by.get("text")),
+                            ("image_encoder", "text", made_by.get("image_encoder")),
                             ("vae", "latents", made_by.get("vae"))):
         if clip[key] and ours and clip[key] != ours:
             raise UserError(f"this clip's {kind} came from {key} {clip[key]}, but the weights are of "
@@ -968,14 +990,24 @@ def check_ids(clip: dict, made_by: dict, width: int | None = None):
 
 def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
                   fps: float = 4., guidance=2., steps: int = STEPS, sampler=None) -> dict:
-    """A clip of text -> a clip of latents, by the weights in a folder."""
+    """A clip of text -> a clip of latents, by the weights in a folder. An image embedding in it goes
+    to make-a-video.pt; no later stage then hears the prompt."""
     if not 1e-3 <= fps <= 1e5:
         raise UserError(f"{fps} frames per second: .001 to 100000 are possible")
-    unet, diffusion, made_by = load(find_checkpoint(weights, "base"), device)
+    text, embedding = clip["text"], clip["text"].get("image_embedding")
+    name = "base" if embedding is None else "make-a-video"
+    unet, diffusion, made_by = load(find_checkpoint(weights, name), device)
     check_ids(clip, made_by, unet.config.context_dim)
-    z = generate(unet, diffusion, clip["text"], frames, fps, made_by["side"], guidance, steps,
-                 sampler, seed=seed, label="base")
-    return clip | {"kind": "latents", "data": z, "fps": float(fps), "seed": seed,
+    if ("image" in unet.config.embeddings) != (embedding is not None):
+        raise UserError("make-a-video.pt, and no other, reads an image embedding; make one with "
+                        f"`{COMMANDS['text']} --prior`")
+    told = text
+    if embedding is not None:
+        told = {"tokens": embedding[:, None], "null_tokens": torch.zeros_like(embedding[:1, None])}
+        text = text | {"tokens": text["null_tokens"].expand_as(text["tokens"])}
+    z = generate(unet, diffusion, told, frames, fps, made_by["side"], guidance, steps, sampler,
+                 seed=seed, label=name)
+    return clip | {"kind": "latents", "data": z, "text": text, "fps": float(fps), "seed": seed,
                    "vae": made_by["vae"]}
 
 

@@ -24,13 +24,16 @@ from superres import STAGES, upscale_clip
 # dict of base.new_clip.
 
 def make_a_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
-                 guidance: float = 2., image=None):
-    """SR_h o SR_l^t o F o D^t (text)                                       Make-A-Video, Eq. 1
+                 guidance: float = 2., image=None, prior: bool = False):
+    """SR_h o SR_l^t o F o D^t o P (text)                                   Make-A-Video, Eq. 1
 
-    Differs: the paper's P turns text into an image embedding first, and all stages are in pixels."""
+    Differs: all stages of the paper are in pixels. Without `prior`, D^t reads the prompt itself and
+    was trained on captioned clips."""
     where = weights, device, seed
     clip = text.encode_clip(prompts, weights, device)
-    yield "text", clip  # tokens (B, L, D)
+    if prior:
+        clip = text.with_prior(clip, *where)
+    yield "text", clip  # tokens (B, L, D), and from P an image embedding (B, E)
     if image:
         clip = animate_clip(clip, image, *where, guidance)
     else:
@@ -48,12 +51,12 @@ def make_a_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, fr
 
 
 def imagen_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
-                 guidance: float = 2., image=None):
+                 guidance: float = 2., image=None, prior: bool = False):
     """TSR doubles the frames, SSR enlarges them.                            Imagen Video, Fig. 6
 
     Differs: the base is in latents, and SSR is x 2, x 2, x 3, not x 2, x 4, x 4."""
     where = weights, device, seed
-    for name, clip in make_a_video(prompts, *where, frames, guidance, image):
+    for name, clip in make_a_video(prompts, *where, frames, guidance, image, prior):
         yield name, clip
         if name == "base":  # (B, 16, 4, 8, 8)
             break
@@ -97,6 +100,8 @@ def main(argv=None):
     parser.add_argument("--cascade", choices=CASCADES, default="make-a-video", help="[%(default)s]")
     parser.add_argument("--until", metavar="STAGE", help="stop after base, interpolate, low; tsr-32, "
                         "ssr-128, ssr-256, tsr-64, tsr-128 [the last stage]")
+    parser.add_argument("--prior", action="store_true", help="by way of an image embedding, with the "
+                        "video network that never saw a caption [off]")
     parser.add_argument("--animate", metavar="IMAGE", help="animate this image [off]")
     parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file here [off]")
     parser.add_argument("--weights", default=WEIGHTS, help="a folder, ours or Stable Diffusion 1.x's, "
@@ -105,12 +110,14 @@ def main(argv=None):
     out, keep, stops = Path(args.out), args.keep and Path(args.keep), STOPS[args.cascade]
     if args.until and args.until not in stops:
         raise UserError(f"--until {args.until}: {args.cascade} has {', '.join(stops)}")
+    if args.prior and args.animate:
+        raise UserError("--animate reads the prompt itself, so --prior has no effect on it")
     if args.frames == 1 and args.cascade == "imagen-video" and args.until != "base":
         raise UserError("imagen-video doubles the frame rate, and one frame has none")
     base.check_output(out if out.suffix else out / "a.mp4", *vae.WRITTEN)
     prompts = [prompt for prompt in args.prompts for _ in range(args.samples)]
     stages = CASCADES[args.cascade](prompts, args.weights, args.device, args.seed, args.frames,
-                                    args.guidance, args.animate)
+                                    args.guidance, args.animate, args.prior)
     start = time.time()
     for name, clip in stages:
         print(f"{name:12s} {time.time() - start:6.1f} s")

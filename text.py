@@ -20,9 +20,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from base import (SD_ID, WEIGHTS, UserError, attend, check_output, command_line, find_checkpoint,
-                  load_checkpoint, load_pt, load_stable_diffusion, load_state, new_clip, run,
-                  save_clip, tensors_id, warn)
+from base import (SD_ID, WEIGHTS, Diffusion, TimestepEmbedding, UserError, attend, check_output,
+                  command_line, find_checkpoint, initial_noise, load_checkpoint, load_pt,
+                  load_stable_diffusion, load_state, new_clip, run, save_clip, tensors_id, warn)
+
+import vae
 
 import torch
 import torch.nn as nn
@@ -110,7 +112,7 @@ class CLIPConfig:
     patch_size: int = 8
     vision_width: int = 128
     vision_layers: int = 3
-    projection_dim: int = 64    # of the space where images and captions meet
+    projection_dim: int = 128   # of the space where images and captions meet
 
 
 SD15 = CLIPConfig(vocab_size=49408, context=77, width=768, layers=12, heads=12, image_size=224,
@@ -214,11 +216,18 @@ class CLIP(nn.Module):
         self.visual_projection = nn.Linear(config.vision_width, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))
 
+    def embed_images(self, pixels):
+        """Images (N, 3, H, W) -> unit vectors (N, E)."""
+        return F.normalize(self.visual_projection(self.vision_model(pixels)).float(), dim=-1)
+
+    def embed_captions(self, ids):
+        """Captions (M, L) -> unit vectors (M, E)."""
+        return F.normalize(self.text_projection(self.text_model(ids)[1]).float(), dim=-1)
+
     def similarity(self, pixels, ids):
         """Scaled cosines of N images (N, 3, H, W) with M captions (M, L). (N, M)"""
-        images = F.normalize(self.visual_projection(self.vision_model(pixels)).float(), dim=-1)
-        captions = F.normalize(self.text_projection(self.text_model(ids)[1]).float(), dim=-1)
-        return self.logit_scale.exp().clamp(max=100) * images @ captions.T
+        scale = self.logit_scale.exp().clamp(max=100)
+        return scale * self.embed_images(pixels) @ self.embed_captions(ids).T
 
     def language_loss(self, ids):
         """Cross-entropy of the next token, up to the first end; plus that of naming all words of the
@@ -251,6 +260,71 @@ def loss(clip: CLIP, batch: dict) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
+# Make-A-Video's P: from a prompt to the CLIP embedding of an image that shows it. It never sees a
+# video: it is trained on captioned stills.
+
+@dataclass
+class PriorConfig:
+    context: int             # tokens of a prompt
+    width: int               # of the text tokens, and of P
+    embedding: int           # of CLIP's projections
+    layers: int = 3
+    heads: int = 4
+
+
+class Prior(nn.Module):
+    """The diffusion prior of unCLIP (2204.06125), 2.2: a causal transformer over the prompt's tokens,
+    its CLIP embedding, the timestep, the noisy image embedding, and a learned query, whose output is
+    the clean image embedding."""
+
+    def __init__(self, c: PriorConfig):
+        super().__init__()
+        self.config = c
+        self.text_proj = nn.Linear(c.embedding, c.width)
+        self.time_embedding = TimestepEmbedding(c.width, c.width)
+        self.image_proj = nn.Linear(c.embedding, c.width)
+        self.query = nn.Parameter(.02 * torch.randn(c.width))
+        self.position_embedding = nn.Embedding(c.context + 4, c.width)
+        self.encoder = encoder(c.width, c.heads, c.layers, causal=True)
+        self.final_layer_norm = nn.LayerNorm(c.width)
+        self.to_image = nn.Linear(c.width, c.embedding)
+
+    def forward(self, z, t, tokens, text_embedding):  # (B, E), (B,), (B, L, D), (B, E)
+        last = [self.text_proj(text_embedding), self.time_embedding(t), self.image_proj(z),
+                self.query.expand(len(z), -1)]
+        x = torch.cat([tokens, torch.stack(last, dim=1)], dim=1)  # (B, L + 4, D)
+        x = self.encoder.layers(x + self.position_embedding.weight)
+        return self.to_image(self.final_layer_norm(x[:, -1]))  # (B, E)
+
+
+def prior_loss(prior: Prior, diffusion: Diffusion, batch: dict) -> torch.Tensor:
+    """|f(z_t, t, y) - z_i|^2, (B,). batch: image_embedding and noise (B, E), t (B,), tokens (B, L, D)
+    and text_embedding (B, E) of a caption or, for one in ten, of none.          unCLIP, 2.2"""
+    def predict(z, t):
+        return prior(z, t, batch["tokens"], batch["text_embedding"])
+    return diffusion.loss(predict, batch["image_embedding"], batch["noise"], batch["t"])
+
+
+@torch.inference_mode()
+def sample_prior(prior: Prior, diffusion: Diffusion, text_emb: dict, guidance: float = 1.,
+                 steps: int = 16, seed: int = 0) -> torch.Tensor:
+    """One image embedding (B, E) of norm sqrt(E) per prompt. text_emb: tokens (B, L, D), null_tokens
+    (1, L, D), and the embeddings of both, text_embedding (B, E) and null_embedding (1, E).
+    Differs: unCLIP draws two and keeps the one that is nearer to the text."""
+    def predict(z, t):
+        x = prior(z, t, text_emb["tokens"], text_emb["text_embedding"])
+        if guidance == 1:
+            return x
+        nothing = [text_emb[key].expand_as(text_emb[like]) for key, like in
+                   (("null_tokens", "tokens"), ("null_embedding", "text_embedding"))]
+        null = prior(z, t, *nothing)
+        return null + guidance * (x - null)
+    z = initial_noise((len(text_emb["tokens"]), prior.config.embedding), seed, "prior")
+    x = diffusion.sample(predict, z.to(prior.query.device), steps, "ddim")
+    return (F.normalize(x, dim=-1) * math.sqrt(x.shape[1])).cpu()
+
+
+# ------------------------------------------------------------------------------------------------
 # Loading, encoding, the command line
 
 def load(path=WEIGHTS / "text.pt", device="cpu"):
@@ -261,7 +335,7 @@ def load(path=WEIGHTS / "text.pt", device="cpu"):
         config = CLIPConfig(s["vocab_size"], s["max_position_embeddings"], s["hidden_size"],
                             s["num_hidden_layers"], s["num_attention_heads"], vision_layers=0)
         clip = load_state(CLIP(config), state, path, lambda name: not name.startswith("text_model"))
-        tokenizer, facts = read_tokenizer(Path(path) / "tokenizer"), {"id": SD_ID, "words": []}
+        tokenizer, facts = read_tokenizer(Path(path) / "tokenizer"), {"id": SD_ID, "image_id": None, "words": []}
         if config.vocab_size > len(tokenizer["vocab"]):
             raise UserError(f"{path} has tokens of textual inversion, which are not read")
     else:
@@ -269,6 +343,7 @@ def load(path=WEIGHTS / "text.pt", device="cpu"):
         config, tokenizer = CLIPConfig(**weights["config"]["clip"]), weights["config"]["tokenizer"]
         clip = load_state(CLIP(config), weights["model"], path)
         facts = {"id": tensors_id(weights["model"], ("text_model.",)),
+                 "image_id": tensors_id(weights["model"], ("vision_model.", "visual_projection.")),
                  "words": weights["config"]["words"]}
     return clip.to(device).eval(), build_tokenizer(**tokenizer), facts
 
@@ -281,12 +356,55 @@ def encode(clip: CLIP, tokenizer: Tokenizer, prompts: list) -> dict:
     return {"tokens": tokens[:-1].clone(), "null_tokens": tokens[-1:].clone()}
 
 
+@torch.inference_mode()
+def embed_prompts(clip: CLIP, tokenizer: Tokenizer, prompts: list) -> torch.Tensor:
+    """CLIP's own embeddings of prompts, unit vectors (B, E) on the CPU."""
+    ids = tokenize(tokenizer, prompts, clip.config.context)
+    return clip.embed_captions(ids.to(clip.logit_scale.device)).cpu()
+
+
 def encode_clip(prompts: list, weights=WEIGHTS, device="cpu") -> dict:
     """A new clip of text, by the text encoder in a folder of weights."""
     clip, tokenizer, facts = load(find_checkpoint(weights, "text"), device)
     warn_unknown(prompts, facts["words"])
     return new_clip("text", text=encode(clip, tokenizer, prompts), prompts=prompts,
                     encoder=facts["id"])
+
+
+def with_prior(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0) -> dict:
+    """A clip of text, with the image embeddings that P makes of its prompts."""
+    model, tokenizer, facts = load(find_checkpoint(weights, "text"), device)
+    path = find_checkpoint(weights, "prior")
+    saved = load_checkpoint(path, "prior")
+    if saved["made_by"]["image_encoder"] != facts["image_id"]:
+        raise UserError(f"{path} stands on another CLIP; train it anew with `python train.py prior`")
+    prior = load_state(Prior(PriorConfig(**saved["config"])), saved["model"], path).to(device).eval()
+    text_emb = {key: tokens.to(device) for key, tokens in clip["text"].items()}
+    text_emb["text_embedding"] = embed_prompts(model, tokenizer, clip["prompts"]).to(device)
+    e = sample_prior(prior, Diffusion(target="sample"), text_emb, seed=seed)  # (B, E)
+    return clip | {"text": clip["text"] | {"image_embedding": e}, "image_encoder": facts["image_id"]}
+
+
+@torch.inference_mode()
+def embed_images(clip: CLIP, images) -> torch.Tensor:
+    """uint8 images (N, 3, H, W) -> their CLIP embeddings (N, E) in unit variance, norm sqrt(E)."""
+    side, device = clip.config.image_size, clip.logit_scale.device
+    parts = []
+    for part in images.split(256):
+        pixels = F.interpolate(part.to(device) / 127.5 - 1, (side, side), mode="area")
+        parts.append(clip.embed_images(pixels).cpu())
+    return math.sqrt(parts[0].shape[1]) * torch.cat(parts)
+
+
+def clip_of_image(path, weights=WEIGHTS, device="cpu") -> dict:
+    """A clip of text without a prompt, with the embedding of a picture; of a video, the mean of its
+    frames'. What make-a-video.pt draws from it is "about" the picture (Make-A-Video, Fig. 4)."""
+    model, _, facts = load(find_checkpoint(weights, "text"), device)
+    frames, _ = vae.read_video(path)  # (T, 3, H, W)
+    mean = F.normalize(embed_images(model, frames).mean(0, keepdim=True), dim=-1)  # (1, E)
+    clip = encode_clip([""], weights, device)
+    return clip | {"text": clip["text"] | {"image_embedding": mean * math.sqrt(mean.shape[1])},
+                   "image_encoder": facts["image_id"]}
 
 
 def with_text(clip: dict, weights=WEIGHTS, device="cpu") -> dict:
@@ -305,14 +423,25 @@ def warn_unknown(prompts: list, words: list, cure: str = ""):
 
 
 def main(argv=None):
-    parser = command_line(__doc__, seed=False)
-    parser.add_argument("prompts", nargs="+", help="what to show, one prompt per video")
+    parser = command_line(__doc__)
+    parser.add_argument("prompts", nargs="*", help="what to show, one prompt per video")
     parser.add_argument("-o", "--out", default="text.pt", help="tokens to write [text.pt]")
     parser.add_argument("--weights", default=WEIGHTS, help="a folder, a .pt, or a Stable Diffusion "
                         "1.x folder [weights/]")
+    parser.add_argument("--prior", action="store_true", help="add the image embedding that P makes of "
+                        "each prompt, for make-a-video.pt [off]")
+    parser.add_argument("--image", metavar="FILE", help="instead of prompts: the embedding of a picture, "
+                        "or of a video, which gives a variation of it")
     args = parser.parse_args(argv)
     check_output(args.out, ".pt")
-    save_clip(args.out, encode_clip(args.prompts, args.weights, args.device), "text.py", argv)
+    if bool(args.prompts) == bool(args.image):
+        raise UserError("give prompts, or --image FILE")
+    if args.image:
+        clip = clip_of_image(args.image, args.weights, args.device)
+    else:
+        clip = encode_clip(args.prompts, args.weights, args.device)
+        clip = with_prior(clip, args.weights, args.device, args.seed) if args.prior else clip
+    save_clip(args.out, clip, "text.py", argv)
 
 
 if __name__ == "__main__":

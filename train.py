@@ -299,6 +299,15 @@ def draw_still(rng: np.random.Generator, side: int = SIDE):
     return render(scene, [SCENE_SECONDS * rng.beta(.25, .25)], side), caption(scene, still=True), 1.
 
 
+def draw_beginning(rng: np.random.Generator, side: int = SIDE):
+    """As draw_still; but three in four are the first frame of a training scene, and their captions name
+    the motion, as one would caption a photograph of what is about to move."""
+    if rng.random() < .25:
+        return draw_still(rng, side)
+    scene = draw_scene(rng, "train")
+    return render(scene, [0.], side), caption(scene), 1.
+
+
 def draw_clip(rng: np.random.Generator, side: int = SIDE):
     """Sixteen frames (16, 3, side, side) of a training scene, its caption, and their rate. Half of all
     clips run at 4 fps and show a whole scene, the others at up to 30 from a random start.
@@ -312,7 +321,9 @@ def draw_clip(rng: np.random.Generator, side: int = SIDE):
 
 def world_clips(kind: str, seed: int, side: int):
     """Stills or clips of the world: yields groups of (pixels (n, T, 3, side, side), captions, fps)."""
-    count, key, make = (CLIPS, 2, draw_clip) if kind == "clips" else (STILLS, 1, draw_still)
+    count, key, make = {
+        "clips": (CLIPS, 2, draw_clip), "stills": (STILLS, 1, draw_still),
+        "beginnings": (STILLS, 1, draw_beginning)}[kind]
     for group in trange(0, count, 64, desc=f"rendering {kind}"):
         rngs = [np.random.default_rng((seed, key, i)) for i in range(group, min(group + 64, count))]
         videos, captions, rates = zip(*(make(rng, side) for rng in rngs))
@@ -400,7 +411,7 @@ def folder_clips(folder, frames: int, side: int):
 
 
 def clips_of(args, kind: str, side: int):
-    """The groups of clips, or of stills, that --data asks for."""
+    """The groups of "clips", "stills" or "beginnings" that --data asks for."""
     return (world_clips(kind, args.seed, side) if args.data == "world" else
             folder_clips(args.data, 16 if kind == "clips" else 1, side))
 
@@ -415,21 +426,24 @@ def gather(groups, key: str, function) -> dict:
     return {key: torch.cat(parts), "captions": captions, "fps": torch.cat(rates)}
 
 
-def stills(args) -> dict:
+def stills(args, kind: str = "stills") -> dict:
     """pixels uint8 (N, 1, 3, side, side), captions, fps."""
-    name = f"{data_id(args.data)}-stills-{STILLS}-{SIDE}-{args.seed}"
-    return cached(name, lambda: gather(clips_of(args, "stills", SIDE), "pixels", lambda x: x))
+    name = f"{data_id(args.data)}-{kind}-{STILLS}-{SIDE}-{args.seed}"
+    return cached(name, lambda: gather(clips_of(args, kind, SIDE), "pixels", lambda x: x))
 
 
 def latents(args, kind: str, side: int = SIDE) -> tuple[dict, dict]:
     """Stills or clips as fp16 latents (N, T, 4, h, w) with captions, fps, the tokens of each distinct
-    caption (K, L, D), rows (N,) in them, and null_tokens; and the ids of what made both."""
+    caption (K, L, D), rows (N,) in them, and null_tokens; and the ids of what made both. With
+    --captions none, see add_embeddings."""
     autoencoder, vae_id = vae.load(find_checkpoint(args.weights, "vae"), args.device)
     count = STILLS if kind == "stills" else CLIPS
     name = f"{data_id(args.data)}-{kind}-{count}-{side}-{args.seed}-{vae_id}"
     data = cached(name, lambda: gather(clips_of(args, kind, side), "latents",
                                        lambda x: vae.encode_video(autoencoder, x).half()))
     facts = {"vae": vae_id, "side": data["latents"].shape[-1]}
+    if args.captions == "none":
+        return add_embeddings(args, data, facts, autoencoder, name), facts
     return add_tokens(args, data, facts), facts
 
 
@@ -445,6 +459,22 @@ def add_tokens(args, data: dict, facts: dict) -> dict:
     return data | {"tokens": torch.cat([part["tokens"] for part in encoded]),
                    "rows": torch.tensor([row[words] for words in data["captions"]]),
                    "null_tokens": encoded[0]["null_tokens"]}
+
+
+def add_embeddings(args, data: dict, facts: dict, autoencoder, name: str) -> dict:
+    """Every item's own tokens (N, 1, E): the CLIP embedding of its first frame, as the autoencoder
+    shows it, in place of its caption, which nobody reads.                  Make-A-Video, 3.1"""
+    clip, _, known = text.load(find_checkpoint(args.weights, "text"), args.device)
+    facts["text"], facts["image_encoder"] = known["id"], known["image_id"]
+
+    def make():
+        parts = data["latents"][:, :1].split(256)
+        return {"tokens": torch.cat([
+            text.embed_images(clip, vae.decode_video(autoencoder, part)[:, 0])
+            for part in tqdm(parts, "embedding")])}
+    tokens = cached(f"{name}-embedded-{known['image_id']}", make)["tokens"][:, None]  # (N, 1, E)
+    return data | {"tokens": tokens, "rows": torch.arange(len(tokens)), "captions": [""] * len(tokens),
+                   "null_tokens": torch.zeros_like(tokens[:1])}
 
 
 @dataclass
@@ -579,6 +609,7 @@ class Recipe:
 
 
 RECIPES = {"vae": Recipe(32000, 32, 1.5e-3), "clip": Recipe(700, 128, 1e-3),
+           "prior": Recipe(3000, 128, 1e-3),
            "image": Recipe(4500, 128, 1e-3), "mean-clip": Recipe(2000, 64, 5e-3, warmup=50),
            "base": Recipe(32000, 16, 4e-4, fresh_lr=1.5e-3), "interpolate": Recipe(10700, 16, 8e-4),
            "superres-low": Recipe(7900, 4, 2e-3), "superres-high": Recipe(9900, 8, 2e-3),
@@ -628,12 +659,17 @@ def prepare_vae(args) -> Setup:
 
 
 def prepare_clip(args) -> Setup:
-    data = stills(args)
+    data = stills(args, "beginnings" if args.freeze == "text" else "stills")
     captions = training_captions() if args.data == "world" else sorted(set(data["captions"]))
     every = captions + data["captions"]
-    vocab, merges = text.learn_tokenizer(every)
-    model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=SIDE))
-    words = sorted({word for line in every for word in re.findall(r"\w+", line.lower())})
+    if args.freeze == "text":  # tokens stay what they are; images learn what captions say of motion
+        saved = base.load_checkpoint(args.init, "clip")["config"]
+        vocab, merges, words = *saved["tokenizer"].values(), saved["words"]
+        model = text.CLIP(text.CLIPConfig(**saved["clip"]))
+    else:
+        vocab, merges = text.learn_tokenizer(every)
+        words = sorted({word for line in every for word in re.findall(r"\w+", line.lower())})
+        model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=SIDE))
     ids = text.tokenize(text.build_tokenizer(vocab, merges), every, model.config.context)
     motion_ids, ids = ids.split([len(captions), len(data["captions"])])  # (N, L) each
 
@@ -655,6 +691,40 @@ def prepare_clip(args) -> Setup:
     return Setup(model, batch_of, text.loss, preview, config)
 
 
+def prepare_prior(args) -> Setup:
+    """P learns from captioned stills which image embedding a caption has. It never sees a video."""
+    clip, tokenizer, known = text.load(find_checkpoint(args.weights, "text"), args.device)
+    data, facts = stills(args, "beginnings"), {"text": known["id"], "image_encoder": known["image_id"]}
+    data = add_tokens(args, data, facts)
+    e = text.embed_images(clip, data["pixels"][:, 0])  # (N, E)
+    distinct = sorted(set(data["captions"])) + [""]
+    text_embedding = text.embed_prompts(clip, tokenizer, distinct)  # (K + 1, E)
+    L, D = data["tokens"].shape[1:]
+    config = text.PriorConfig(L, D, e.shape[1])
+    model, diffusion = text.Prior(config), base.Diffusion(target="sample")
+
+    def batch_of(step, samples):
+        rngs, picks = draw(args, step, samples, len(e))
+        tokens, captions = drop_prompt(rngs, data, picks)
+        rows = [int(data["rows"][i]) if words else -1 for words, i in zip(captions, picks)]
+        return {"image_embedding": e[picks], "noise": normal(rngs, e.shape[1:]), "tokens": tokens,
+                "text_embedding": text_embedding[rows], "t": shifted_timesteps(rngs, 1.),
+                "pixels": vae.to_float(data["pixels"][picks, 0]), "captions": captions}
+
+    def preview(model):  # cosines of what P makes of captions with the embeddings of their images
+        picks = torch.arange(16)
+        captions = [data["captions"][i] for i in picks]
+        text_emb = text.encode(clip, tokenizer, captions)
+        text_emb["text_embedding"] = text.embed_prompts(clip, tokenizer, captions)
+        made = text.sample_prior(model, diffusion, text_emb)
+        cosines = F.cosine_similarity(made[:, None], e[picks][None], dim=-1)  # (16, 16)
+        tiles = (cosines.clamp(0, 1) * 255).byte().repeat_interleave(SIDE, 1).repeat_interleave(16, 0)
+        shown = vae.contact_sheet(data["pixels"][picks, 0][None])
+        return torch.cat([shown, tiles.expand(3, -1, -1)], dim=1)
+    return Setup(model, batch_of, lambda model, batch: text.prior_loss(model, diffusion, batch),
+                 preview, asdict(config), facts)
+
+
 def sheet(args, z, columns: int = 16) -> torch.Tensor:
     """Latents (B, T, 4, h, w) as an image, a row for each video."""
     autoencoder, _ = vae.load(find_checkpoint(args.weights, "vae"), args.device)
@@ -671,13 +741,26 @@ VIDEO_PROMPTS = ["a red star moving left", "a cyan circle bouncing on sand",
                  "a pink ring circling", "a blue cross moving up on bricks"]
 
 
+def prompts_of(args, data: dict, count: int) -> dict:
+    """Tokens of prompts to preview: VIDEO_PROMPTS of the world, or what the first items are told."""
+    if args.data == "world" and args.captions == "all" and count <= len(VIDEO_PROMPTS):
+        return text.encode_clip(VIDEO_PROMPTS[:count], args.weights)["text"]
+    return {"tokens": data["tokens"][data["rows"][:count]], "null_tokens": data["null_tokens"]}
+
+
 def prepare_image(args) -> Setup:
+    """Text to image; with --captions none, image embedding to image, from the weights of the former
+    where they are there. Only then the skips have gates."""
     data, facts = latents(args, "stills")
-    model = UNet(replace(base.TINY_IMAGE, context_dim=data["tokens"].shape[-1]))
-    diffusion, prompts = base.Diffusion(), data["captions"][:32]
+    model, diffusion = UNet(replace(base.TINY_IMAGE, context_dim=data["tokens"].shape[-1])), base.Diffusion()
+    if args.captions == "none":
+        path, image = find_checkpoint(args.weights, "image"), {"embeddings": ("image",), "gates": True}
+        model = UNet(replace(model.config, **image))
+        if path.is_file():
+            model = base.load(path, "cpu", ("image",), **image)[0]
 
     def preview(model):
-        text_emb = text.encode_clip(prompts, args.weights)["text"]
+        text_emb = prompts_of(args, data, 32)
         z = base.generate(model, diffusion, text_emb, frames=1, side=facts["side"])
         return sheet(args, z.transpose(0, 1), columns=8)
     return Setup(model, partial(diffusion_batch, args, data),
@@ -687,7 +770,7 @@ def prepare_image(args) -> Setup:
 
 def check_parent(made_by: dict, facts: dict, path):
     """Refuse weights to start from that stand on another autoencoder or text encoder."""
-    for key in ("vae", "text"):
+    for key in ("vae", "text", "image_encoder"):
         if made_by.get(key, facts.get(key)) != facts.get(key):
             raise UserError(f"{path} stands on {key} {made_by[key]}, not on {facts[key]}: train it anew")
 
@@ -695,10 +778,9 @@ def check_parent(made_by: dict, facts: dict, path):
 def prepare_mean_clip(args) -> Setup:
     data, facts = latents(args, "clips")
     config = {"context_dim": data["tokens"].shape[-1], "channels": data["latents"].shape[2]}
-    prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
 
     def preview(model):
-        tokens = text.encode_clip(prompts, args.weights)["text"]["tokens"]
+        tokens = prompts_of(args, data, 6)["tokens"]
         slowest = data["fps"].min().expand(len(tokens))  # shows most motion
         shape = data["latents"][0, :, 0].shape
         return sheet(args, model(tokens.to(args.device), slowest.to(args.device), *shape).cpu())
@@ -710,10 +792,13 @@ def prepare_base(args) -> Setup:
     """Make-A-Video, 3.2 and 3.4: the image model, inflated, learns from video. Every fourth step is of
     stills, four for each clip. Differs: Make-A-Video's clips have no captions; Imagen Video packs its
     stills into clips."""
-    path, mean_clip = find_checkpoint(args.weights, "image"), Path(args.weights) / "mean_clip.pt"
+    path, mean_clip = (Path(args.weights) / output_of(args, name) for name in ("image", "mean-clip"))
+    if args.captions == "all":
+        path = find_checkpoint(args.weights, "image")  # or a Stable Diffusion folder
     temporal = ("mean_clip", "attention", "conv") if mean_clip.is_file() else ("attention", "conv")
+    embeddings = ("fps",) if args.captions == "all" else ("fps", "image")
     model, diffusion, made_by = base.load(path, "cpu", ("image",), temporal=temporal,
-                                          gates=True, embeddings=("fps",))
+                                          gates=True, embeddings=embeddings)
     data, facts = latents(args, "clips", 8 * made_by["side"])
     check_parent(made_by, facts, path)
     if mean_clip.is_file():
@@ -721,7 +806,6 @@ def prepare_base(args) -> Setup:
         check_parent(weights["made_by"], facts, mean_clip)
         base.load_state(model.mean_clip, weights["model"], mean_clip)
     joint = latents(args, "stills", 8 * made_by["side"])[0] if args.freeze == "none" else None
-    prompts = VIDEO_PROMPTS if args.data == "world" else data["captions"][:6]
 
     def batch_of(step, samples):
         if joint and step % 4 == 3:
@@ -729,7 +813,7 @@ def prepare_base(args) -> Setup:
         return diffusion_batch(args, data, step, samples, shifted_timesteps)
 
     def preview(model):
-        text_emb = text.encode_clip(prompts, args.weights)["text"]
+        text_emb = prompts_of(args, data, 6)
         fps = data["fps"].min().item()
         return sheet(args, base.generate(model, diffusion, text_emb, fps=fps, side=facts["side"],
                                          steps=16))
@@ -826,10 +910,16 @@ def prepare_pixels(args, name: str) -> Setup:
     return Setup(model, batch_of, loss_of, preview, unet_config(model, diffusion), facts | taught)
 
 
-PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "image": prepare_image,
+PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "prior": prepare_prior, "image": prepare_image,
            "mean-clip": prepare_mean_clip, "base": prepare_base, "interpolate": prepare_interpolate}
 PREPARE |= {stage.checkpoint: partial(prepare_pixels, name=name) for name, stage in NETWORKS.items()}
 OUTPUT = {name: f"{name}.pt" for name in PREPARE} | {"clip": "text.pt", "mean-clip": "mean_clip.pt"}
+UNCAPTIONED = {"image": "make-a-video-image.pt", "mean-clip": "make-a-video-mean-clip.pt",
+               "base": "make-a-video.pt"}  # what --captions none trains
+
+
+def output_of(args, name: str) -> str:
+    return (UNCAPTIONED if args.captions == "none" else OUTPUT)[name]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -866,7 +956,9 @@ def make_optimizer(model, recipe: Recipe, freeze: str) -> torch.optim.Optimizer:
     groups = {recipe.lr: [], recipe.fresh_lr or recipe.lr: []}
     for name, parameter in model.named_parameters():
         new, decodes = UNet.is_inflation(name), name.startswith(("decoder.", "post_quant_conv."))
-        parameter.requires_grad_({"none": True, "spatial": new, "encoder": decodes}[freeze])
+        parameter.requires_grad_(
+            {"none": True, "spatial": new, "encoder": decodes, "text": not name.startswith("text_model.")}
+            [freeze])
         if parameter.requires_grad:
             groups[recipe.fresh_lr if new and recipe.fresh_lr else recipe.lr].append(parameter)
     groups = [{"params": params, "base_lr": lr} for lr, params in reversed(groups.items()) if params]
@@ -927,7 +1019,7 @@ def train(name: str, args, steps: int | None = None):
     if args.lr:
         recipe = replace(recipe, lr=args.lr, fresh_lr=recipe.fresh_lr * args.lr / recipe.lr)
     recipe = replace(recipe, steps=args.steps or steps or recipe.steps, batch=args.batch or recipe.batch)
-    folder, output = RUNS / args.name / name, Path(args.weights) / OUTPUT[name]
+    folder, output = RUNS / args.name / name, Path(args.weights) / output_of(args, name)
     checkpoint = folder / "checkpoint.pt"
     for path in (checkpoint, output):
         base.check_output(path, ".pt")
@@ -941,7 +1033,7 @@ def train(name: str, args, steps: int | None = None):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     run = {"data": data_id(args.data), "stills": STILLS, "clips": CLIPS, "pixels": SIDE}
-    run |= {key: getattr(args, key) for key in ("seed", "freeze", "init", "teacher")}
+    run |= {key: getattr(args, key) for key in ("seed", "freeze", "init", "teacher", "captions")}
     run |= asdict(recipe) | setup.config | setup.facts
     start, minutes, running = 0, 0., math.nan
     if checkpoint.is_file() and not args.fresh:
@@ -1035,8 +1127,10 @@ def main(argv=None):
     flag("--data", default="world", help="'world', or a folder of clips [world]")
     flag("--weights", default=WEIGHTS, help="folder, read and written [weights/]")
     flag("--init", metavar="FILE", help="train these weights of the stage further")
-    flag("--freeze", choices=("none", "spatial", "encoder"), default="none",
-         help="base: train only temporal layers; vae: only the decoder [none]")
+    flag("--freeze", choices=("none", "spatial", "encoder", "text"), default="none", help="base: train only "
+         "temporal layers; vae: only the decoder; clip: only the image half [none]")
+    flag("--captions", choices=("all", "none"), default="all", help="none: image, mean-clip and base read "
+         "the CLIP embedding of a frame instead, as in Make-A-Video [all]")
     flag("--steps", type=base.positive, help="[the recipe's]")
     flag("--batch", type=base.positive, help="samples per step [the recipe's]")
     flag("--lr", type=float, help="learning rate [the recipe's]")
@@ -1050,10 +1144,14 @@ def main(argv=None):
     flag("--fresh", action="store_true", help="ignore the checkpoint")
     args = parser.parse_args(argv)
     args.command = base.command_text("train.py", argv)
-    stages = list(PREPARE) if args.stage == "all" else [args.stage]
+    args.name = args.name or ("make-a-video" if args.captions == "none" else "")
+    every = PREPARE if args.captions == "all" else UNCAPTIONED
+    stages = list(every) if args.stage == "all" else [args.stage]
     wrong = {"--init": args.init and args.stage == "all",
              "--freeze spatial": args.freeze == "spatial" and args.stage != "base",
              "--freeze encoder": args.freeze == "encoder" and not (args.stage == "vae" and args.init),
+             "--freeze text": args.freeze == "text" and not (args.stage == "clip" and args.init),
+             "--captions none": not set(stages) <= every.keys(),
              "--distill": args.distill and not (args.init and args.stage.startswith(("superres", "ssr")))}
     for name in filter(wrong.get, wrong):
         raise UserError(f"{name} does not go with stage {args.stage}, or wants --init; see --help")
