@@ -1565,23 +1565,22 @@ def test_weights_are_trained_further_frozen_or_distilled(trained, tmp_path, monk
 # ------------------------------------------------------------------------------------------------
 # Make-A-Video without captions: P, and the video network that reads an image embedding
 
-PRIOR = text.PriorConfig(context=6, width=8, embedding=8, heads=2)
+PRIOR = text.PriorConfig(context=6, width=8, heads=2)
 TOLD = replace(SMALL, embeddings=("fps", "image"))
 
 
 def test_a_prior_that_knows_the_embedding_returns_it(monkeypatch):
     e = math.sqrt(8) * F.normalize(randn(2, 8, seed=3), dim=-1)
-    prior, emb = text.Prior(PRIOR), text_emb() | {"text_embedding": randn(2, 8)}
+    prior = text.Prior(PRIOR)
     monkeypatch.setattr(prior, "forward", lambda *inputs: e)
-    close(text.sample_prior(prior, X, emb), e)
-    batch = {"image_embedding": e, "noise": randn(2, 8), "t": torch.tensor([9, 900]), **emb}
+    close(text.sample_prior(prior, X, randn(2, 6, 8), randn(1, 6, 8)), e)
+    batch = {"latents": e, "noise": randn(2, 8), "t": torch.tensor([9, 900]), "context": None}
     assert (text.prior_loss(prior, X, batch) == 0).all()
 
 
 def test_a_prior_reads_every_input():
-    prior = randomize(text.Prior(PRIOR))
-    given = [randn(1, 8), torch.tensor([500]), randn(1, 6, 8), randn(1, 8)]
-    for i, other in enumerate([randn(1, 8, seed=1), given[1] + 400, -given[2], -given[3]]):
+    prior, given = randomize(text.Prior(PRIOR)), [randn(1, 8), torch.tensor([500]), randn(1, 6, 8)]
+    for i, other in enumerate([randn(1, 8, seed=1), given[1] + 400, randn(1, 6, 8, seed=1)]):
         assert differ(prior(*given), prior(*given[:i], other, *given[i + 1:]))
 
 
@@ -1592,7 +1591,7 @@ def test_prior_never_sees_a_clip_and_misses_one_prompt_in_ten(trained, monkeypat
     batch = train.prepare_prior(Args).batch_of(0, range(400))
     assert batch["pixels"].ndim == 4 and .06 < batch["captions"].count("") / 400 < .14
     null = text.encode_clip([""], trained)["text"]["tokens"]
-    silent = (batch["tokens"] == null).flatten(1).all(1)
+    silent = torch.isclose(batch["context"][:, :-1], null, atol=1e-4).flatten(1).all(1)
     assert silent.tolist() == [words == "" for words in batch["captions"]]
 
 
@@ -1606,7 +1605,7 @@ def test_no_caption_reaches_a_network_trained_without(name, trained, monkeypatch
         batch = train.PREPARE[name](Args).batch_of(step, range(40))
         assert not any(batch["captions"]) and batch["context"].shape[1:] == (1, 128)
         dropped = (batch["context"] == 0).all(2)[:, 0]
-        assert 0 < dropped.sum() < 20
+        assert 0 < dropped.float().mean() < .3
         norms = batch["context"][~dropped].norm(dim=-1)
         close(norms, torch.full_like(norms, math.sqrt(128)), 1e-2)
 

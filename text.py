@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base import (SD_ID, WEIGHTS, Diffusion, TimestepEmbedding, UserError, attend, check_output,
-                  command_line, find_checkpoint, initial_noise, load_checkpoint, load_pt,
-                  load_stable_diffusion, load_state, new_clip, run, save_clip, tensors_id, warn)
+                  classifier_free_guidance, command_line, find_checkpoint, initial_noise,
+                  load_checkpoint, load_pt, load_stable_diffusion, load_state, new_clip, run,
+                  save_clip, tensors_id, warn)
 
 import vae
 
@@ -216,12 +217,10 @@ class CLIP(nn.Module):
         self.visual_projection = nn.Linear(config.vision_width, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))
 
-    def embed_images(self, pixels):
-        """Images (N, 3, H, W) -> unit vectors (N, E)."""
+    def embed_images(self, pixels):  # (N, 3, H, W) -> unit vectors (N, E)
         return F.normalize(self.visual_projection(self.vision_model(pixels)).float(), dim=-1)
 
-    def embed_captions(self, ids):
-        """Captions (M, L) -> unit vectors (M, E)."""
+    def embed_captions(self, ids):  # (M, L) -> unit vectors (M, E)
         return F.normalize(self.text_projection(self.text_model(ids)[1]).float(), dim=-1)
 
     def similarity(self, pixels, ids):
@@ -260,68 +259,57 @@ def loss(clip: CLIP, batch: dict) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Make-A-Video's P: from a prompt to the CLIP embedding of an image that shows it. It never sees a
-# video: it is trained on captioned stills.
+# Make-A-Video's P: from a prompt to the CLIP embedding of an image that shows it. It is trained on
+# captioned stills, and never sees a video.
 
 @dataclass
 class PriorConfig:
-    context: int             # tokens of a prompt
-    width: int               # of the text tokens, and of P
-    embedding: int           # of CLIP's projections
+    context: int             # tokens of a prompt, and one for its CLIP embedding
+    width: int               # of tokens, embeddings and the transformer
     layers: int = 3
     heads: int = 4
 
 
 class Prior(nn.Module):
-    """The diffusion prior of unCLIP (2204.06125), 2.2: a causal transformer over the prompt's tokens,
-    its CLIP embedding, the timestep, the noisy image embedding, and a learned query, whose output is
+    """The diffusion prior of unCLIP (2204.06125), 2.2: a causal transformer over the prompt's tokens
+    and CLIP embedding, the timestep, the noisy image embedding and a learned query, whose output is
     the clean image embedding."""
 
     def __init__(self, c: PriorConfig):
         super().__init__()
         self.config = c
-        self.text_proj = nn.Linear(c.embedding, c.width)
         self.time_embedding = TimestepEmbedding(c.width, c.width)
-        self.image_proj = nn.Linear(c.embedding, c.width)
+        self.image_proj = nn.Linear(c.width, c.width)
         self.query = nn.Parameter(.02 * torch.randn(c.width))
-        self.position_embedding = nn.Embedding(c.context + 4, c.width)
+        self.position_embedding = nn.Embedding(c.context + 3, c.width)
         self.encoder = encoder(c.width, c.heads, c.layers, causal=True)
         self.final_layer_norm = nn.LayerNorm(c.width)
-        self.to_image = nn.Linear(c.width, c.embedding)
+        self.to_image = nn.Linear(c.width, c.width)
 
-    def forward(self, z, t, tokens, text_embedding):  # (B, E), (B,), (B, L, D), (B, E)
-        last = [self.text_proj(text_embedding), self.time_embedding(t), self.image_proj(z),
-                self.query.expand(len(z), -1)]
-        x = torch.cat([tokens, torch.stack(last, dim=1)], dim=1)  # (B, L + 4, D)
+    def forward(self, z, t, context, *unused):  # (B, D), (B,), (B, L + 1, D); called like a U-Net
+        last = self.time_embedding(t), self.image_proj(z), self.query.expand(len(z), -1)
+        x = torch.cat([context, torch.stack(last, dim=1)], dim=1)  # (B, L + 4, D)
         x = self.encoder.layers(x + self.position_embedding.weight)
-        return self.to_image(self.final_layer_norm(x[:, -1]))  # (B, E)
+        return self.to_image(self.final_layer_norm(x[:, -1]))  # (B, D)
 
 
 def prior_loss(prior: Prior, diffusion: Diffusion, batch: dict) -> torch.Tensor:
-    """|f(z_t, t, y) - z_i|^2, (B,). batch: image_embedding and noise (B, E), t (B,), tokens (B, L, D)
-    and text_embedding (B, E) of a caption or, for one in ten, of none.          unCLIP, 2.2"""
+    """|f(z_t, t, y) - z_i|^2, (B,). batch: image embeddings `latents` and noise (B, D), t (B,), and
+    context (B, L + 1, D) of a caption or, for one in ten, of none.             unCLIP, 2.2"""
     def predict(z, t):
-        return prior(z, t, batch["tokens"], batch["text_embedding"])
-    return diffusion.loss(predict, batch["image_embedding"], batch["noise"], batch["t"])
+        return prior(z, t, batch["context"])
+    return diffusion.loss(predict, batch["latents"], batch["noise"], batch["t"])
 
 
 @torch.inference_mode()
-def sample_prior(prior: Prior, diffusion: Diffusion, text_emb: dict, guidance: float = 1.,
-                 steps: int = 16, seed: int = 0) -> torch.Tensor:
-    """One image embedding (B, E) of norm sqrt(E) per prompt. text_emb: tokens (B, L, D), null_tokens
-    (1, L, D), and the embeddings of both, text_embedding (B, E) and null_embedding (1, E).
-    Differs: unCLIP draws two and keeps the one that is nearer to the text."""
-    def predict(z, t):
-        x = prior(z, t, text_emb["tokens"], text_emb["text_embedding"])
-        if guidance == 1:
-            return x
-        nothing = [text_emb[key].expand_as(text_emb[like]) for key, like in
-                   (("null_tokens", "tokens"), ("null_embedding", "text_embedding"))]
-        null = prior(z, t, *nothing)
-        return null + guidance * (x - null)
-    z = initial_noise((len(text_emb["tokens"]), prior.config.embedding), seed, "prior")
-    x = diffusion.sample(predict, z.to(prior.query.device), steps, "ddim")
-    return (F.normalize(x, dim=-1) * math.sqrt(x.shape[1])).cpu()
+def sample_prior(prior: Prior, diffusion: Diffusion, context, null_context, guidance: float = 1.,
+                 seed: int = 0):
+    """An image embedding of norm sqrt(D) for each prompt, (B, D). context (B, L + 1, D), null_context
+    (1, L + 1, D). Differs: unCLIP draws two and keeps the one that is nearer to the text."""
+    z = initial_noise((len(context), prior.config.width), seed, "prior").to(context.device)
+    predict = classifier_free_guidance(prior, context, null_context, None, guidance)
+    x = diffusion.sample(predict, z, 16, "ddim")
+    return (F.normalize(x.float(), dim=-1) * math.sqrt(x.shape[1])).cpu()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -357,10 +345,22 @@ def encode(clip: CLIP, tokenizer: Tokenizer, prompts: list) -> dict:
 
 
 @torch.inference_mode()
-def embed_prompts(clip: CLIP, tokenizer: Tokenizer, prompts: list) -> torch.Tensor:
-    """CLIP's own embeddings of prompts, unit vectors (B, E) on the CPU."""
-    ids = tokenize(tokenizer, prompts, clip.config.context)
-    return clip.embed_captions(ids.to(clip.logit_scale.device)).cpu()
+def encode_for_prior(clip: CLIP, tokenizer: Tokenizer, prompts: list) -> torch.Tensor:
+    """What P reads of prompts: their tokens, then their CLIP embedding, (B, L + 1, D)."""
+    ids = tokenize(tokenizer, prompts, clip.config.context).to(clip.logit_scale.device)  # (B, L)
+    embedding = math.sqrt(clip.config.projection_dim) * clip.embed_captions(ids)  # (B, D)
+    return torch.cat([clip.text_model(ids)[0], embedding[:, None]], dim=1)
+
+
+@torch.inference_mode()
+def embed_images(clip: CLIP, images) -> torch.Tensor:
+    """uint8 images (N, 3, H, W) -> CLIP embeddings of norm sqrt(E), so of unit variance, (N, E)."""
+    side, device = clip.config.image_size, clip.logit_scale.device
+    parts = []
+    for part in images.split(256):
+        pixels = F.interpolate(part.to(device) / 127.5 - 1, (side, side), mode="area")
+        parts.append(clip.embed_images(pixels).cpu())
+    return math.sqrt(clip.config.projection_dim) * torch.cat(parts)
 
 
 def encode_clip(prompts: list, weights=WEIGHTS, device="cpu") -> dict:
@@ -379,32 +379,21 @@ def with_prior(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0) -> dict
     if saved["made_by"]["image_encoder"] != facts["image_id"]:
         raise UserError(f"{path} stands on another CLIP; train it anew with `python train.py prior`")
     prior = load_state(Prior(PriorConfig(**saved["config"])), saved["model"], path).to(device).eval()
-    text_emb = {key: tokens.to(device) for key, tokens in clip["text"].items()}
-    text_emb["text_embedding"] = embed_prompts(model, tokenizer, clip["prompts"]).to(device)
-    e = sample_prior(prior, Diffusion(target="sample"), text_emb, seed=seed)  # (B, E)
+    context = encode_for_prior(model, tokenizer, [*clip["prompts"], ""])  # (B + 1, L + 1, D)
+    e = sample_prior(prior, Diffusion(target="sample"), context[:-1], context[-1:], seed=seed)
     return clip | {"text": clip["text"] | {"image_embedding": e}, "image_encoder": facts["image_id"]}
 
 
-@torch.inference_mode()
-def embed_images(clip: CLIP, images) -> torch.Tensor:
-    """uint8 images (N, 3, H, W) -> their CLIP embeddings (N, E) in unit variance, norm sqrt(E)."""
-    side, device = clip.config.image_size, clip.logit_scale.device
-    parts = []
-    for part in images.split(256):
-        pixels = F.interpolate(part.to(device) / 127.5 - 1, (side, side), mode="area")
-        parts.append(clip.embed_images(pixels).cpu())
-    return math.sqrt(parts[0].shape[1]) * torch.cat(parts)
-
-
 def clip_of_image(path, weights=WEIGHTS, device="cpu") -> dict:
-    """A clip of text without a prompt, with the embedding of a picture; of a video, the mean of its
-    frames'. What make-a-video.pt draws from it is "about" the picture (Make-A-Video, Fig. 4)."""
+    """A clip of text without a prompt, with the embedding of a picture, or the mean of a video's
+    frames. make-a-video.pt makes a video "about" a picture, or a variation of a video
+    (Make-A-Video, Fig. 4)."""
     model, _, facts = load(find_checkpoint(weights, "text"), device)
     frames, _ = vae.read_video(path)  # (T, 3, H, W)
-    mean = F.normalize(embed_images(model, frames).mean(0, keepdim=True), dim=-1)  # (1, E)
+    mean = embed_images(model, frames).mean(0, keepdim=True)  # (1, E)
+    mean = F.normalize(mean, dim=-1) * math.sqrt(mean.shape[1])
     clip = encode_clip([""], weights, device)
-    return clip | {"text": clip["text"] | {"image_embedding": mean * math.sqrt(mean.shape[1])},
-                   "image_encoder": facts["image_id"]}
+    return clip | {"text": clip["text"] | {"image_embedding": mean}, "image_encoder": facts["image_id"]}
 
 
 def with_text(clip: dict, weights=WEIGHTS, device="cpu") -> dict:

@@ -658,6 +658,12 @@ def prepare_vae(args) -> Setup:
     return Setup(model, batch_of, vae.loss, preview, asdict(c), finish=finish)
 
 
+def above_tiles(images, cosines) -> torch.Tensor:
+    """Images (N, 3, S, S) in a row, above a matrix (N, N) as tiles: black is 0, white is 1."""
+    tiles = (cosines.clamp(0, 1) * 255).byte().repeat_interleave(SIDE, 1).repeat_interleave(16, 0)
+    return torch.cat([vae.contact_sheet(images[None]), tiles.expand(3, -1, -1)], dim=1)
+
+
 def prepare_clip(args) -> Setup:
     data = stills(args, "beginnings" if args.freeze == "text" else "stills")
     captions = training_captions() if args.data == "world" else sorted(set(data["captions"]))
@@ -682,9 +688,7 @@ def prepare_clip(args) -> Setup:
     def preview(model):  # images over the cosines of each with each caption
         shown = data["pixels"][:16, 0]
         logits = model.similarity(vae.to_float(shown).to(args.device), ids[:16].to(args.device))
-        cosines = (logits / model.logit_scale.exp()).T.clamp(0, 1).cpu()
-        tiles = (cosines * 255).byte().repeat_interleave(SIDE, 1).repeat_interleave(16, 0)
-        return torch.cat([vae.contact_sheet(shown[None]), tiles.expand(3, -1, -1)], dim=1)
+        return above_tiles(shown, (logits / model.logit_scale.exp()).T.cpu())
 
     config = {"clip": asdict(model.config), "tokenizer": {"vocab": vocab, "merges": merges},
               "words": words}
@@ -694,33 +698,25 @@ def prepare_clip(args) -> Setup:
 def prepare_prior(args) -> Setup:
     """P learns from captioned stills which image embedding a caption has. It never sees a video."""
     clip, tokenizer, known = text.load(find_checkpoint(args.weights, "text"), args.device)
-    data, facts = stills(args, "beginnings"), {"text": known["id"], "image_encoder": known["image_id"]}
+    data, facts = stills(args, "beginnings"), {"image_encoder": known["image_id"]}
     data = add_tokens(args, data, facts)
-    e = text.embed_images(clip, data["pixels"][:, 0])  # (N, E)
-    distinct = sorted(set(data["captions"])) + [""]
-    text_embedding = text.embed_prompts(clip, tokenizer, distinct)  # (K + 1, E)
-    L, D = data["tokens"].shape[1:]
-    config = text.PriorConfig(L, D, e.shape[1])
+    data["latents"] = text.embed_images(clip, data["pixels"][:, 0])  # (N, D)
+    data["tokens"], data["null_tokens"] = (
+        text.encode_for_prior(clip, tokenizer, prompts).cpu()  # (K, L + 1, D)
+        for prompts in (sorted(set(data["captions"])), [""]))
+    config = text.PriorConfig(*data["tokens"].shape[1:])
     model, diffusion = text.Prior(config), base.Diffusion(target="sample")
 
     def batch_of(step, samples):
-        rngs, picks = draw(args, step, samples, len(e))
-        tokens, captions = drop_prompt(rngs, data, picks)
-        rows = [int(data["rows"][i]) if words else -1 for words, i in zip(captions, picks)]
-        return {"image_embedding": e[picks], "noise": normal(rngs, e.shape[1:]), "tokens": tokens,
-                "text_embedding": text_embedding[rows], "t": shifted_timesteps(rngs, 1.),
-                "pixels": vae.to_float(data["pixels"][picks, 0]), "captions": captions}
+        pixels = vae.to_float(data["pixels"][draw(args, step, samples, len(data["pixels"]))[1], 0])
+        timesteps = partial(shifted_timesteps, shift=1.)
+        return diffusion_batch(args, data, step, samples, timesteps) | {"pixels": pixels}
 
-    def preview(model):  # cosines of what P makes of captions with the embeddings of their images
-        picks = torch.arange(16)
-        captions = [data["captions"][i] for i in picks]
-        text_emb = text.encode(clip, tokenizer, captions)
-        text_emb["text_embedding"] = text.embed_prompts(clip, tokenizer, captions)
-        made = text.sample_prior(model, diffusion, text_emb)
-        cosines = F.cosine_similarity(made[:, None], e[picks][None], dim=-1)  # (16, 16)
-        tiles = (cosines.clamp(0, 1) * 255).byte().repeat_interleave(SIDE, 1).repeat_interleave(16, 0)
-        shown = vae.contact_sheet(data["pixels"][picks, 0][None])
-        return torch.cat([shown, tiles.expand(3, -1, -1)], dim=1)
+    def preview(model):  # images over the cosines of each with what P makes of each caption
+        context, shown = data["tokens"][data["rows"][:16]].to(args.device), data["pixels"][:16, 0]
+        made = text.sample_prior(model, diffusion, context, context[:1])  # (16, D)
+        cosines = F.cosine_similarity(made[:, None], data["latents"][None, :16], dim=-1)  # (16, 16)
+        return above_tiles(shown, cosines)
     return Setup(model, batch_of, lambda model, batch: text.prior_loss(model, diffusion, batch),
                  preview, asdict(config), facts)
 
