@@ -1651,18 +1651,6 @@ def test_from_prompt_or_picture_by_way_of_an_embedding(trained, tmp_path, monkey
     assert clip["data"].shape[:2] == (1, 2) and clip["text"]["image_embedding"].shape == (1, 128)
 
 
-def test_no_gate_of_the_shipped_video_network_has_closed():
-    unet, _, made_by = base.load(find_d_t(WEIGHTS))
-    e = text.with_prior(text.encode_clip(["a red star moving left"]))["text"]["image_embedding"]
-    share = []
-    for block in unet.up_blocks:
-        for gate in block.gates:
-            gate.psi.register_forward_hook(lambda _, x, out: share.append(out.sigmoid().max()))
-    for t in (900, 500, 100):
-        unet(randn(1, 16, 4, 8, 8), torch.tensor([t]), e[:, None], torch.tensor([4.]))
-    assert min(share) > .05
-
-
 def test_a_batch_that_does_not_split_is_refused_before_all(monkeypatch):
     monkeypatch.setattr(train, "train", pytest.fail)
     with pytest.raises(base.UserError, match="vae: a batch of 12 does not split into 5"):

@@ -1053,11 +1053,11 @@ def train(name: str, args, steps: int | None = None):
         if start == 0:
             (folder / "log.csv").write_text("step,minutes,loss,t<1/4,t<1/2,t<3/4,t<1\n")
         first = setup.batch_of(0, range(min(8, recipe.batch)))  # errors of range or order show here
-        if "latents" in first:
-            shown = sheet(args, first["latents"])
-        else:
+        if "pixels" in first:
             x = vae.to_uint8(first["pixels"])
             shown = vae.contact_sheet(x.view(len(x), -1, *x.shape[-3:]))  # of (8, T, 3, H, W)
+        else:
+            shown = sheet(args, first["latents"])
         vae.write_image(folder / "first_batch.png", shown)
         (folder / "first_batch.txt").write_text("\n".join(first["captions"]) + "\n", encoding="utf-8")
     mine = np.array_split(range(RANK, recipe.batch, RANKS), args.accumulate)  # equal parts
