@@ -865,7 +865,8 @@ def load_clip(path, kind: str) -> dict:
                 len(text["tokens"]) == len(prompts)):
             problem = "needs text tokens (B, L, D) and null_tokens (1, L, D)"
         else:  # only lists of strings can be joined
-            "".join(prompts + clip["history"] + [clip["encoder"] or "", clip["vae"] or ""])
+            ids = [clip[key] or "" for key in ("encoder", "vae", "image_encoder")]
+            "".join(prompts + clip["history"] + ids)
     except Exception as error:  # whatever a foreign file provokes
         problem = f"is damaged: {error!r}"
     if problem:
