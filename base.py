@@ -563,6 +563,15 @@ class Diffusion:
         mean = r * (alpha_s / alpha_t) * z + (1 - r) * alpha_s * x
         return mean + (lower ** (1 - gamma) * upper ** gamma).sqrt() * noise
 
+    def stochastic_step(self, z, x, t, s, r, noise):
+        """z_s = (alpha_s / alpha_r) z_r + sqrt(sigma_s^2 - (alpha_s sigma_r / alpha_r)^2) eps
+
+        Imagen Video 2.7, for students: DDIM two strides down, to r; noise takes z one back, to s."""
+        (alpha_s, sigma_s), (alpha_r, sigma_r) = self.alpha_sigma(s, z), self.alpha_sigma(r, z)
+        slope = alpha_s / alpha_r
+        z_r = self.ddim_step(z, x, t, r)
+        return slope * z_r + (sigma_s ** 2 - (slope * sigma_r) ** 2).sqrt() * noise
+
     def dpmpp_step(self, z, x, t, s, x_last, t_last):
         """z_s = (sigma_s / sigma_t) z_t - alpha_s (e^-h - 1) D     DPM-Solver++ (2211.01095), Alg. 2
 
@@ -587,12 +596,24 @@ class Diffusion:
         alpha_s, sigma_s = self.alpha_sigma(path[:, -1], z)
         return (z_s - sigma_s / sigma_t * z) / (alpha_s - sigma_s / sigma_t * alpha_t)
 
+    def distillation_loss(self, student, teacher, x, noise, path, taught=None):
+        """Squared error of a student's x per video, (B,): its one step is to lead where K of its
+        teacher's do. Both are predict(z, t); path (B, K + 1), timesteps from t down. Where `taught`
+        (B,) is false, the truth teaches.                        2202.00512; Imagen Video 2.7"""
+        t = path[:, 0]
+        z = self.add_noise(x, noise, t)  # (B, T, C, H, W)
+        with torch.no_grad():
+            target = self.distillation_target(teacher, z, path)
+        if taught is not None:
+            target = torch.where(taught.view(-1, *[1] * (x.ndim - 1)), target, x)
+        return (self.to_x(student(z, t), z, t) - target).pow(2).flatten(1).mean(1)
+
     @torch.no_grad()
     def sample(self, predict, z, steps: int = 16, sampler: str = "dpmpp", shift: float = 1.,
                gamma: float = 0., step_noise=None, threshold: bool = False, label: str = ""):
         """From noise z (B, ...) to clean data in at most `steps` calls of predict(z, t). shift: see
-        shift_noise. Only the sampler "ancestral" uses gamma and step_noise(i), the noise of step
-        i = 1, 2, ..., like z. threshold: for pixels under guidance. label: of a progress bar."""
+        shift_noise. gamma: of the sampler "ancestral"; it and "stochastic" use step_noise(i), the noise
+        of step i = 1, 2, ..., like z. threshold: for pixels under guidance. label: of a progress bar."""
         steps, x_last, t_last = list(pairwise(sampling_timesteps(steps, shift) + [-1])), None, None
         for i, step in enumerate(tqdm(steps, desc=label, disable=not label, leave=False), start=1):
             t, s = (torch.full((len(z),), n, device=z.device) for n in step)
@@ -604,8 +625,20 @@ class Diffusion:
                 z, x_last, t_last = self.dpmpp_step(z, x, t, s, x_last, t_last), x, t
             elif sampler == "ancestral":
                 z = self.ancestral_step(z, x, t, s, gamma, step_noise(i).to(z))
+            elif sampler == "stochastic":
+                r = torch.full_like(t, steps[i][1])  # where the next step leads
+                z = self.stochastic_step(z, x, t, s, r, step_noise(i).to(z))
             else:
                 z = self.ddim_step(z, x, t, s)
+
+
+def teacher_paths(teacher: int, student: int, shift: float) -> torch.Tensor:
+    """The teacher's timesteps, a row for each step of the student: (student, K + 1); -1 is clean."""
+    timesteps = torch.tensor(sampling_timesteps(teacher, shift) + [-1])
+    once = teacher == student == 1  # a one-step student teaches its texture to another network
+    if not once and (teacher % student or teacher <= student or len(timesteps) != teacher + 1):
+        raise UserError(f"{student} steps cannot each stand for several of {teacher}")
+    return timesteps.unfold(0, teacher // student + 1, teacher // student)
 
 
 def dynamic_threshold(x):
@@ -686,6 +719,17 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
     return diffusion.loss(predict, x, batch["noise"], t, diffusion.loss_weight(t, x))
 
 
+def distillation_loss(unet: UNet, diffusion: Diffusion, batch: dict, teacher: UNet,
+                      guidance: float = 2.) -> torch.Tensor:
+    """(B,). batch: as for `loss`, null_context, and path (B, K + 1), the same for all. The student is told
+    nothing of the guidance that it takes up. Differs: Imagen Video distils guidance first, then halves
+    the steps again and again; here both are done at once."""
+    text = batch["context"], batch["null_context"], batch["fps"]
+    student = classifier_free_guidance(unet, *text, 1.)
+    guided = classifier_free_guidance(teacher, *text, interval_guidance(diffusion, guidance))
+    return diffusion.distillation_loss(student, guided, batch["latents"], batch["noise"], batch["path"])
+
+
 def mean_clip_loss(mean_clip: MeanClip, batch: dict) -> torch.Tensor:
     """Squared error per video, (B,): least where the prediction is the mean. batch as in `loss`."""
     x = batch["latents"]
@@ -704,11 +748,13 @@ def initial_noise(shape: tuple, seed: int, stage: str, index: int = 0) -> torch.
 
 
 STEPS = 24  # 48 are no better: see the model card
+STUDENT = {"guidance": 1., "sampler": "stochastic", "shift": 2.}  # how distilled weights are sampled
 
 
 def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int = 16, fps: float = 4.,
              side: int = 8, guidance=2., steps: int = STEPS, sampler: str | None = None,
-             gamma: float = 0., shared_noise: bool = False, seed: int = 0, label: str = ""):
+             shift: float | None = None, gamma: float = 0., shared_noise: bool = False, seed: int = 0,
+             label: str = ""):
     """Latents of one video per prompt, (B, T, 4, side, side). text: tokens (B, L, D), null_tokens
     (1, L, D). guidance: a scale, for clips in GUIDANCE_INTERVAL, or a function of t. Clips take the
     ancestral sampler: fresh noise lets later steps correct early errors of motion; images have none.
@@ -725,7 +771,7 @@ def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int = 16, fps
     def step_noise(i):
         return initial_noise(shape, seed, "base", i).expand(-1, frames, -1, -1, -1)
     z = step_noise(0).to(device)  # (B, T, 4, side, side)
-    return diffusion.sample(predict, z, steps, sampler, shift=math.sqrt(noises), gamma=gamma,
+    return diffusion.sample(predict, z, steps, sampler, shift or math.sqrt(noises), gamma=gamma,
                             step_noise=step_noise, label=label).cpu()
 
 
@@ -990,9 +1036,9 @@ def check_ids(clip: dict, made_by: dict, width: int | None = None):
 
 
 def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
-                  fps: float = 4., guidance=2., steps: int = STEPS, sampler=None) -> dict:
-    """A clip of text -> a clip of latents, by the weights in a folder. An image embedding in it goes
-    to make-a-video.pt; no later stage then hears the prompt."""
+                  fps: float = 4., **how) -> dict:
+    """A clip of text -> a clip of latents, by the weights in a folder. `how` goes to `generate`. An image
+    embedding in the clip goes to make-a-video.pt; no later stage then hears the prompt."""
     if not 1e-3 <= fps <= 1e5:
         raise UserError(f"{fps} frames per second: .001 to 100000 are possible")
     text, embedding = clip["text"], clip["text"].get("image_embedding")
@@ -1006,8 +1052,9 @@ def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, fram
     if embedding is not None:
         told = {"tokens": embedding[:, None], "null_tokens": torch.zeros_like(embedding[:1, None])}
         text = text | {"tokens": text["null_tokens"].expand_as(text["tokens"])}
-    z = generate(unet, diffusion, told, frames, fps, made_by["side"], guidance, steps, sampler,
-                 seed=seed, label=name)
+    if "distill" in made_by:
+        how = STUDENT | {"steps": made_by["distill"][1]} | how
+    z = generate(unet, diffusion, told, frames, fps, made_by["side"], seed=seed, label=name, **how)
     return clip | {"kind": "latents", "data": z, "text": text, "fps": float(fps), "seed": seed,
                    "vae": made_by["vae"]}
 
@@ -1020,14 +1067,15 @@ def main(argv=None):
                         "1.x folder [weights/]")
     parser.add_argument("--frames", type=positive, default=16, help="1 makes a picture [16]")
     parser.add_argument("--fps", type=float, default=4., help="trained on 4 to 30 [4]")
-    parser.add_argument("--steps", type=positive, default=STEPS, help="[%(default)s]")
-    parser.add_argument("--guidance", type=float, default=2., help="scale; 1 is none [2]")
-    parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral"),
-                        help="[ancestral, or dpmpp for a picture]")
+    parser.add_argument("--steps", type=positive, help=f"[{STEPS}; a student's own]")
+    parser.add_argument("--guidance", type=float, help="scale; 1 is none [2; students: 1]")
+    parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral", "stochastic"),
+                        help="[ancestral, or dpmpp for a picture; students: stochastic]")
     args = parser.parse_args(argv)
     check_output(args.out, ".pt")
+    asked = {key: vars(args)[key] for key in ("steps", "guidance", "sampler")}
     clip = generate_clip(load_clip(args.text, "text"), args.weights, args.device, args.seed,
-                         args.frames, args.fps, args.guidance, args.steps, args.sampler)
+                         args.frames, args.fps, **{k: v for k, v in asked.items() if v is not None})
     save_clip(args.out, clip, "base.py", argv)
 
 

@@ -24,20 +24,20 @@ from superres import STAGES, upscale_clip
 # dict of base.new_clip.
 
 def make_a_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
-                 guidance: float = 2., image=None, prior: bool = False):
+                 guidance: float | None = None, image=None, prior: bool = False):
     """SR_h o SR_l^t o F o D^t o P (text)                                   Make-A-Video, Eq. 1
 
     Differs: all stages of the paper are in pixels. Without `prior`, D^t reads the prompt itself and
     was trained on captioned clips."""
-    where = weights, device, seed
+    where, how = (weights, device, seed), {} if guidance is None else {"guidance": guidance}
     clip = text.encode_clip(prompts, weights, device)
     if prior:
         clip = text.with_prior(clip, *where)
     yield "text", clip  # tokens (B, L, D), and from P an image embedding (B, E)
     if image:
-        clip = animate_clip(clip, image, *where, guidance)
+        clip = animate_clip(clip, image, *where, **how)
     else:
-        clip = base.generate_clip(clip, *where, frames, guidance=guidance)
+        clip = base.generate_clip(clip, *where, frames, **how)
     yield "base", clip  # (B, 16, 4, 8, 8)
     if frames > 1:
         clip = fill_clip(clip, *where, skip=5)
@@ -51,7 +51,7 @@ def make_a_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, fr
 
 
 def imagen_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
-                 guidance: float = 2., image=None, prior: bool = False):
+                 guidance: float | None = None, image=None, prior: bool = False):
     """TSR doubles the frames, SSR enlarges them.                            Imagen Video, Fig. 6
 
     Differs: the base is in latents, and SSR is x 2, x 2, x 3, not x 2, x 4, x 4."""
@@ -96,7 +96,7 @@ def main(argv=None):
     parser.add_argument("-o", "--out", default="out", help="a folder, or .mp4, .gif, .png [out/]")
     parser.add_argument("--samples", type=base.positive, default=1, help="videos per prompt [1]")
     parser.add_argument("--frames", type=base.positive, default=16, help="1 makes a picture [16]")
-    parser.add_argument("--guidance", type=float, default=2., help="of base; 1 is none [2]")
+    parser.add_argument("--guidance", type=float, help="of base; 1 is none [2; students: 1]")
     parser.add_argument("--cascade", choices=CASCADES, default="make-a-video", help="[%(default)s]")
     parser.add_argument("--until", metavar="STAGE", help="stop after base, interpolate, low; tsr-32, "
                         "ssr-128, ssr-256, tsr-64, tsr-128 [the last stage]")

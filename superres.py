@@ -136,15 +136,6 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: StageConfig) -> t
     return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"])
 
 
-def teacher_paths(stage: StageConfig, teacher: int, student: int) -> torch.Tensor:
-    """The teacher's timesteps, a row for each step of the student: (student, K + 1); -1 is clean."""
-    timesteps = torch.tensor(base.sampling_timesteps(teacher, stage.shift) + [-1])
-    once = teacher == student == 1  # a one-step student teaches its texture to another network
-    if not once and (teacher % student or teacher <= student or len(timesteps) != teacher + 1):
-        raise UserError(f"{student} steps cannot each stand for several of {teacher}")
-    return timesteps.unfold(0, teacher // student + 1, teacher // student)
-
-
 def has_texture(pixels) -> torch.Tensor:
     """Which clips (B, T, 3, H, W) in -1...1 have texture, (B,): in a tenth of them neighbours differ."""
     step = (pixels[..., 1:] - pixels[..., :-1]).abs().amax(2)  # (B, T, H, W - 1)
@@ -153,8 +144,7 @@ def has_texture(pixels) -> torch.Tensor:
 
 def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: dict,
                       stage: StageConfig) -> torch.Tensor:
-    """Loss per clip, (B,), of a student whose one step leads where K of its teacher's do. batch: as
-    for `loss`, and path (B, K + 1), timesteps from t down. 2202.00512; Imagen Video 2.7
+    """Loss per clip, (B,). batch: as for `loss`, and path (B, K + 1), timesteps from t down.
 
     One step predicts a mean, which has little texture; the student learns what many steps draw.
     Where there is no texture to invent, the truth teaches better than the teacher.
@@ -162,14 +152,9 @@ def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: di
     is free, from at most 16 steps to one, by DDIM."""
     large = enlarge(batch["small"], stage.scale, batch["level"])
     condition = large, batch["level"], batch["fps"], batch.get("context")
-    z = diffusion.add_noise(batch["pixels"], batch["noise"], batch["t"])  # (B, T, 3, H, W)
-    with torch.no_grad():
-        predict = clean_predictor(teacher, *condition)
-        x = diffusion.distillation_target(predict, z, batch["path"])  # (B, T, 3, H, W)
-    textured = has_texture(batch["pixels"]).view(-1, 1, 1, 1, 1)
-    x = torch.where(textured, x, batch["pixels"])
-    student = clean_predictor(unet, *condition)
-    return (student(z, batch["t"]) - x).pow(2).flatten(1).mean(1)
+    student, teacher = (clean_predictor(model, *condition) for model in (unet, teacher))
+    return diffusion.distillation_loss(student, teacher, batch["pixels"], batch["noise"],
+                                       batch["path"], has_texture(batch["pixels"]))
 
 
 # ------------------------------------------------------------------------------------------------

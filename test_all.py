@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 SMALL = UNetConfig(channels=(16, 32), heads=2, context_dim=8, groups=4)
 NETWORKS = superres.STAGES | interpolate.TSR
-SAMPLERS, V, X = ("ddim", "dpmpp", "ancestral"), Diffusion(), Diffusion(target="sample")
+SAMPLERS, V, X = ("ddim", "dpmpp", "ancestral", "stochastic"), Diffusion(), Diffusion(target="sample")
 cases = pytest.mark.parametrize
 
 
@@ -257,7 +257,7 @@ def test_with_a_perfect_oracle_every_step_is_on_the_path(sampler, target):
     def oracle(z, t):
         visited.append(int(t[0]))
         alpha, sigma = diffusion.alpha_sigma(t, z)
-        if sampler != "ancestral":  # replaces noise
+        if sampler in ("ddim", "dpmpp"):  # the others replace noise
             close(z, alpha * x + sigma * noise)
         return diffusion.target_of(x, (z - alpha * x) / sigma, t)
     z = diffusion.add_noise(x, noise, torch.full((3,), 999))
@@ -278,7 +278,8 @@ def mixture(z, t):
 
 
 @cases("sampler, gamma, steps, shift", [
-    ("ddim", 0, 100, 4), ("dpmpp", 0, 60, .25), ("ancestral", 0, 200, 1), ("ancestral", .3, 99, 4)])
+    ("ddim", 0, 100, 4), ("dpmpp", 0, 60, .25), ("ancestral", 0, 200, 1), ("ancestral", .3, 99, 4),
+    ("stochastic", 0, 200, 1)])
 def test_the_exact_score_of_a_mixture_gives_its_moments(sampler, gamma, steps, shift):
     x = X.sample(mixture, randn(1, 20000, 1).double(), steps, sampler, shift, gamma,
                  lambda i: randn(1, 20000, 1, seed=i))
@@ -300,10 +301,25 @@ def test_an_ancestral_step_is_gaussian_conditioning():
         close((V.ancestral_step(z, x, t, s, gamma, zero + 1) - mean) ** 2, variance)
 
 
+@cases("r", [200, -1])
+def test_a_stochastic_step_keeps_the_marginal(r):
+    """If z_t = alpha_t x + sigma_t eps, then z_s = alpha_s x + sigma_s eps', given the true x."""
+    x, one, t, s, r = torch.tensor([[.4]]), torch.ones(1, 1), *torch.tensor([[700], [450], [r]])
+    (alpha_s, sigma_s), (alpha_r, sigma_r) = (V.alpha_sigma(n, x) for n in (s, r))
+
+    def step(eps, noise):
+        return V.stochastic_step(V.add_noise(x, eps * one, t), x, t, s, r, noise * one)
+    mean = step(0, 0)
+    old, new = step(1, 0) - mean, step(0, 1) - mean  # the shares of noise, which are independent
+    close(mean, alpha_s * x)
+    close(old, alpha_s / alpha_r * sigma_r)  # what z_r had
+    close(old ** 2 + new ** 2, sigma_s ** 2)
+
+
 @cases("teacher, student", [(8, 4), (16, 1)])
 def test_a_distilled_student_walks_as_its_teacher_does(teacher, student):
     stage, z = superres.STAGES["high"], randn(3, 50, 1).double()
-    paths = superres.teacher_paths(stage, teacher, student)
+    paths = base.teacher_paths(teacher, student, stage.shift)
 
     def distilled(z, t):
         return X.distillation_target(mixture, z, paths[paths[:, 0] == t[0]].expand(len(z), -1))
@@ -312,7 +328,7 @@ def test_a_distilled_student_walks_as_its_teacher_does(teacher, student):
     close(fast, slow)
     assert differ(fast, coarse)
     with pytest.raises(UserError):
-        superres.teacher_paths(stage, teacher, 3)
+        base.teacher_paths(teacher, 3, stage.shift)
 
 
 @cases("shift", [1 / 4, 1., 4.])
@@ -360,6 +376,22 @@ def test_guidance_interval_is_the_same_noise_on_both_schedules(schedule):
     assert diffusion.log_snr(first) == pytest.approx(0, abs=.01)
     assert diffusion.log_snr(first + count - 1) == pytest.approx(-2.78, abs=.01)
     assert base.interval_guidance(diffusion, .5)(0) == .5
+
+
+def test_a_student_of_base_takes_up_guidance():
+    teacher, null = randomize(UNet(SMALL)), randn(1, 6, 8, seed=1)
+    unet = copy.deepcopy(teacher)
+
+    def losses(*path):
+        steps = {"null_context": null, "path": torch.tensor(path).expand(2, -1)}
+        return base.distillation_loss(unet, V, base_batch() | steps, teacher, 3.)
+    assert losses(999, 900).max() < 1e-6 < losses(999, 900, 870).min()  # one step is its own
+    batch, path = base_batch(), torch.tensor([[700, -1], [700, -1]])
+    z, t = V.add_noise(batch["latents"], batch["noise"], path[:, 0]), path[:, 0]
+    guided, plain = (base.classifier_free_guidance(
+        unet, batch["context"], null, batch["fps"], scale)(z, t) for scale in (3., 1.))
+    error = V.to_x(guided, z, t) - V.to_x(plain, z, t)
+    close(losses(700, -1), error.pow(2).mean((1, 2, 3, 4)))
 
 
 def test_a_clip_is_guided_at_middling_noise_and_hears_prompt_and_fps():
@@ -903,7 +935,7 @@ def test_a_student_starts_where_its_teacher_is():
         steps = {"t": path[:, 0], "path": path}
         return superres.distillation_loss(unet, teacher, X, batch | steps, stage)
     assert loss(torch.tensor([[999, 300], [120, -1]])).max() < 1e-6
-    error = loss(superres.teacher_paths(stage, 16, 4)[[0, 2]])
+    error = loss(base.teacher_paths(16, 4, stage.shift)[[0, 2]])
     error.sum().backward()
     assert error.min() > 1e-6 and unet.conv_out.weight.grad.any()
     assert teacher.conv_out.weight.grad is None
@@ -1558,6 +1590,11 @@ def test_weights_are_trained_further_frozen_or_distilled(trained, tmp_path, monk
     assert all(torch.equal(old[n], same[n]) for n in old)
     assert changed and all(n.startswith(("decoder.", "post_quant_conv.")) for n in changed)
     assert vae.load(tmp_path / "vae.pt")[1] == vae.load(trained / "vae.pt")[1]
+    further("base", "--distill 4 2")
+    clip, calls = text.encode_clip(["a red star"], tmp_path), []
+    monkeypatch.setattr(Diffusion, "stochastic_step", lambda self, z, *step: calls.append(step) or z)
+    made = [base.generate_clip(clip, tmp_path, **how)["data"] for how in ({}, {"guidance": 1.})]
+    assert len(calls) == 2 and torch.equal(*made)
     further("superres-high", "--distill 4 1")
     assert superres.load(superres.STAGES["high"], tmp_path)[2].steps == 1
 
@@ -1974,14 +2011,14 @@ def decode(latents):
     return vae.decode_video(vae.load(device=ARGS.device)[0], latents)
 
 
-def make(factors: list, fps: float = 4., skip: int = 1, steps: int = base.STEPS,
-         embed=lambda clip, factors, i: clip):
-    """Videos of the prompts at skip * fps, uint8 (N, 15*skip + 1, 3, 64, 64). embed may add image
-    embeddings to a clip of text: those of P, or of the truth."""
+def make(factors: list, fps: float = 4., skip: int = 1, embed=lambda clip, factors, i: clip, **how):
+    """Videos of the prompts at skip * fps, uint8 (N, 15*skip + 1, 3, 64, 64), sampled as their weights
+    want it or as `how` says. embed may add image embeddings to a clip of text: those of P, or of the
+    truth."""
     videos, few = [], 8 if ARGS.device == "cpu" else 64
     for i in tqdm(range(0, len(factors), few), "videos", leave=False):
         clip = embed(clip_of(factors[i:i + few]), factors[i:i + few], i)
-        clip = base.generate_clip(clip, *where(i), fps=fps, steps=steps)
+        clip = base.generate_clip(clip, *where(i), fps=fps, **how)
         clip = interpolate.fill_clip(clip, *where(i), skip) if skip > 1 else clip
         videos.append(decode(clip["data"]))
     return torch.cat(videos)
@@ -2168,7 +2205,7 @@ def evaluate_rate():
 
 def evaluate_steps():
     row, factors = table("Steps of base, on black", *FIDELITY, "outlines, dB"), prompts_of(4, [""])
-    for steps in (48, 24, 16, 12, 8, 6, 4):
+    for steps in (48, 24, 16, 12, 8, 6, 4, 2):
         videos = make(factors, steps=steps)
         row(f"{steps} steps", *fidelity(factors, videos),
             np.mean([outline_psnr(*pair).mean() for pair in zip(videos, factors)]))

@@ -784,6 +784,17 @@ def prepare_mean_clip(args) -> Setup:
                  preview, config, facts)
 
 
+def load_teacher(args, name: str, shift: float) -> tuple:
+    """--distill's teacher, its paths (STUDENT, K + 1), and whether it is a student itself."""
+    if not args.distill:
+        return None, None, False
+    teacher, _, made_by = base.load(args.teacher or args.init, args.device, (name,))
+    steps = made_by.get("distill", args.distill[:1])[-1]
+    if steps != args.distill[0]:
+        raise UserError(f"the teacher takes {steps} steps, not {args.distill[0]}")
+    return teacher, base.teacher_paths(*args.distill, shift), "distill" in made_by
+
+
 def prepare_base(args) -> Setup:
     """Make-A-Video, 3.2 and 3.4: the image model, inflated, learns from video. Every fourth step is of
     stills, four for each clip. Differs: Make-A-Video's clips have no captions; Imagen Video packs its
@@ -801,9 +812,17 @@ def prepare_base(args) -> Setup:
         weights = base.load_checkpoint(mean_clip, "mean-clip")
         check_parent(weights["made_by"], facts, mean_clip)
         base.load_state(model.mean_clip, weights["model"], mean_clip)
-    joint = latents(args, "stills", 8 * made_by["side"])[0] if args.freeze == "none" else None
+    teacher, paths, unguided = load_teacher(args, "base", base.STUDENT["shift"])
+    use_stills = args.freeze == "none" and not teacher
+    joint = latents(args, "stills", 8 * made_by["side"])[0] if use_stills else None
+    taught = partial(base.distillation_loss, teacher=teacher, guidance=1. if unguided else 2.)
+    loss_of = taught if teacher else base.loss
 
     def batch_of(step, samples):
+        if teacher:  # all on one path, as guidance depends on t
+            path = paths[step % len(paths)].expand(len(samples), -1)  # (N, K + 1)
+            batch = diffusion_batch(args, data, step, samples, lambda rngs: path[:, 0])
+            return batch | {"path": path, "null_context": data["null_tokens"]}
         if joint and step % 4 == 3:
             return diffusion_batch(args, joint, step, [4 * i + k for i in samples for k in range(4)])
         return diffusion_batch(args, data, step, samples, shifted_timesteps)
@@ -811,9 +830,10 @@ def prepare_base(args) -> Setup:
     def preview(model):
         text_emb = prompts_of(args, data, 6)
         fps = data["fps"].min().item()
+        how = base.STUDENT | {"steps": args.distill[1]} if teacher else {"steps": 16}
         return sheet(args, base.generate(model, diffusion, text_emb, fps=fps, side=facts["side"],
-                                         steps=16))
-    return Setup(model, batch_of, lambda model, batch: base.loss(model, diffusion, batch), preview,
+                                         **how))
+    return Setup(model, batch_of, lambda model, batch: loss_of(model, diffusion, batch), preview,
                  unet_config(model, diffusion), facts)
 
 
@@ -849,14 +869,9 @@ def prepare_pixels(args, name: str) -> Setup:
     whole frames, the last one crops. Here all see windows of short clips."""
     stage, doubles, diffusion = NETWORKS[name], name in interpolate.TSR, base.Diffusion(target="sample")
     hears = "text" in stage.unet.embeddings
-    teacher, paths, taught = None, None, {}
-    if args.distill:
-        teacher, _, _, made_by = superres.load(stage, args.teacher or args.init, args.device)
-        taught = made_by.get("distill", [0, args.distill[0]])
-        if taught[1] != args.distill[0]:
-            raise UserError(f"the teacher takes {taught[1]} steps, not {args.distill[0]}")
-        paths = superres.teacher_paths(stage, *args.distill)  # (steps, K + 1)
-        stage, taught = replace(stage, steps=args.distill[1]), {"distill": args.distill}
+    teacher, paths, _ = load_teacher(args, stage.checkpoint, stage.shift)
+    if teacher:
+        stage = replace(stage, steps=args.distill[1])
     data, facts = pairs(args, name)
     if hears:
         data = add_tokens(args, data, facts)
@@ -903,7 +918,7 @@ def prepare_pixels(args, name: str) -> Setup:
         videos = vae.to_uint8(given), torch.stack(ours), truth
         return vae.contact_sheet(torch.stack([video[:, moment] for video in videos]), columns=8)
 
-    return Setup(model, batch_of, loss_of, preview, unet_config(model, diffusion), facts | taught)
+    return Setup(model, batch_of, loss_of, preview, unet_config(model, diffusion), facts)
 
 
 PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "prior": prepare_prior, "image": prepare_image,
@@ -1021,6 +1036,7 @@ def train(name: str, args, steps: int | None = None):
         base.check_output(path, ".pt")
     torch.manual_seed(args.seed)
     setup = PREPARE[name](args)
+    setup.facts |= {"distill": args.distill} if args.distill else {}
     model = setup.model.to(args.device, memory_format=torch.channels_last).train()
     model.gradient_checkpointing = args.checkpointing
     if args.init:
@@ -1134,7 +1150,7 @@ def main(argv=None):
     flag("--checkpointing", action="store_true", help="U-Nets: less memory, more time")
     flag("--compile", action="store_true", help="torch.compile the model")
     flag("--distill", type=int, nargs=2, metavar=("TEACHER", "STUDENT"),
-         help="superres, ssr: do in STUDENT steps what --init does in TEACHER")
+         help="base, superres, ssr: do in STUDENT steps what --init does in TEACHER")
     flag("--teacher", metavar="FILE", help="--distill: the teacher [--init]")
     flag("--name", default="", help="runs/NAME/STAGE/ instead of runs/STAGE/")
     flag("--fresh", action="store_true", help="ignore the checkpoint")
@@ -1148,7 +1164,8 @@ def main(argv=None):
              "--freeze encoder": args.freeze == "encoder" and not (args.stage == "vae" and args.init),
              "--freeze text": args.freeze == "text" and not (args.stage == "clip" and args.init),
              "--captions none": not set(stages) <= every.keys(),
-             "--distill": args.distill and not (args.init and args.stage.startswith(("superres", "ssr")))}
+             "--distill": args.distill and not (
+                 args.init and args.stage.startswith(("base", "superres", "ssr")))}
     for name in filter(wrong.get, wrong):
         raise UserError(f"{name} does not go with stage {args.stage}, or wants --init; see --help")
     if args.data != "world" and not Path(args.data).is_dir():
