@@ -7,7 +7,6 @@
 
 Prompt fidelity is read from pixels by `describe`, by fixed rules: no trained model judges another.
 """
-import argparse
 import contextlib
 import copy
 import io
@@ -19,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -113,14 +111,6 @@ def guided_steps(model, timesteps: list, call) -> list:
     return [int(t[0]) for _, t, *_ in calls if len(t) > min(len(z) for z, *_ in calls)]
 
 
-def fit_model(model, loss_of, steps: int, lr: float):
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    for i in range(steps):
-        loss_of(i).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def refusal(main, *argv) -> str:
     """The one line on stderr of a program that must refuse."""
     with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as stop:
@@ -132,26 +122,19 @@ def refusal(main, *argv) -> str:
 # ------------------------------------------------------------------------------------------------
 # base.py: the U-Net
 
-def test_attention_over_very_many_sequences_is_split(monkeypatch):
+def test_attention_over_very_many_sequences_is_split():
     q, k, v = randn(3, 2 ** 16 + 3, 1, 2, 2)
-    attention, sizes = F.scaled_dot_product_attention, []
-    monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda q, *rest, **how: sizes.append(len(q)) or attention(q, *rest, **how))
-    close(base.attend(q, k, v), attention(q, k, v))
-    assert len(sizes) == 2 and max(sizes) < 2 ** 16
+    close(base.attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
 def test_the_mean_clip_is_added_to_what_conv_in_sees():
     model, (_, t, context, fps) = randomize(UNet(SMALL)), inputs()
-    convs = model.conv_in, model.mean_clip_conv
-    with torch.no_grad():
-        for conv in convs:
-            conv.weight.copy_(convs[0].weight)
-            conv.bias.zero_()
-        mean = model.mean_clip(context, fps, 5, 8, 8)
-        cancelled = model(-mean, t, context, fps)
-        convs[1].weight.zero_()
-        close(cancelled, model(torch.zeros_like(mean), t, context, fps), 1e-3)
+    conv, mean_conv = model.conv_in, model.mean_clip_conv
+    conv.weight, conv.bias, mean_conv.bias = mean_conv.weight, None, None
+    mean = model.mean_clip(context, fps, 5, 8, 8)
+    nothing = model(-mean, t, context, fps)
+    mean_conv.weight = torch.nn.Parameter(0 * conv.weight)
+    close(nothing, model(0 * mean, t, context, fps), 1e-3)
 
 
 def test_temporal_layers_are_identity_at_init():
@@ -174,7 +157,7 @@ def test_frames_see_each_other_only_through_trained_temporal_layers(trained):
 @cases("layer, reach", [
     (base.PseudoConv3d(8, 8, True), [1, 2, 3]), (base.TemporalAttention(8, 2), [0, 1, 2, 3, 4])])
 def test_temporal_layers_relate_frames_of_one_pixel_and_know_their_order(layer, reach):
-    if len(randomize(layer).state_dict()) == 4:
+    if isinstance(randomize(layer), base.PseudoConv3d):
         torch.nn.init.dirac_(layer.weight)  # in space it does nothing
     x = randn(2 * 5, 8, 3, 4).requires_grad_()
     layer(x, 5)[5 + 2, :, 1, 3].square().sum().backward()
@@ -219,6 +202,8 @@ def test_mean_clip_counts_seconds_and_reads_the_last_token():
     assert differ(slow[:, 1:], slow[:, :-1]) and differ(slow[..., 1:], slow[..., :-1])
     other = torch.cat([context[:, 1:], context[:, -1:]], dim=1)
     assert torch.equal(slow, model(other, 4 * one, 5, 2, 3)) and differ(slow[:1], slow[1:])
+    batch = {"context": context, "fps": 4 * one, "latents": slow + torch.tensor([2., 3.])[:, None, None, None, None]}
+    close(base.mean_clip_loss(model, batch), torch.tensor([4., 9.]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -476,19 +461,19 @@ def bars(frames: int = 6, H: int = 48, W: int = 64):
     return video
 
 
-@cases("mean, logvar, row, expected", [
-    (1., 0., None, 5e-5), (-1., -2., None, (math.exp(-2) + 2) * 5e-5),
-    (0., 0., 2, (1 + 50 * (63 / 64) ** 2) * .11 / 64), (0., 0., 5, (1 + 50 / 64 ** 2) * .11 / 64)])
-def test_autoencoder_loss_is_weighted_reconstruction_plus_kl(mean, logvar, row, expected):
-    x, noise = torch.zeros(1, 3, 8, 8), torch.full((1, 4, 2, 2), 3.)
-    x[..., 2, 3] = 1.  # a small object on its ground
+def test_autoencoder_loss_is_weighted_reconstruction_plus_kl():
+    x, made, mean, std, noise = (randn(2, n, 8, 8, seed=i) for i, n in enumerate((3, 3, 4, 4, 4)))
+    posterior = torch.distributions.Normal(mean, std.exp())
+    kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0, 1)).mean((1, 2, 3))
 
     def decode(z):
-        close(z, mean + noise * math.exp(logvar / 2))
-        return x if row is None else x + .1 * (torch.arange(64).view(8, 8) == 8 * row + 3)
-    code = torch.full_like(noise, mean), torch.full_like(noise, logvar)
-    stub = Namespace(encode=lambda pixels: code, decode=decode)
-    assert vae.loss(stub, {"pixels": x, "noise": noise}).item() == pytest.approx(expected, rel=1e-3)
+        close(z, mean + std.exp() * noise)
+        return made
+    stub = Namespace(encode=lambda pixels: (mean, 2 * std), decode=decode)
+    distance, error = (x - x.mean((2, 3), True)).abs().mean(1, True), (made - x).abs()
+    reconstruction = ((1 + 50 * distance ** 2) * (error + error ** 2)).mean((1, 2, 3))
+    losses = vae.loss(stub, {"pixels": x, "noise": noise})
+    close(losses, reconstruction + 1e-4 * kl, 1e-6)
 
 
 @cases("suffix, fps, W", [(".mp4", 4., 64), (".mp4", 30., 63), (".gif", 10., 64)])
@@ -537,7 +522,7 @@ def test_frame_times_make_a_constant_rate(tmp_path):
     assert abs(fps - 7) < .05 and len(video) == 14
 
 
-@pytest.mark.parametrize("default, wanted", [(1, (20, 200)), (None, (10, 100))])
+@cases("default, wanted", [(1, (20, 200)), (None, (10, 100))])
 def test_frames_and_rate_are_of_one_track(tmp_path, default, wanted):
     with vae.av.open(str(tmp_path / "two.mkv"), "w") as file:
         tracks = [file.add_stream("ffv1", rate) for rate in (10, 20)]
@@ -551,18 +536,26 @@ def test_frames_and_rate_are_of_one_track(tmp_path, default, wanted):
     assert (round(fps), int(video[0, 0, 0, 0])) == wanted and len(video) == 8
 
 
-@pytest.mark.parametrize("transfer, least, most", [(16, 250, 255), (14, 146, 150)])  # PQ; ten bits of SDR
-def test_white_of_hdr_is_white(tmp_path, transfer, least, most):
-    tags = {"colorspace": 9, "color_primaries": 9, "color_trc": transfer}
-    write_clip(tmp_path / "a.mkv", flat([148] * 2), "ffv1", "yuv444p10le", **tags)  # in PQ, 203 nits
-    video, _ = vae.read_video(tmp_path / "a.mkv")
-    assert least <= video.min() and video.max() <= most
+GREY, HALF = flat([148] * 2), np.full((2, 64, 64, 4), 200, np.uint8)
+HALF[:, :32, :, 3], HALF[:, 32:, :, 3] = 0, 255
+DEEP = {"pixels": "yuv444p10le", "colorspace": 9, "color_primaries": 9}
+WIDE = {"codec": "libx264", "pixels": "yuv420p", "sample_aspect_ratio": vae.Fraction(2)}
 
 
-def test_pixels_are_square_and_fields_apart(tmp_path):
-    write_clip(tmp_path / "wide.mp4", flat([90] * 2), "libx264", "yuv420p", sample_aspect_ratio=vae.Fraction(2))
-    assert vae.read_video(tmp_path / "wide.mp4")[0].shape == (2, 3, 32, 96)
-    assert next(vae.read_frames(tmp_path / "wide.mp4", 16))[0].shape == (3, 16, 16)
+@cases("name, frames, how, shown", [
+    ("pq.mkv", GREY, DEEP | {"color_trc": 16}, flat([252] * 2)),  # 148 is white, at 203 nits
+    ("ten.mkv", GREY, DEEP | {"color_trc": 14}, GREY), ("wide.mp4", GREY, WIDE, flat([148] * 2, (32, 96))),
+    ("hidden.webm", HALF, {"codec": "libvpx-vp9", "pixels": "yuva420p"}, HALF[..., :3] * (HALF[..., 3:] > 0))])
+def test_white_is_white_pixels_are_square_and_the_hidden_is_black(tmp_path, name, frames, how, shown):
+    write_clip(tmp_path / name, frames, **how)
+    read = vae.read_video(tmp_path / name)[0].permute(0, 2, 3, 1).numpy()
+    assert read.shape == shown.shape
+    for row in (shown.shape[1] // 4, 3 * shown.shape[1] // 4):
+        assert abs(read[:, row].astype(int) - shown[:, row]).max() <= 4
+    assert next(vae.read_frames(tmp_path / name, 16))[0].shape == (3, 16, 16)
+
+
+def test_fields_are_taken_apart(tmp_path):
     bar = np.zeros((8, 64, 64, 3), np.uint8)  # it moves from field to field
     for field in range(16):
         bar[field // 2, field % 2::2, 3 * field:3 * field + 12] = 255
@@ -572,26 +565,18 @@ def test_pixels_are_square_and_fields_apart(tmp_path):
     assert read.diff(dim=1)[2:6].abs().mean() < .3 * woven.diff(dim=1)[2:6].abs().mean()
 
 
-def test_what_is_hidden_is_black(tmp_path):
-    frames = np.full((3, 64, 64, 4), 200, np.uint8)
-    frames[:, :32, :, 3], frames[:, 32:, :, 3] = 0, 255
-    write_clip(tmp_path / "a.webm", frames, "libvpx-vp9", "yuva420p")
-    video = vae.read_video(tmp_path / "a.webm")[0].int()
-    assert video[:, :, :30].max() <= 3 and (video[:, :, 34:] - 200).abs().max() <= 4
-
-
 def test_an_mp4_is_tagged_and_read_as_bt709(tmp_path):
-    colours = flat([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (250, 140, 30), (90, 90, 90)])
+    colours = flat([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (250, 140, 30)])
     vae.write_video(tmp_path / "a.mp4", torch.from_numpy(colours).permute(0, 3, 1, 2), 8.)
     ours = vae.read_video(tmp_path / "a.mp4")[0].permute(0, 2, 3, 1).numpy()
     with vae.av.open(str(tmp_path / "a.mp4")) as file:
         for frame, truth, read in zip(file.decode(video=0), colours.astype(int), ours):
-            assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == (1, 1, 1, 1)
-            seen = frame.to_ndarray(format="rgb24", src_colorspace="ITU709")  # by a player that assumes it
-            assert abs(seen - truth).max() <= 3 and abs(read - truth).max() <= 3
+            tags = frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range
+            seen = frame.to_ndarray(format="rgb24", src_colorspace="ITU709")  # by a player
+            assert abs(seen - truth).max() <= 3 and abs(read - truth).max() <= 3 and tags == (1,) * 4
 
 
-@pytest.mark.parametrize("table, rows, problem", [
+@cases("table, rows, problem", [
     ("captions.csv", "file,caption\n./a.gif,a dog\nB.GIF ,b\nsub\\c.gif,c\ncafe\u0301.gif,d\n", None),
     ("metadata.jsonl", '{"file_name": "a.gif", "text": "a dog"}\n{"file_name": "b.gif", "caption": "b"}\n'
      '{"file_name": "sub/c.gif", "text": "c"}\n{"file_name": "caf\u00e9.gif", "text": "d"}', None),
@@ -708,13 +693,6 @@ def windows(monkeypatch):
         return torch.full_like(x, 100. + len(shown))
     monkeypatch.setattr(interpolate, "inpaint_window", record)
     return shown
-
-
-def test_window_plans():
-    frames = torch.arange(76)
-    assert interpolate.plan_windows(frames % 5 == 0) == [0, 10, 20, 30, 40, 50, 60]
-    assert interpolate.plan_windows(frames[:73] % 8 == 0) == [0, 8, 16, 24, 32, 40, 48, 56, 57]
-    assert interpolate.plan_windows(frames[:40] < 16) == [0, 10, 20, 24]  # an extension
 
 
 def test_condition_is_known_frames_their_blend_and_a_mask_of_one():
@@ -943,17 +921,16 @@ def test_a_student_starts_where_its_teacher_is():
 
 @cases("which", ["low", "high", "tsr-128", "ssr-768"])
 def test_networks_without_attention_are_local(which):
-    model = randomize(UNet(NETWORKS[which].unet)).eval()
-    x, t, seen = randn(1, 1, 3, 32, 768), torch.tensor([500]), model.config.in_channels - 3
-    cond, how = randn(1, 1, seen, 32, 768, seed=1), {"level": torch.zeros(1)}
-    if model.config.context_dim:
-        how["context"] = randn(1, 2, model.config.context_dim)
-    with torch.no_grad():
-        whole = model(x, t, cond=cond, **how)
-        far = model(torch.cat([x[..., :32] + 9, x[..., 32:]], -1), t, cond=cond, **how)
-        window = model(x[..., :512], t, cond=cond[..., :512], **how)
+    model = randomize(UNet(NETWORKS[which].unet))
+    x, cond = randn(1, 1, 3, 32, 768), randn(1, 1, model.config.in_channels - 3, 32, 768, seed=1)
+    context = randn(1, 2, model.config.context_dim) if model.config.context_dim else None
+
+    def of(x, cond):
+        with torch.no_grad():
+            return model(x, torch.tensor([500]), context, level=torch.zeros(1), cond=cond)
+    whole, far = of(x, cond), of(torch.cat([x[..., :32] + 9, x[..., 32:]], -1), cond)
     assert torch.equal(far[..., 384:], whole[..., 384:]) and differ(far[..., :32], whole[..., :32])
-    close(window[..., :128], whole[..., :128])
+    close(of(x[..., :512], cond[..., :512])[..., :128], whole[..., :128])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1082,26 +1059,16 @@ def test_the_pipeline_by_hand_is_the_cascade(weights, capsys, cascade, shape, fp
 
 
 def test_gradient_checkpointing_saves_memory_and_changes_no_gradient():
-    gradients, stored = [], []
-    for checkpointing in (False, True):
-        model, saved = randomize(UNet(SMALL)).train(), []
-        model.gradient_checkpointing = checkpointing
+    model, gradients, stored = randomize(UNet(SMALL)).train(), [], []
+    for model.gradient_checkpointing in (False, True):
+        saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             loss = base.loss(model, V, base_batch()).mean()
         stored.append(sum(t.numel() for t in saved))
-        loss.backward()
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    close(*gradients)
+        learned = [p for p in model.parameters() if p.requires_grad]
+        gradients.append(torch.autograd.grad(loss, learned, allow_unused=True))
+    close(*([g for g in each if g is not None] for each in gradients))
     assert stored[1] < .5 * stored[0]
-
-
-def test_mean_clip_learns_the_mean_of_each_prompt_and_fps():
-    torch.manual_seed(0)
-    model, where = base.MeanClip(8, 4), (randn(2, 6, 8)[[0, 0, 1]], torch.tensor([4., 8., 4.]))
-    means = randn(3, 5, 4, 1, 1) * torch.linspace(-1, 1, 8)  # (B, T, C, 1, W): each a ramp
-    fit_model(model, lambda i: base.mean_clip_loss(model, {
-        "context": where[0], "fps": where[1], "latents": means + randn(3, 5, 4, 6, 8, seed=i)}), 200, .0015)
-    assert (model(*where, 5, 6, 8) - means).pow(2).mean() < .1 * means.pow(2).mean()
 
 
 def test_stable_diffusion_parameter_counts():
@@ -1109,24 +1076,6 @@ def test_stable_diffusion_parameter_counts():
         models = UNet(base.SD15), vae.AutoencoderKL(vae.SD15), text.CLIP(text.SD15).text_model
     counts = [sum(p.numel() for n, p in model.named_parameters() if is_old(n)) for model in models]
     assert counts == [859_520_964, 83_653_863, 123_060_480]
-
-
-def test_the_second_order_of_dpm_solver_pays():
-    exact, ddim, dpmpp = (X.sample(mixture, randn(1, 2000, 1).double(), *how)
-                          for how in ((1000, "ddim"), (20, "ddim"), (20, "dpmpp")))
-    assert (dpmpp - exact).abs().mean() < .25 * (ddim - exact).abs().mean()
-
-
-def test_a_small_model_learns_one_clip():
-    torch.manual_seed(0)
-    model, clip = UNet(replace(SMALL, channels=(32,), attention=(True,))), randn(1, 4, 4, 4, 4, seed=5)
-    emb = {"tokens": randn(1, 6, 8), "null_tokens": randn(1, 6, 8)}
-    fit_model(model, lambda i: base.loss(model, V, {
-        "latents": clip.expand(4, -1, -1, -1, -1), "noise": randn(4, 4, 4, 4, 4, seed=i),
-        "t": torch.randint(0, 1000, (4,)), "fps": torch.full((4,), 4.),
-        "context": emb["tokens"].expand(4, -1, -1)}), 100, 5e-3)
-    made = base.generate(model.eval(), V, emb, 4, side=4, steps=20, guidance=1.)
-    assert (made - clip).pow(2).mean() < .1 * clip.pow(2).mean()
 
 
 def test_long_prompts_and_unknown_words_are_named(tmp_path, capsys):
@@ -1146,8 +1095,7 @@ def test_latents_of_the_world_have_unit_variance():
 
 def test_all_256_values_survive_the_round_trip():
     values = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(vae.to_uint8(vae.to_float(values)), values)
-    assert vae.to_uint8(torch.tensor([-9., -1., 1., 9., .9999])).tolist() == [0, 0, 255, 255, 255]
+    assert torch.equal(vae.to_uint8(1.001 * vae.to_float(values)), values)
 
 
 def test_coding_in_chunks_is_coding_whole(monkeypatch):
@@ -1259,11 +1207,6 @@ def test_arguments_are_refused_in_one_line(files, main, argv, message):
     assert message in refusal(main, *argv.split()) and sorted(files.iterdir()) == before
 
 
-def test_equal_content_gives_equal_bytes(files):
-    base.save_pt("again.pt", base.load_clip("z.pt", "latents"))
-    assert Path("again.pt").read_bytes() == Path("z.pt").read_bytes()
-
-
 def test_imports_do_no_work_and_ask_no_network():
     script = """import socket, sys; socket.socket.connect = socket.getaddrinfo = None
 import base, interpolate, superres, text, vae, sample; assert "torch._dynamo" not in sys.modules"""
@@ -1323,7 +1266,7 @@ def test_what_video_stages_draw_and_when(monkeypatch):
     assert abs((rates == 4).float().mean() - .5) < .03 and 29 < rates.max() <= 30
 
 
-@pytest.mark.parametrize("motion, what, values", [
+@cases("motion, what, values", [
     ("moving left", 0, (.3125, .05)), ("moving right", 0, (.4875, .75)),
     ("moving up", 1, (.5125, .25)), ("moving down", 1, (.6875, .95)), ("growing", 2, (.098, .183)),
     ("shrinking", 2, (.2117, .1267)), ("bouncing", 1, (.32, .4430)),
@@ -1336,7 +1279,7 @@ def test_things_move_as_the_words_say(motion, what, values):
     assert (path - expected).abs().max() < 5e-4
 
 
-@pytest.mark.parametrize("shape, u, v", [
+@cases("shape, u, v", [
     ("circle", [.6, -1], [.8, 0]), ("square", [.86, -.2], [.3, -.86]),
     ("triangle", [0, -1.03923], [-1.2, .6]), ("ring", [.6, 0], [.8, .48]),
     ("star", [0, .305648, -1.141268], [-1.2, -.420689, -.37082]),
@@ -1348,7 +1291,7 @@ def test_shapes_stand_upright_turn_clockwise_and_are_shaded(shape, u, v):
     assert shape != "cross" or upright[:, 31, 24].tolist() == [224, 39, 39]
 
 
-@pytest.mark.parametrize("ground", train.GROUNDS)
+@cases("ground", train.GROUNDS)
 def test_a_scene_is_the_same_at_any_size_and_in_a_window(ground):
     scene, window = a_scene(ground=ground), train.window_about(.3, .9, 40, 96)
     small, large, whole = (train.render(scene, [0., .5], size).float() for size in (64, 768, 96))
@@ -1420,7 +1363,7 @@ def test_a_sample_is_a_function_of_seed_step_and_number(monkeypatch):
     assert abs((heard < 0).float().mean() - .1) < .03 and len(whole["noise"].unique(dim=0)) == 999
 
 
-@pytest.mark.parametrize("u, middle, noisy, clear", [
+@cases("u, middle, noisy, clear", [
     (.25, 333, 654, 32), (.51, 506, 848, 81), (1 - 2 ** -53, 999, 999, 999)])
 def test_timesteps_have_their_densities(u, middle, noisy, clear):
     rngs = [type("Always", (), {"random": lambda self: u})()]
@@ -1428,7 +1371,7 @@ def test_timesteps_have_their_densities(u, middle, noisy, clear):
     assert train.shifted_timesteps(rngs, 1 / 8) == clear
 
 
-@pytest.mark.parametrize("name, median", [("low", 79), ("ssr-128", 156), ("tsr-32", 500)])
+@cases("name, median", [("low", 79), ("ssr-128", 156), ("tsr-32", 500)])
 def test_batches_of_networks_between_pixels(name, median, monkeypatch):
     data, side, is_tsr = numbered(40), 4 * train.NETWORKS[name].scale, name == "tsr-32"
     clips = (data["fps"][:, None] + 50 * torch.arange(4)).byte().view(40, 4, 1, 1, 1)
@@ -1478,7 +1421,7 @@ def two_run(tmp_path, monkeypatch):  # trains two numbers, one of them new
     return run
 
 
-@pytest.mark.parametrize("argv, spatial, temporal", [
+@cases("argv, spatial, temporal", [
     ("", .01, .03), ("--lr .005", .005, .015), ("--freeze spatial", 0, .03)])
 def test_rates_of_new_and_frozen_layers(argv, spatial, temporal, two_run):
     model = two_run(steep, argv, steps=4, fresh_lr=.03, warmup=2)["model"]
@@ -1501,7 +1444,7 @@ def test_accumulation_clipping_average_and_log(two_run):
     assert rows[0] == ["0.475", "0.1", "0.3", "0.6", "0.9"]  # and by quartile of t
 
 
-@pytest.mark.parametrize("argv, changes, message", [
+@cases("argv, changes, message", [
     ("--lr .02", {}, r"lr \(then 0.01, now 0.02\).*--fresh.*--init"), ("--seed 3", {}, "seed"),
     ("", {"config": 2}, "diffusion"), ("--init base.pt", {"vae": 2}, "vae 1, not on 2"),
     ("--init base.pt", {"config": 2}, "base.pt was trained with diffusion 1")])
@@ -1560,7 +1503,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", train.PREPARE)
+@cases("name", train.PREPARE)
 def test_every_stage_trains_and_ships_its_average(name, trained):
     weights = base.load_checkpoint(trained / train.OUTPUT[name], name)["model"]
     ema = base.load_pt(trained / "runs" / name / "checkpoint.pt")["ema"]
@@ -1696,9 +1639,10 @@ def test_a_batch_that_does_not_split_is_refused_before_all(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------
 # Rulers. A clip is read with nothing learned: find the one saturated object on its muted ground,
-# then the nearest entries of the tables of train.py, whatever you add to them.
+# then the nearest entries of train.py's tables, whatever you add to them.
 
 SIDE, TURNS, PHASES = 64, 16, 96  # size that is read; angles tried of a shape, phases of a motion
+FACTORS, AT_4_FPS = ("colour", "shape", "motion", "ground"), np.arange(16) / 4
 
 
 def segment(video):
@@ -1869,11 +1813,6 @@ def moving(video):
     return ((video.amax(1) - video.amin(1)).amax(1) > 24)[:, None, None].expand_as(video)
 
 
-def flicker(video, still) -> float:
-    """Mean absolute difference of consecutive frames uint8 (T, 3, H, W) where `still` (H, W)."""
-    return (video[1:].int() - video[:-1]).abs()[:, :, still].float().mean().item()
-
-
 def fine_detail(videos, where) -> float:
     """Energy finer than a blur of 2 pixels, of uint8 (N, T, 3, H, W) where (N, H, W)."""
     x = vae.to_float(videos)
@@ -1889,13 +1828,13 @@ def rendered(count: int, frames: int = 16, fps: float = 4.):
         yield tuple(scene[key] for key in FACTORS), train.render(scene, np.arange(frames) / fps)
 
 
-@pytest.mark.parametrize("count, frames, fps", [(50, 16, 4.), (2, 76, 20.), (2, 121, 32.)])
+@cases("count, frames, fps", [(50, 16, 4.), (2, 76, 20.), (2, 121, 32.)])
 def test_rendered_clips_are_read_back(count, frames, fps):
     assert all(describe(video, fps) == factors for factors, video in rendered(count, frames, fps))
 
 
 def test_a_wrong_motion_is_not_read_as_a_right_one():
-    for (_, _, motion, _), video in rendered(12):
+    for (_, _, motion, _), video in rendered(8):
         assert describe(video[:1].expand(16, -1, -1, -1))[2] is None  # nothing moves
         assert describe(torch.zeros_like(video))[:3] == (None, None, None)
         assert describe(video[torch.arange(16) * 7 % 16])[2] != motion
@@ -1925,9 +1864,8 @@ def test_rulers_measure_what_their_names_say():
     assert (look(video)[1] - SIDE * torch.stack([x, y], 1)).norm(dim=1).max() < .4
     assert outline_psnr(video, red_star).min() > 55 > 30 > outline_psnr(video, red_cross).max()
     ramp = 10 * torch.arange(6, dtype=torch.uint8).view(1, 6, 1, 1, 1).expand(1, 6, 3, 8, 8)
-    assert torch.equal(blend(ramp, 5), ramp) and flicker(ramp[0], torch.eye(8).bool()) == 10
+    assert torch.equal(blend(ramp, 5), ramp)
     assert moving(ramp).all() and not moving(ramp[:, :3]).any()
-    assert psnr(ramp, ramp + 1) == pytest.approx(48.13, abs=.01)
     noise, where = torch.randint(0, 255, (1, 2, 3, 8, 8)), torch.ones(1, 8, 8).bool()
     ratio = fine_detail(noise, where) / fine_detail(noise // 2, where)
     assert fine_detail(ramp, where) < 1e-9 and 3 < ratio < 5
@@ -1938,6 +1876,7 @@ def test_comparisons_and_their_intervals():
     ours, plain = truth + 2, truth + 4
     assert compare(ours, plain, truth)[2] == "+6.0 (+6.0 to +6.0)"
     assert compare(ours, plain, truth)[0] == pytest.approx(psnr(ours, truth))
+    assert psnr(truth, truth + 1) == pytest.approx(48.13, abs=.01)
     ours[0] += 20  # drawn several times or not at all
     assert "(-" in compare(ours, plain, truth)[2] and " +6.0)" in compare(ours, plain, truth)[2]
 
@@ -1946,8 +1885,7 @@ def test_comparisons_and_their_intervals():
 # Tables: python test_all.py evaluate. All are of held-out triples, except where a row says
 # otherwise, in scenes from seeds that no training uses.
 
-ARGS = argparse.Namespace(prompts=480, seed=0, device="cpu", part=None)  # main changes them
-FACTORS, AT_4_FPS = ("colour", "shape", "motion", "ground"), np.arange(16) / 4
+ARGS = Namespace(prompts=480, seed=0, device="cpu", part=None)  # main changes them
 BLACK, ALL = ("black", [""]), ("all grounds", list(train.GROUNDS))
 BEFORE = {"high": ["low"], "ssr-256": ["ssr-128"]} | dict.fromkeys(
     ("ssr-768", "tsr-128"), ["ssr-128", "ssr-256"])  # what makes a network's input
@@ -1989,13 +1927,14 @@ def render_all(factors: list, times, size: int = SIDE, **changes):
                         for i, f in enumerate(factors)])
 
 
-def spread(frames: int, fps: float, clips: int):  # clips begin all over the scene. (N, T)
+def spread(frames: int, fps: float, clips: int):
+    """Times (N, T) of clips that begin all over the scene."""
     starts = (train.SCENE_SECONDS - (frames - 1) / fps) * (np.arange(clips) + .5) / clips
     return starts[:, None] + np.arange(frames) / fps
 
 
 def where(seed: int = 0) -> tuple:
-    return base.WEIGHTS, ARGS.device, 1000 * ARGS.seed + seed
+    return WEIGHTS, ARGS.device, 1000 * ARGS.seed + seed
 
 
 def clip_of(factors: list, data=None, fps: float = 4.) -> dict:
@@ -2024,16 +1963,14 @@ def make(factors: list, fps: float = 4., skip: int = 1, embed=lambda clip, facto
     return torch.cat(videos)
 
 
-def extend(z, factors: list, fps: float, guidance: float, steps: int):  # by 15 frames
-    clip = interpolate.fill_clip(clip_of(factors, z, fps), *where(), after=15, guidance=guidance,
-                                 steps=steps)
-    return decode(clip["data"])
+def extend(z, factors: list, fps: float, **how):  # by 15 frames
+    return decode(interpolate.fill_clip(clip_of(factors, z, fps), *where(), after=15, **how)["data"])
 
 
 def enlarge(name: str, videos, factors: list, fps: float, **how):
     """Videos uint8 (N, T, C, h, w) through a network between pixels."""
     clip = clip_of(factors, videos, fps)
-    return superres.upscale_clip(clip, train.NETWORKS[name], *where(), **how)["data"]
+    return superres.upscale_clip(clip, NETWORKS[name], *where(), **how)["data"]
 
 
 def as_made(name: str, factors: list, times, fps: float):
@@ -2071,34 +2008,28 @@ def evaluate_autoencoder():
         row(name, psnr(truth, made), *(np.mean(off, 0) * (255, 1)))
 
 
-def between(skip: int, steps: int = interpolate.STEPS) -> list:
-    """The cells under BETWEEN: 16 keyframes at 4 fps, against decode(encode(truth))."""
-    factors = prompts_of(30)
-    z = encode(render_all(factors, np.arange(15 * skip + 1) / (4 * skip)))
-    x, known = interpolate.timeline(z[:, ::skip], skip)
-    unet, diffusion, _ = interpolate.load(*where()[:2])
-    made = interpolate.fill_timeline(unet, diffusion, x, known, clip_of(factors)["text"], 4. * skip,
-                                     where()[2], steps=steps)
-    truth, made, plain = map(decode, (z, made, interpolate.blend(x, known.expand(x.shape[:2]))))
-    new = moving(truth) & ~known[:, None, None, None]
-    off = [(look(a)[1] - look(b)[1])[~known].norm(dim=1).mean() for a, b in zip(truth, made)]
-    ways = made, blend(truth, skip), plain
-    return [*(psnr(way[new], truth[new]) for way in ways), np.mean(off)]
-
-
 def evaluate_interpolation():
     row = table("Between 16 frames at 4 fps, moving pixels of new frames", *BETWEEN)
+    factors, (unet, diffusion, _) = prompts_of(30), interpolate.load(*where()[:2])
     for skip in range(2, 7):
-        row(f"skip {skip}", *between(skip))
+        z = encode(render_all(factors, np.arange(15 * skip + 1) / (4 * skip)))
+        x, known = interpolate.timeline(z[:, ::skip], skip)
+        made = interpolate.fill_timeline(unet, diffusion, x, known, clip_of(factors)["text"],
+                                         4. * skip, where()[2])
+        blended = interpolate.blend(x, known.expand(x.shape[:2]))
+        truth, made, plain = map(decode, (z, made, blended))
+        new = moving(truth) & ~known[:, None, None, None]
+        off = [(look(a)[1] - look(b)[1])[~known].norm(dim=1).mean() for a, b in zip(truth, made)]
+        ways = made, blend(truth, skip), plain
+        row(f"skip {skip}", *(psnr(way[new], truth[new]) for way in ways), np.mean(off))
     row, factors = table("Fidelity of given and 15 further frames", *FIDELITY), prompts_of(5)
-    for given, fps, guidance, steps in ((16, 8., 1., 2), (1, 4., 2., 8)):
-        z = encode(render_all(factors, np.arange(given) / fps))
-        videos = extend(z, factors, fps, guidance, steps)
+    for given, fps, how in ((16, 8., {"steps": 2}), (1, 4., {"steps": 8, "guidance": 2.})):
+        videos = extend(encode(render_all(factors, np.arange(given) / fps)), factors, fps, **how)
         row(f"{given} given at {fps:g} fps", *fidelity(factors, videos, fps))
 
 
 def evaluate_superres(which: str):
-    stage, side = train.NETWORKS[which], train.PAIRS[which].side
+    stage, side = NETWORKS[which], train.PAIRS[which].side
     size, fps = stage.scale * side, (train.PAIRS[which].rates or [20.])[0]
     row = table(f"{which}: {side} to {size} pixels, beside bicubic", *ABOVE,
                 "% of fine detail of the ground", "bicubic")
@@ -2115,8 +2046,8 @@ def evaluate_superres(which: str):
                 *(100 * fine_detail(way, still) / whole for way in ways))
     for shared in (True, False) if stage.shared_noise else ():
         videos = enlarge(which, clean, factors, fps, shared_noise=shared)
-        change = np.mean([flicker(*pair) for pair in zip(videos, still)])
-        print(f"  flicker of the ground, shared noise {shared}: {change:.2f} of 255", flush=True)
+        change = [(v[1:].int() - v[:-1]).abs()[..., s].float().mean() for v, s in zip(videos, still)]
+        print(f"  flicker of the ground, shared noise {shared}: {np.mean(change):.2f} of 255")
 
 
 def evaluate_tsr():
@@ -2188,7 +2119,7 @@ def evaluate_outlines():
     for name, factors in sorted(kinds.items()):
         factors = factors[:max(1, ARGS.prompts // 8)]
         videos, z = make(factors), encode(render_all(factors, AT_4_FPS))
-        ways = videos, extend(z[:, :1], factors, 4., 2., 8), decode(z)
+        ways = videos, extend(z[:, :1], factors, 4., steps=8, guidance=2.), decode(z)
         ours, still, coded = (torch.stack(list(map(outline_psnr, way, factors))) for way in ways)
         worst = ours.flatten().sort().values[:-(-ours.numel() // 10)]
         row(name, str(len(factors)), fidelity(factors, videos)[5], ours.mean(), worst.mean(),
@@ -2209,31 +2140,14 @@ def evaluate_steps():
         videos = make(factors, steps=steps)
         row(f"{steps} steps", *fidelity(factors, videos),
             np.mean([outline_psnr(*pair).mean() for pair in zip(videos, factors)]))
-    row = table("Steps of interpolate per window, 16 frames to 76", *BETWEEN)
-    for steps in (8, 4, 2, 1):
-        row(f"{steps} steps", *between(5, steps))
 
 
-def evaluate_cascades():
-    row, factors = table("Prompt fidelity of a cascade, all grounds", *FIDELITY), prompts_of(4)
-    row("keyframes of both", *fidelity(factors, make(factors)))
-    for name, cascade in sample.CASCADES.items():
-        videos = []
-        for i, f in enumerate(tqdm(factors, name, leave=False)):
-            *_, (_, clip) = cascade(clip_of([f])["prompts"], *where(i))
-            times = round(clip["fps"] / 4)
-            video = clip["data"][0, :15 * times + 1].float()  # TSR stands still after that
-            videos.append(F.interpolate(video, (SIDE, SIDE), mode="area").round().byte())
-        row(name, *fidelity(factors, videos, 4. * times))
-
-
-# The last takes minutes per prompt, so it must be asked for.
 PARTS = ("reader", "autoencoder", "interpolation", *superres.STAGES, "tsr", "fidelity", "make_a_video",
-         "outlines", "rate", "steps", "cascades")
+         "outlines", "rate", "steps")
 
 
 def evaluate():
-    for part in ARGS.part or PARTS[:-1]:
+    for part in ARGS.part or PARTS:
         if part in superres.STAGES:
             evaluate_superres(part)
         else:
@@ -2243,10 +2157,6 @@ def evaluate():
 # ------------------------------------------------------------------------------------------------
 # Speed: python test_all.py benchmark
 
-PROMPT = "a red star moving left on sand"
-BUSY = "import torch; x = torch.randn(512, 512)\nwhile True: x @ x"
-
-
 def measured(cascade: str):
     """Yields what has been done since the last."""
     layer = torch.nn.Conv2d(128, 128, 3, padding=1, device=ARGS.device).requires_grad_(False)
@@ -2254,27 +2164,15 @@ def measured(cascade: str):
     for _ in range(10):
         layer(x)
     yield "ten convolutions"
-    for name, _ in sample.CASCADES[cascade]([PROMPT], *where()):
+    for name, _ in sample.CASCADES[cascade](["a red star moving left on sand"], *where()):
         yield name
 
 
 def benchmark():
-    """Every stage, each cascade in its own process, beside the machine's fastest layer; then the
-    first command, alone and beside a busy process."""
-    if not ARGS.part:
-        for cascade in sample.CASCADES:
-            command = [sys.executable, __file__, "benchmark", "--part", cascade]
-            subprocess.run([*command, "--device", ARGS.device], check=True)
-        for busy in (0, 1):
-            others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]
-            try:
-                with tempfile.TemporaryDirectory() as out:
-                    start = time.time()
-                    subprocess.run([sys.executable, sample.__file__, PROMPT, "-o", out], check=True)
-            finally:
-                for other in others:
-                    other.kill()
-            print(f"sample.py, {busy} busy processes: {time.time() - start:.0f} s", flush=True)
+    """Every stage, beside the machine's fastest layer. Each cascade has a process of its own."""
+    for cascade in () if ARGS.part else sample.CASCADES:
+        command = [sys.executable, __file__, "benchmark", "--part", cascade]
+        subprocess.run([*command, "--device", ARGS.device], check=True)
     for cascade in ARGS.part or ():
         row, seconds, start = table(cascade, "seconds", "GFLOP/s", "GiB so far"), {}, time.time()
         for name in measured(cascade):
