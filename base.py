@@ -896,14 +896,17 @@ def load_clip(path, kind: str) -> dict:
         data, text, prompts, fps = (clip.get(key) for key in ("data", "text", "prompts", "fps"))
         tensors = [x for x in (data, *(text or {}).values()) if x is not None]
         clip.setdefault("image_encoder", None)  # files of before
-        if not new_clip(kind).keys() <= clip.keys() or clip["kind"] != kind:
-            problem = f"holds {clip.get('kind', 'something else')!s:.20}, not {kind}"
+        missing = new_clip(kind).keys() - clip.keys()
+        if missing:
+            problem = f"lacks {', '.join(sorted(missing))}, see base.new_clip"
+        elif clip["kind"] != kind:
+            problem = f"holds {clip['kind']!s:.20}, not {kind}"
         elif not (isinstance(fps, (int, float)) and 1e-3 <= fps <= 1e5 and all(
                 x.layout == torch.strided and x.numel() and x.isfinite().all() for x in tensors)):
             problem = "needs finite tensors, and .001 to 100000 fps"
         elif kind != "text" and not (
                 data.ndim == 5 and data.is_floating_point() == (kind == "latents") and
-                data.shape[2] == (3 if kind == "pixels" else 4) and len(data) == len(prompts)):
+                (data.shape[2] == 3) == (kind == "pixels") and len(data) == len(prompts)):
             problem = "needs data (B, T, C, H, W), and B prompts"
         elif (kind == "text" or text is not None) and not (
                 text["tokens"].ndim == 3 and text["tokens"].is_floating_point() and
@@ -943,7 +946,9 @@ def find_checkpoint(weights, name: str) -> Path:
 
 def load_checkpoint(path, *stages: str) -> dict:
     """What save_checkpoint wrote for one of these stages."""
-    path, remedy = Path(path), f"; train it with `python train.py {stages[0]}`"
+    path = Path(path)
+    elsewhere = "" if path.parent == WEIGHTS else f" --weights {path.parent}"
+    remedy = f"; train it with `python train.py {stages[0]}{elsewhere}`"
     if not path.parent.is_dir():
         remedy += f"; {SD_FORM}, not by a hub's name"
     file = path if path.is_file() else path.parent / "config.json"

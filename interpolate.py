@@ -34,17 +34,14 @@ WINDOW = 16  # frames that the network was trained on
 # ------------------------------------------------------------------------------------------------
 # The masked-frame model: base's U-Net with nine input channels
 
-IN_CHANNELS = 4 + 4 + 1  # noisy latents; known frames and blends of them; mask
-
-
 def widen(weights: dict) -> dict:
-    """base's checkpoint with nine input channels: new columns and the output are zero, and the target
-    is x."""
+    """base's checkpoint with nine input channels: four of noisy latents, four of known frames and blends
+    of them, a mask. New columns and the output are zero, and the target is x."""
     model, config = weights["model"], weights["config"]
-    new = IN_CHANNELS - model["conv_in.weight"].shape[1]
+    C = model["conv_in.weight"].shape[1]
     zero = {name: torch.zeros_like(model[name]) for name in model if name.startswith("conv_out.")}
-    conv_in = F.pad(model["conv_in.weight"], (0, 0, 0, 0, 0, new))  # (C, 9, 3, 3)
-    unet = config["unet"] | {"in_channels": IN_CHANNELS}
+    conv_in = F.pad(model["conv_in.weight"], (0, 0, 0, 0, 0, C + 1))  # (C, 9, 3, 3)
+    unet = config["unet"] | {"in_channels": 2 * C + 1}
     diffusion = config["diffusion"] | {"target": "sample"}
     return weights | {"config": {"unet": unet, "diffusion": diffusion},
                       "model": model | zero | {"conv_in.weight": conv_in}}

@@ -21,7 +21,7 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import base
@@ -673,7 +673,7 @@ def test_any_stage_file_is_used_or_refused(files):
 # ------------------------------------------------------------------------------------------------
 # interpolate.py
 
-INTERPOLATOR = replace(SMALL, in_channels=interpolate.IN_CHANNELS)
+INTERPOLATOR = replace(SMALL, in_channels=9)
 
 
 def fill(latents, skip=1, before=0, after=0, first=0, seed=0):
@@ -1254,8 +1254,8 @@ def test_held_out_triples_and_unseen_pairs():
 
 def test_what_video_stages_draw_and_when(monkeypatch):
     shown = []
-    patch_all(monkeypatch, render=lambda *a: shown.append(a[1]) or torch.zeros(1), CLIPS=3000)
-    _, lines, rates = zip(*train.world_clips("clips", 0, 64))
+    patch_all(monkeypatch, render=lambda *a: shown.append(a[1]) or torch.zeros(1))
+    _, lines, rates = zip(*train.world_clips("clips", 3000, 0, 64))
     pairs = list(train.world_pairs(replace(train.PAIRS["tsr-128"], count=2000), 2, 6, 0))
     lines, rates = sum(lines, [line for *_, line, _ in pairs]), torch.cat(rates)
     seen = {f"a {' '.join(t)} {g}".strip() for t in train.TRIPLES["train"] for g in train.GROUNDS}
@@ -1328,7 +1328,7 @@ def test_folders_of_clips(tmp_path, capsys, monkeypatch):
 
 class Args:  # what train.main hands to a stage
     data, weights, device, freeze, seed, distill = "world", base.WEIGHTS, "cpu", "none", 0, None
-    teacher, init, captions = None, None, "all"
+    teacher, init, captions, amount, with_world, mixed = None, None, "all", 1, False, ""
 
 
 def test_cache_follows_the_world_and_pairs_agree(tmp_path, monkeypatch):
@@ -1404,7 +1404,7 @@ def steep(model, batch):
 
 @pytest.fixture
 def two_run(tmp_path, monkeypatch):  # trains two numbers, one of them new
-    patch_all(monkeypatch, RUNS=tmp_path, data_id=str, SAVE_MINUTES=0)
+    patch_all(monkeypatch, RUNS=tmp_path, data_id=str, SAVE_MINUTES=0, origin_of=lambda *a: time.time())
     monkeypatch.chdir(tmp_path)
     def batch_of(step, samples):
         return {"pixels": torch.zeros(len(samples), 3, 8, 8), "captions": ["a"] * len(samples),
@@ -1503,8 +1503,71 @@ def trained(tmp_path_factory):
     return folder
 
 
+def test_minutes_are_shared_and_a_stopped_run_goes_on_as_it_began(trained, tmp_path, monkeypatch):
+    miniature(monkeypatch, trained)
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    limits = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", lambda name, args, steps, limit: limits.append((args.amount, limit)))
+        train.main("all --minutes 60".split())
+        train.main("base --minutes 60".split())
+    assert sum(limit for _, limit in limits[:-1]) == pytest.approx(60) and limits[-1] == (1/3, 60)
+    assert limits[0] == pytest.approx((.1, 9)) and len(limits) == 1 + len(train.PREPARE)
+    rate = train.learning_rate
+    def run(argv=""):
+        train.main(f"vae --minutes .1 --weights {tmp_path} --device cpu --name timed {argv}".split())
+        return base.load_pt(trained / "runs/timed/vae/checkpoint.pt")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch_all(patch, SAVE_MINUTES=0, learning_rate=lambda step, recipe: rate(step, recipe) / (step < 12))
+        run()
+    stopped, again = base.load_pt(trained / "runs/timed/vae/checkpoint.pt"), run()
+    assert again["run"] == stopped["run"] and stopped["step"] == 12 < 20 <= again["step"]
+    kept = {key: again["run"][key] for key in ("steps", "batch", "warmup")}
+    monkeypatch.setattr(train, "fit_recipe", lambda recipe, *a: replace(recipe, **kept))
+    whole = run("--fresh")
+    assert all(map(torch.equal, whole["ema"].values(), again["ema"].values()))
+
+
+def test_clip_learns_new_words_and_keeps_the_tokens_of_old_ones(tmp_path, monkeypatch, capsys):
+    miniature(monkeypatch, tmp_path)
+    monkeypatch.setattr(train, "SIDE", 64)
+    shutil.copy(WEIGHTS / "text.pt", tmp_path)
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    vae.write_video(clips / "a.mp4", torch.randint(255, (16, 3, 64, 64)).byte(), 4.)
+    (clips / "a.txt").write_text("a plump heart moving left")
+    train.main(f"clip --init {WEIGHTS}/text.pt --data {clips} --with-world --steps 3 --batch 4 "
+               f"--weights {tmp_path} --device cpu".split())
+    prompts = ["a red star moving left", "a plump heart"]
+    old, new = (text.encode_clip(prompts, folder) for folder in (WEIGHTS, tmp_path))
+    assert torch.equal(old["text"]["tokens"][0], new["text"]["tokens"][0]) and old["encoder"] == new["encoder"]
+    assert differ(old["text"]["tokens"][1], new["text"]["tokens"][1])
+    assert capsys.readouterr().err.count("never trained on: heart, plump") == 1  # by the old one
+    args = Namespace(data=clips, with_world=True, amount=1, seed=0)
+    captions = [words for _, line, _ in train.clips_of(args, "stills", 32) for words in line]
+    assert captions.count("a plump heart moving left") == 24 == len(captions) / 2
+
+
+def test_previews_show_as_many_captions_as_there_are():
+    assert train.spread(["a"] * 9 + ["b"] * 9 + ["c"], 3) == [8, 17, 18]
+    assert train.spread(["a"] * 8, 4) == [0, 2, 4, 6]
+
+
+def test_the_readmes_python_runs(trained, tmp_path, monkeypatch):
+    code = (train.RUNS.parent / "README.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+    small = partial(sample.make_a_video, weights=trained, frames=2)
+    monkeypatch.setattr(sample, "make_a_video", small)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert vae.read_video("star.mp4")[0].shape == (6, 3, 128, 128)
+
+
 @cases("name", train.PREPARE)
-def test_every_stage_trains_and_ships_its_average(name, trained):
+def test_every_stage_trains_and_ships_its_average(name, trained, monkeypatch, capsys):
+    miniature(monkeypatch, trained)
+    monkeypatch.setattr(train, "PREPARE", dict.fromkeys(train.PREPARE))  # nothing is prepared again
+    train.main(f"{name} --steps 2 --batch 2 --weights {trained} --device cpu".split())
+    assert f"{name}: already trained" in capsys.readouterr().out
     weights = base.load_checkpoint(trained / train.OUTPUT[name], name)["model"]
     ema = base.load_pt(trained / "runs" / name / "checkpoint.pt")["ema"]
     assert all(torch.equal(weights[n], ema[n].half()) for n in ema)

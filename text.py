@@ -66,6 +66,25 @@ def learn_tokenizer(captions: list) -> tuple[dict, list]:
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
+def words_of(captions) -> list:
+    return sorted({word for line in captions for word in re.findall(r"\w+", line.lower())})
+
+
+def grow_tokenizer(vocab: dict, merges: list, captions: list) -> tuple[dict, list]:
+    """The same with every word of captions as one token. Known tokens keep their merges, and their
+    order; start and end stay last."""
+    tokens, merges = [token for token in vocab if token not in (START, END)], list(merges)
+    for word in words_of(captions):
+        tokenizer = build_tokenizer({token: i for i, token in enumerate([*tokens, START, END])}, merges)
+        first, *others = tokenizer.encode(word, add_special_tokens=False).tokens
+        for piece in others:
+            merges.append([first, piece])
+            first += piece
+            tokens.append(first)
+    tokens = [*dict.fromkeys(tokens), START, END]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
 def read_merges(model: dict) -> list:
     """The merges of a tokenizer.json, written as "a b" or as ["a", "b"], as pairs."""
     return [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -330,10 +349,36 @@ def load(path=WEIGHTS / "text.pt", device="cpu"):
         weights = load_checkpoint(path, "clip")
         config, tokenizer = CLIPConfig(**weights["config"]["clip"]), weights["config"]["tokenizer"]
         clip = load_state(CLIP(config), weights["model"], path)
-        facts = {"id": tensors_id(weights["model"], ("text_model.",)),
-                 "image_id": tensors_id(weights["model"], ("vision_model.", "visual_projection.")),
-                 "words": weights["config"]["words"]}
+        facts = {"id": encoder_id(weights), "words": weights["config"]["words"],
+                 "image_id": tensors_id(weights["model"], ("vision_model.", "visual_projection."))}
     return clip.to(device).eval(), build_tokenizer(**tokenizer), facts
+
+
+def encoder_id(weights: dict) -> str:
+    """Of the text half; one that has grown keeps its id, since old prompts keep their tokens."""
+    return weights["config"].get("id") or tensors_id(weights["model"], ("text_model.",))
+
+
+def grow(path, captions: list) -> tuple[CLIP, dict]:
+    """A trained CLIP with a token for each new word of captions, to be trained further, and its config.
+    Only the embeddings of new tokens and the image half are left to training: prompts without new
+    words keep their tokens to the bit, so what was trained on these stays valid. As textual
+    inversion (2208.01618), but taught by captions and stills."""
+    weights = load_checkpoint(path, "clip")
+    config, name = weights["config"], "text_model.embeddings.token_embedding.weight"
+    old, rows = config["tokenizer"]["vocab"], weights["model"][name]
+    vocab, merges = grow_tokenizer(**config["tokenizer"], captions=captions)
+    typical = torch.stack([rows[old[w + "</w>"]] for w in config["words"] if w + "</w>" in old]).mean(0)
+    rows = torch.stack([rows[old[token]] if token in old else typical for token in vocab])  # (V, D)
+    new = [token not in old for token in vocab]
+    config = config | {"clip": config["clip"] | {"vocab_size": len(vocab)}, "id": encoder_id(weights),
+                       "tokenizer": {"vocab": vocab, "merges": merges}, "new": new,
+                       "words": sorted({*config["words"], *words_of(captions)})}
+    clip = load_state(CLIP(CLIPConfig(**config["clip"])), weights["model"] | {name: rows}, path)
+    clip.text_model.requires_grad_(False)
+    embedding = clip.get_parameter(name).requires_grad_(True)
+    embedding.register_hook(lambda grad: grad * torch.tensor(new, device=grad.device)[:, None])
+    return clip, config
 
 
 @torch.inference_mode()
@@ -406,7 +451,7 @@ def with_text(clip: dict, weights=WEIGHTS, device="cpu") -> dict:
 
 def warn_unknown(prompts: list, words: list, cure: str = ""):
     """Name the words of prompts that the text encoder was never trained on."""
-    unknown = {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())} - set(words)
+    unknown = set(words_of(prompts)) - set(words)
     if words and unknown:
         warn(f"the text encoder was never trained on: {', '.join(sorted(unknown))}{cure}")
 

@@ -1,6 +1,7 @@
 """train.py - the toy world, and one loop that trains every stage on it, or on a folder of your clips.
 
-    python train.py all                        everything in weights/, one stage after the other
+    python train.py all                        everything in weights/, one stage after the other: days
+    python train.py all --minutes 60           the same in an hour: fewer data, steps, samples per step
     python train.py base                       one stage; goes on from runs/base/checkpoint.pt if there
     python train.py base --data clips/         on videos with a captions.csv, or a .txt beside each
     torchrun --nproc_per_node 2 train.py base  each batch shared by two processes
@@ -19,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import time
 import unicodedata
 from collections import deque
@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
-from itertools import islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import base
@@ -319,11 +319,15 @@ def draw_clip(rng: np.random.Generator, side: int = SIDE):
     return render(scene, start + np.arange(16) / fps, side), caption(scene), fps
 
 
-def world_clips(kind: str, seed: int, side: int):
+def count_of(args, kind: str) -> int:
+    """How many stills or clips of the world to render; fewer for a few minutes."""
+    return math.ceil(args.amount * (CLIPS if kind == "clips" else STILLS))
+
+
+def world_clips(kind: str, count: int, seed: int, side: int):
     """Stills or clips of the world: yields groups of (pixels (n, T, 3, side, side), captions, fps)."""
-    count, key, make = {
-        "clips": (CLIPS, 2, draw_clip), "stills": (STILLS, 1, draw_still),
-        "beginnings": (STILLS, 1, draw_beginning)}[kind]
+    key, make = {"clips": (2, draw_clip), "stills": (1, draw_still),
+                 "beginnings": (1, draw_beginning)}[kind]
     for group in trange(0, count, 64, desc=f"rendering {kind}"):
         rngs = [np.random.default_rng((seed, key, i)) for i in range(group, min(group + 64, count))]
         videos, captions, rates = zip(*(make(rng, side) for rng in rngs))
@@ -411,9 +415,14 @@ def folder_clips(folder, frames: int, side: int):
 
 
 def clips_of(args, kind: str, side: int):
-    """The groups of "clips", "stills" or "beginnings" that --data asks for."""
-    return (world_clips(kind, args.seed, side) if args.data == "world" else
-            folder_clips(args.data, 16 if kind == "clips" else 1, side))
+    """The groups of "clips", "stills" or "beginnings" that --data asks for. With --with-world, the
+    folder's are repeated until there are as many as the world's."""
+    world = world_clips(kind, count_of(args, kind), args.seed, side)
+    own = folder_clips(args.data, 16 if kind == "clips" else 1, side)
+    if not args.with_world:
+        return world if args.data == "world" else own
+    own = cycle(list(own))
+    return chain.from_iterable((group, *islice(own, len(group[1]))) for group in world)
 
 
 def gather(groups, key: str, function) -> dict:
@@ -428,7 +437,7 @@ def gather(groups, key: str, function) -> dict:
 
 def stills(args, kind: str = "stills") -> dict:
     """pixels uint8 (N, 1, 3, side, side), captions, fps."""
-    name = f"{data_id(args.data)}-{kind}-{STILLS}-{SIDE}-{args.seed}"
+    name = f"{data_id(args.data)}{args.mixed}-{kind}-{count_of(args, kind)}-{SIDE}-{args.seed}"
     return cached(name, lambda: gather(clips_of(args, kind, SIDE), "pixels", lambda x: x))
 
 
@@ -437,8 +446,7 @@ def latents(args, kind: str, side: int = SIDE) -> tuple[dict, dict]:
     caption (K, L, D), rows (N,) in them, and null_tokens; and the ids of what made both. With
     --captions none, see add_embeddings."""
     autoencoder, vae_id = vae.load(find_checkpoint(args.weights, "vae"), args.device)
-    count = STILLS if kind == "stills" else CLIPS
-    name = f"{data_id(args.data)}-{kind}-{count}-{side}-{args.seed}-{vae_id}"
+    name = f"{data_id(args.data)}{args.mixed}-{kind}-{count_of(args, kind)}-{side}-{args.seed}-{vae_id}"
     data = cached(name, lambda: gather(clips_of(args, kind, side), "latents",
                                        lambda x: vae.encode_video(autoencoder, x).half()))
     facts = {"vae": vae_id, "side": data["latents"].shape[-1]}
@@ -451,8 +459,8 @@ def add_tokens(args, data: dict, facts: dict) -> dict:
     clip, tokenizer, known = text.load(find_checkpoint(args.weights, "text"), args.device)
     facts["text"] = known["id"]
     distinct = sorted(set(data["captions"]))
-    text.warn_unknown(distinct, known["words"], ". Use words that it knows, or train clip, and then "
-                      "every later stage, on these captions")
+    text.warn_unknown(distinct, known["words"], ". Use words that it knows, or teach it these: `train.py "
+                      "clip --init weights/text.pt`, and train later stages further, on these captions")
     groups = [distinct[i:i + 256] for i in range(0, len(distinct), 256)]
     encoded = [text.encode(clip, tokenizer, group) for group in groups]
     row = {words: i for i, words in enumerate(distinct)}
@@ -475,6 +483,14 @@ def add_embeddings(args, data: dict, facts: dict, autoencoder, name: str) -> dic
     tokens = cached(f"{name}-embedded-{known['image_id']}", make)["tokens"][:, None]  # (N, 1, E)
     return data | {"tokens": tokens, "rows": torch.arange(len(tokens)), "captions": [""] * len(tokens),
                    "null_tokens": torch.zeros_like(tokens[:1])}
+
+
+def spread(captions: list, count: int) -> list:
+    """Rows of items to look at: of as many captions as there are, evenly from first to last."""
+    rows = sorted({words: i for i, words in enumerate(captions)}.values())
+    if len(rows) < count:
+        rows = range(len(captions))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 @dataclass
@@ -531,13 +547,14 @@ def pairs(args, name: str) -> tuple[dict, dict]:
     """pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (small after a round trip through the
     autoencoder where that makes 64 pixels, else small), captions, fps, tokens; and the ids."""
     p, scale = PAIRS[name], NETWORKS[name].scale
+    p = replace(p, count=math.ceil(args.amount * p.count))
     autoencoder, vae_id = vae.load(find_checkpoint(args.weights, "vae"), args.device)
 
     def make():
-        source, rows = folder_pairs(args.data, p, scale, args.seed), []
-        if args.data == "world":
-            source = world_pairs(p, scale, 6 + list(PAIRS).index(name), args.seed)
-        for small, large, centre, line, fps in source:
+        own = () if args.data == "world" else folder_pairs(args.data, p, scale, args.seed)
+        world = world_pairs(p, scale, 6 + list(PAIRS).index(name), args.seed)
+        rows, world = [], world if args.data == "world" or args.with_world else ()
+        for small, large, centre, line, fps in chain(own, world):
             decoded, window = small, window_about(*centre, p.inner, p.side)
             if p.side == 64:
                 z = vae.encode_video(autoencoder, small[None])
@@ -549,7 +566,7 @@ def pairs(args, name: str) -> tuple[dict, dict]:
         return dict(zip(keys, map(torch.stack, tensors))) | {"captions": list(captions)}
 
     decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",)) if p.side == 64 else "none"
-    key = f"{data_id(args.data)}-pairs-{name}-{digest(p)}-{args.seed}-{decoder}"
+    key = f"{data_id(args.data)}{args.mixed}-pairs-{name}-{digest(p)}-{args.seed}-{decoder}"
     return cached(key, make), {"vae": vae_id, "windows": p.count}
 
 
@@ -606,13 +623,16 @@ class Recipe:
     fresh_lr: float = 0.     # of layers that an image model does not have
     warmup: int = 100
     ema: float = .999
+    share: int = 3           # of --minutes, beside those of other stages
 
 
-RECIPES = {"vae": Recipe(32000, 32, 1.5e-3), "clip": Recipe(700, 128, 1e-3),
-           "prior": Recipe(3000, 128, 1e-3),
-           "image": Recipe(4500, 128, 1e-3), "mean-clip": Recipe(2000, 64, 5e-3, warmup=50),
-           "base": Recipe(32000, 16, 4e-4, fresh_lr=1.5e-3), "interpolate": Recipe(10700, 16, 8e-4),
-           "superres-low": Recipe(7900, 4, 2e-3), "superres-high": Recipe(9900, 8, 2e-3),
+# Shares, a judgement: most goes to what all else stands on, and to what makes the right thing move.
+RECIPES = {"vae": Recipe(32000, 32, 1.5e-3, share=15), "clip": Recipe(700, 128, 1e-3, share=4),
+           "prior": Recipe(3000, 128, 1e-3, share=2), "image": Recipe(4500, 128, 1e-3, share=14),
+           "mean-clip": Recipe(2000, 64, 5e-3, warmup=50, share=4),
+           "base": Recipe(32000, 16, 4e-4, fresh_lr=1.5e-3, share=30),
+           "interpolate": Recipe(10700, 16, 8e-4, share=8),
+           "superres-low": Recipe(7900, 4, 2e-3, share=4), "superres-high": Recipe(9900, 8, 2e-3, share=4),
            "ssr-128": Recipe(1750, 32, 2e-3), "ssr-256": Recipe(1750, 32, 2e-3),
            "ssr-768": Recipe(4600, 32, 2e-3), "tsr-32": Recipe(3200, 16, 2e-3),
            "tsr-128": Recipe(2600, 16, 2e-3)}
@@ -645,7 +665,7 @@ def prepare_vae(args) -> Setup:
                 "captions": [data["captions"][i] for i in picks]}
 
     def preview(model):  # originals above their reconstructions
-        originals = pixels(slice(16))
+        originals = pixels(spread(data["captions"], 16))
         made = model.decode(model.encode(originals.to(args.device))[0]).cpu()
         return vae.contact_sheet(vae.to_uint8(torch.stack([originals, made])))
 
@@ -667,16 +687,16 @@ def above_tiles(images, cosines) -> torch.Tensor:
 def prepare_clip(args) -> Setup:
     data = stills(args, "beginnings" if args.freeze == "text" else "stills")
     captions = training_captions() if args.data == "world" else sorted(set(data["captions"]))
+    captions += training_captions() if args.with_world else []
     every = captions + data["captions"]
-    if args.freeze == "text":  # tokens stay what they are; images learn what captions say of motion
-        saved = base.load_checkpoint(args.init, "clip")["config"]
-        vocab, merges, words = *saved["tokenizer"].values(), saved["words"]
-        model = text.CLIP(text.CLIPConfig(**saved["clip"]))
-    else:
-        vocab, merges = text.learn_tokenizer(every)
-        words = sorted({word for line in every for word in re.findall(r"\w+", line.lower())})
-        model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=SIDE))
-    ids = text.tokenize(text.build_tokenizer(vocab, merges), every, model.config.context)
+    vocab, merges = text.learn_tokenizer(every)
+    model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=SIDE))
+    config = {"clip": asdict(model.config), "tokenizer": {"vocab": vocab, "merges": merges},
+              "words": text.words_of(every)}
+    if args.init:  # --freeze text: tokens stay; images learn what captions say of motion
+        model, config = text.grow(args.init, every if args.freeze == "none" else [])
+    ids = text.tokenize(text.build_tokenizer(**config["tokenizer"]), every, model.config.context)
+    embedding = model.text_model.embeddings.token_embedding.weight.detach().clone()
     motion_ids, ids = ids.split([len(captions), len(data["captions"])])  # (N, L) each
 
     def batch_of(step, samples):
@@ -686,13 +706,17 @@ def prepare_clip(args) -> Setup:
                 "motion_ids": motion_ids[others], "captions": [data["captions"][i] for i in picks]}
 
     def preview(model):  # images over the cosines of each with each caption
-        shown = data["pixels"][:16, 0]
-        logits = model.similarity(vae.to_float(shown).to(args.device), ids[:16].to(args.device))
+        rows = spread(data["captions"], 16)
+        shown = data["pixels"][rows, 0]
+        logits = model.similarity(vae.to_float(shown).to(args.device), ids[rows].to(args.device))
         return above_tiles(shown, (logits / model.logit_scale.exp()).T.cpu())
 
-    config = {"clip": asdict(model.config), "tokenizer": {"vocab": vocab, "merges": merges},
-              "words": words}
-    return Setup(model, batch_of, text.loss, preview, config)
+    def finish(model, config):  # known tokens stay to the bit, in spite of weight decay
+        if args.init:
+            rows = ~torch.tensor(config.pop("new"))
+            model.text_model.embeddings.token_embedding.weight[rows] = embedding[rows].to(args.device)
+        return config
+    return Setup(model, batch_of, text.loss, preview, config, finish=finish)
 
 
 def prepare_prior(args) -> Setup:
@@ -713,10 +737,11 @@ def prepare_prior(args) -> Setup:
         return diffusion_batch(args, data, step, samples, timesteps) | {"pixels": pixels}
 
     def preview(model):  # images over the cosines of each with what P makes of each caption
-        context, shown = data["tokens"][data["rows"][:16]].to(args.device), data["pixels"][:16, 0]
+        rows = spread(data["captions"], 16)
+        context = data["tokens"][data["rows"][rows]].to(args.device)
         made = text.sample_prior(model, diffusion, context, context[:1])  # (16, D)
-        cosines = F.cosine_similarity(made[:, None], data["latents"][None, :16], dim=-1)  # (16, 16)
-        return above_tiles(shown, cosines)
+        cosines = F.cosine_similarity(made[:, None], data["latents"][None, rows], dim=-1)  # (16, 16)
+        return above_tiles(data["pixels"][rows, 0], cosines)
     return Setup(model, batch_of, lambda model, batch: text.prior_loss(model, diffusion, batch),
                  preview, asdict(config), facts)
 
@@ -741,14 +766,18 @@ def prompts_of(args, data: dict, count: int) -> dict:
     """Tokens of prompts to preview: VIDEO_PROMPTS of the world, or what the first items are told."""
     if args.data == "world" and args.captions == "all" and count <= len(VIDEO_PROMPTS):
         return text.encode_clip(VIDEO_PROMPTS[:count], args.weights)["text"]
-    return {"tokens": data["tokens"][data["rows"][:count]], "null_tokens": data["null_tokens"]}
+    rows = spread(data["captions"], count)
+    return {"tokens": data["tokens"][data["rows"][rows]], "null_tokens": data["null_tokens"]}
 
 
 def prepare_image(args) -> Setup:
     """Text to image; with --captions none, image embedding to image, from the weights of the former
     where they are there. Only then the skips have gates."""
     data, facts = latents(args, "stills")
-    model, diffusion = UNet(replace(base.TINY_IMAGE, context_dim=data["tokens"].shape[-1])), base.Diffusion()
+    channels = data["latents"].shape[2]
+    model = UNet(replace(base.TINY_IMAGE, context_dim=data["tokens"].shape[-1], in_channels=channels,
+                         out_channels=channels))
+    diffusion = base.Diffusion()
     if args.captions == "none":
         path, image = find_checkpoint(args.weights, "image"), {"embeddings": ("image",), "gates": True}
         model = UNet(replace(model.config, **image))
@@ -853,7 +882,8 @@ def prepare_interpolate(args) -> Setup:
         return diffusion_batch(args, data, step, samples, shifted_timesteps) | {"known": known}
 
     def preview(model):  # sixteen frames of which every fifth is given, below the truth
-        picks = (data["fps"] == data["fps"][0]).nonzero()[:4, 0]
+        alike = (data["fps"] == data["fps"][0]).nonzero()[:, 0]
+        picks = alike[spread([data["captions"][i] for i in alike], 4)]
         x, known = data["latents"][picks].float(), torch.arange(16) % 5 == 0
         text_emb = {"tokens": data["tokens"][data["rows"][picks]], "null_tokens": data["null_tokens"]}
         made = interpolate.fill_timeline(model, diffusion, x, known, text_emb, data["fps"][0].item())
@@ -907,10 +937,11 @@ def prepare_pixels(args, name: str) -> Setup:
         return batch
 
     def preview(model):  # what is given, ours, truth
-        small, truth, moment = data["decoded"][:8], data["pixels"][:8], int(doubles)
+        rows = spread(data["captions"], 8)
+        small, truth, moment = data["decoded"][rows], data["pixels"][rows], int(doubles)
         small = interpolate.double(small[:, ::2]) if doubles else small  # (8, T, C, s, s)
         ours = []
-        for i, clip in enumerate(small):
+        for i, clip in zip(rows, small):
             tokens = data["tokens"][data["rows"][i]][None] if hears else None
             ours.append(superres.upscale(model, diffusion, stage, clip, data["fps"][i].item(),
                                          context=tokens, null_context=data.get("null_tokens")))
@@ -962,14 +993,25 @@ def ahead(make: Callable, calls, threads: int = 4):
             yield waiting.popleft().result()
 
 
+def show_first_batch(folder: Path, batch: dict, args):
+    """Up to eight samples and their captions: errors of range, order or caption show here."""
+    if "pixels" in batch:
+        x = vae.to_uint8(batch["pixels"])
+        shown = vae.contact_sheet(x.view(len(x), -1, *x.shape[-3:]))  # of (8, T, 3, H, W)
+    else:
+        shown = sheet(args, batch["latents"])
+    vae.write_image(folder / "first_batch.png", shown)
+    (folder / "first_batch.txt").write_text("\n".join(batch["captions"]) + "\n", encoding="utf-8")
+
+
 def make_optimizer(model, recipe: Recipe, freeze: str) -> torch.optim.Optimizer:
     """AdamW for what --freeze leaves, with another rate for layers that an image model does not have."""
     groups = {recipe.lr: [], recipe.fresh_lr or recipe.lr: []}
     for name, parameter in model.named_parameters():
         new, decodes = UNet.is_inflation(name), name.startswith(("decoder.", "post_quant_conv."))
-        parameter.requires_grad_(
-            {"none": True, "spatial": new, "encoder": decodes, "text": not name.startswith("text_model.")}
-            [freeze])
+        trains = {"none": parameter.requires_grad, "spatial": new, "encoder": decodes,
+                  "text": not name.startswith("text_model.")}[freeze]
+        parameter.requires_grad_(trains)
         if parameter.requires_grad:
             groups[recipe.fresh_lr if new and recipe.fresh_lr else recipe.lr].append(parameter)
     groups = [{"params": params, "base_lr": lr} for lr, params in reversed(groups.items()) if params]
@@ -1010,9 +1052,8 @@ def load_initial(path, name: str, setup: Setup, model):
     base.load_state(model, weights["model"], path)
 
 
-def resume(path, run: dict, parts: dict) -> dict:
-    """The checkpoint of a run, loaded into its parts; refused if model, data or recipe is another."""
-    state = load_pt(path)
+def resume(state: dict, run: dict, parts: dict, path):
+    """Load a checkpoint into the parts of a run; refused if model, data or recipe is another."""
     then = state["run"] | {"steps": run["steps"]}  # more steps are welcome
     differing = [f"{key} (then {then.get(key)}, now {run.get(key)})" for key in sorted(run | then)
                  if then.get(key) != run.get(key)]
@@ -1021,35 +1062,76 @@ def resume(path, run: dict, parts: dict) -> dict:
                         "finished weights further with --init")
     for key, part in parts.items():
         part.load_state_dict(state[key])
-    return state
 
 
-def train(name: str, args, steps: int | None = None):
+def origin_of(name: str, args, *more) -> str:
+    """Hash of all that a stage is made from: code, earlier stages, data, recipe."""
+    earlier = list(PREPARE)[:list(PREPARE).index(name)]
+    names = [OUTPUT[other] for other in earlier]
+    if args.captions == "none":
+        names += [UNCAPTIONED[other] for other in earlier if other in UNCAPTIONED]
+    files = [*Path(__file__).parent.glob("*.py"), *(Path(args.weights) / file for file in names)]
+    files += [Path(file) for file in (args.init, args.teacher) if file]
+    stats = [(path.name, path.stat().st_mtime_ns) for path in sorted(files) if path.is_file()]
+    flags = args.mixed, args.seed, args.freeze, args.captions, args.amount
+    return digest((stats, data_id(args.data), flags, more))
+
+
+def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
+    """As many steps as fit, by the time of the first few, which are taken back; of fewer samples where
+    300 do not fit. Another machine would decide otherwise, so the checkpoint keeps it."""
+    model, clocks, parts = setup.model, [time.time()], RANKS * args.accumulate
+    before, ema, loss_of = copy.deepcopy(model.state_dict()), copy.deepcopy(model), Loss(model, setup.loss_of)
+    optimizer = make_optimizer(model, recipe, args.freeze)
+    for step in range(5):
+        batch = setup.batch_of(step, range(RANK, recipe.batch, RANKS))
+        take_step(step, [batch], loss_of, ema, optimizer, recipe, args.device)
+        clocks.append(time.time())
+    model.load_state_dict(before)
+    seconds -= clocks[5] - clocks[0]
+    steps = [int(4 * seconds / (clocks[5] - clocks[1]))]  # the first is slow, one may be of stills
+    if RANKS > 1:
+        dist.broadcast_object_list(steps, 0)
+    if steps[0] < 300 and recipe.batch > 4 and recipe.batch % (2 * parts) == 0:
+        return fit_recipe(replace(recipe, batch=recipe.batch // 2), seconds, setup, args)
+    return replace(recipe, steps=max(20, steps[0]), warmup=min(recipe.warmup, max(20, steps[0]) // 5))
+
+
+def train(name: str, args, steps: int | None = None, limit: float | None = None):
     """Train a stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
-    recipe = RECIPES[name]
-    if args.lr:
-        recipe = replace(recipe, lr=args.lr, fresh_lr=recipe.fresh_lr * args.lr / recipe.lr)
-    recipe = replace(recipe, steps=args.steps or steps or recipe.steps, batch=args.batch or recipe.batch)
+    recipe, begun = replace(RECIPES[name], steps=args.steps or steps or RECIPES[name].steps), time.time()
+    recipe = replace(recipe, batch=args.batch or recipe.batch, lr=args.lr or recipe.lr,
+                     fresh_lr=recipe.fresh_lr * (args.lr or recipe.lr) / recipe.lr)
     folder, output = RUNS / args.name / name, Path(args.weights) / output_of(args, name)
     checkpoint = folder / "checkpoint.pt"
-    for path in (checkpoint, output):
-        base.check_output(path, ".pt")
+    base.check_output(checkpoint, ".pt")
+    base.check_output(output, ".pt")
+    origin = origin_of(name, args, recipe, limit)
+    state = load_pt(checkpoint) if checkpoint.is_file() and not args.fresh else None
+    is_done = state and output.is_file() and state["step"] >= state["run"]["steps"]
+    if is_done and state.get("origin") == origin:  # spares preparing its data
+        return print(f"{name}: already trained; --fresh starts over")
     torch.manual_seed(args.seed)
     setup = PREPARE[name](args)
     setup.facts |= {"distill": args.distill} if args.distill else {}
     model = setup.model.to(args.device, memory_format=torch.channels_last).train()
     model.gradient_checkpointing = args.checkpointing
-    if args.init:
+    if args.init and name != "clip":  # which grows
         load_initial(args.init, name, setup, model)
+    if limit and state:
+        recipe = replace(recipe, **{key: state["run"][key] for key in ("steps", "batch", "warmup")})
+    elif limit:  # less what preparing took, and a preview will
+        recipe = fit_recipe(recipe, 57 * limit - time.time() + begun, setup, args)
     optimizer = make_optimizer(model, recipe, args.freeze)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    run = {"data": data_id(args.data), "stills": STILLS, "clips": CLIPS, "pixels": SIDE}
+    run = {"data": data_id(args.data) + args.mixed, "pixels": SIDE, "limit": limit}
+    run |= {kind: count_of(args, kind) for kind in ("stills", "clips")}
     run |= {key: getattr(args, key) for key in ("seed", "freeze", "init", "teacher", "captions")}
     run |= asdict(recipe) | setup.config | setup.facts
     start, minutes, running = 0, 0., math.nan
-    if checkpoint.is_file() and not args.fresh:
-        state = resume(checkpoint, run, parts)
+    if state:
+        resume(state, run, parts, checkpoint)
         start, minutes, running = state["step"], state["minutes"], state["loss"]
         if start >= recipe.steps and output.is_file():
             return print(f"{name}: already trained; --fresh starts over")
@@ -1062,20 +1144,13 @@ def train(name: str, args, steps: int | None = None):
 
     def save(step):
         save_pt(checkpoint, {key: part.state_dict() for key, part in parts.items()} |
-                {"run": run, "step": step, "minutes": minutes, "loss": running})
+                {"run": run, "origin": origin, "step": step, "minutes": minutes, "loss": running})
 
     if RANK == 0:
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe}")
         if start == 0:
             (folder / "log.csv").write_text("step,minutes,loss,t<1/4,t<1/2,t<3/4,t<1\n")
-        first = setup.batch_of(0, range(min(8, recipe.batch)))  # errors of range or order show here
-        if "pixels" in first:
-            x = vae.to_uint8(first["pixels"])
-            shown = vae.contact_sheet(x.view(len(x), -1, *x.shape[-3:]))  # of (8, T, 3, H, W)
-        else:
-            shown = sheet(args, first["latents"])
-        vae.write_image(folder / "first_batch.png", shown)
-        (folder / "first_batch.txt").write_text("\n".join(first["captions"]) + "\n", encoding="utf-8")
+        show_first_batch(folder, setup.batch_of(0, range(min(8, recipe.batch))), args)
     mine = np.array_split(range(RANK, recipe.batch, RANKS), args.accumulate)  # equal parts
     calls = ((step, part) for step in range(start, recipe.steps) for part in mine)
     batches, window, last_save, clock = ahead(setup.batch_of, calls), [], time.time(), time.time()
@@ -1126,10 +1201,21 @@ def plan(folder, stages: list) -> dict:
             recipe = RECIPES[name]
             steps[name] = min(recipe.steps, max(200, 100 * sum(fitting) // recipe.batch))
         print(f"  {name:14s} {frames:2d} frames of {side} x {side}: {len(fitting)} clips fit, "
-              + (f"{steps[name]} steps" if fitting else "so it is not trained"))
+              + (f"{steps[name]} steps by default" if fitting else "so it is not trained"))
     if not steps:
         raise UserError(f"{folder} holds no clip that {', '.join(stages)} can learn from")
     return steps
+
+
+def check_autoencoder(args):
+    """Say how well the autoencoder shows a folder: no later stage can be better."""
+    autoencoder, _ = vae.load(find_checkpoint(args.weights, "vae"), args.device)
+    data = stills(args)
+    x = data["pixels"][spread(data["captions"], 32)]  # (32, 1, 3, side, side)
+    error = vae.to_float(vae.decode_video(autoencoder, vae.encode_video(autoencoder, x))) - vae.to_float(x)
+    psnr = 10 * math.log10(4 / error.square().mean())
+    print(f"the autoencoder shows these clips at {psnr:.1f} dB"
+          + (", which is blurred: train vae on them first" if psnr < 20 else ""))
 
 
 def main(argv=None):
@@ -1137,6 +1223,7 @@ def main(argv=None):
     flag = parser.add_argument
     flag("stage", choices=[*PREPARE, "all"])
     flag("--data", default="world", help="'world', or a folder of clips [world]")
+    flag("--with-world", action="store_true", help="as many of the world's own clips among them")
     flag("--weights", default=WEIGHTS, help="folder, read and written [weights/]")
     flag("--init", metavar="FILE", help="train these weights of the stage further")
     flag("--freeze", choices=("none", "spatial", "encoder", "text"), default="none", help="base: train only "
@@ -1144,6 +1231,7 @@ def main(argv=None):
     flag("--captions", choices=("all", "none"), default="all", help="none: image, mean-clip and base read "
          "the CLIP embedding of a frame instead, as in Make-A-Video [all]")
     flag("--steps", type=base.positive, help="[the recipe's]")
+    flag("--minutes", type=float, help="train for so long, all stages together, instead")
     flag("--batch", type=base.positive, help="samples per step [the recipe's]")
     flag("--lr", type=float, help="learning rate [the recipe's]")
     flag("--accumulate", type=base.positive, default=1, metavar="N", help="make batches in N parts [1]")
@@ -1160,6 +1248,7 @@ def main(argv=None):
     every = PREPARE if args.captions == "all" else UNCAPTIONED
     stages = list(every) if args.stage == "all" else [args.stage]
     wrong = {"--init": args.init and args.stage == "all",
+             "--with-world": args.with_world and args.data == "world",
              "--freeze spatial": args.freeze == "spatial" and args.stage != "base",
              "--freeze encoder": args.freeze == "encoder" and not (args.stage == "vae" and args.init),
              "--freeze text": args.freeze == "text" and not (args.stage == "clip" and args.init),
@@ -1167,7 +1256,7 @@ def main(argv=None):
              "--distill": args.distill and not (
                  args.init and args.stage.startswith(("base", "superres", "ssr")))}
     for name in filter(wrong.get, wrong):
-        raise UserError(f"{name} does not go with stage {args.stage}, or wants --init; see --help")
+        raise UserError(f"{name} does not go with stage {args.stage}, or wants --init or --data; see --help")
     if args.data != "world" and not Path(args.data).is_dir():
         raise UserError(f"{args.data}: no such folder of clips")
     for name in stages:  # before the first is trained, for hours
@@ -1180,9 +1269,16 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if args.device == "cuda" and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    steps = {} if args.data == "world" else plan(args.data, stages)
-    for name in steps or stages:
-        train(name, args, steps.get(name))
+    steps = dict.fromkeys(stages) if args.data == "world" else plan(args.data, stages)
+    kept = sum(path.stat().st_size for path in files_of(RUNS / "cache", ".pt"))
+    print(f"{RUNS / 'cache'} holds {kept / 1e9:.1f} GB, and may be deleted at any time")
+    unit = args.minutes and args.minutes / sum(RECIPES[name].share for name in steps)
+    args.amount = min(1., unit / 6) if unit else .125 if args.with_world else 1.  # a whole world for ten hours
+    args.mixed = f"+{world_id()}" if args.with_world else ""
+    if args.data != "world" and "vae" not in steps and "clip" not in steps:
+        check_autoencoder(args)
+    for name in steps:
+        train(name, args, steps[name], unit and unit * RECIPES[name].share)
     if RANKS > 1:
         dist.destroy_process_group()
 
