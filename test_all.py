@@ -145,15 +145,6 @@ def test_temporal_layers_are_identity_at_init():
     close(video(x, t, context, fps), torch.cat(frames, dim=1))
 
 
-@cases("trained", [(), ("attention",), ("conv",)])
-def test_frames_see_each_other_only_through_trained_temporal_layers(trained):
-    model = UNet(replace(SMALL, temporal=trained or SMALL.temporal))
-    randomize(model, lambda name: trained or is_old(name))
-    (x, *others), touched = inputs(), torch.arange(5) == 2
-    change = model(x, *others) != model(x + touched[:, None, None, None], *others)
-    assert torch.equal(change.flatten(2).any(2), (touched | bool(trained)).expand(2, 5))
-
-
 @cases("layer, reach", [
     (base.PseudoConv3d(8, 8, True), [1, 2, 3]), (base.TemporalAttention(8, 2), [0, 1, 2, 3, 4])])
 def test_temporal_layers_relate_frames_of_one_pixel_and_know_their_order(layer, reach):
@@ -646,23 +637,20 @@ def test_any_stage_file_is_used_or_refused(files):
     base.save_checkpoint("w.pt", config, randomize(UNet(SMALL)), stage="base", side=2, vae=None)
     good = base.new_clip("text", text=text_emb(), prompts=["a", "b"], fps=4., history=["text.py a b"])
     x, used, rng = randn(2, 6, 8), 0, np.random.default_rng(0)
-    junk = [None, 0, -1., math.nan, "ab", b"ab", [], ["a", 1], ["a", "b"], {}, {"a": 1}, x, x[:0], x[0], x / 0,
-            x.to_sparse(), x.long(), x.to(torch.complex64), randn(2, 6, 9), randn(1, 6, 9), torch.ones(1),
-            torch.empty(0), x.to("meta"), [x, x]]
+    junk = [None, 0, -1., math.nan, "ab", b"ab", [], ["a", 1], ["a", "b"], {}, {"a": 1}, x, x[:0], x[0],
+            x / 0, x.to_sparse(), x.long(), x.to(torch.complex64), x[..., :5], x[:1], x.to("meta"), [x, x]]
     for i in range(200):
         clip = good | {"text": dict(good["text"])}
-        for _ in range(rng.integers(1, 3)):
-            inner = rng.random() < .4 and isinstance(clip.get("text"), dict)
-            part = clip["text"] if inner else clip
+        for part in (clip, clip["text"])[:rng.integers(1, 3)]:
             key = rng.choice(list(part))
             part[key] = junk[rng.integers(len(junk))]
             if rng.random() < .1:
                 del part[key]
         torch.save(clip, "bad.pt")
-        data = bytearray(Path("bad.pt").read_bytes())
-        if i % 4 == 0:
+        if i % 4 == 0:  # a flipped bit, now and then a file cut short
+            data = bytearray(Path("bad.pt").read_bytes())
             data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-        Path("bad.pt").write_bytes(data[:rng.integers(len(data))] if i % 20 == 0 else data)
+            Path("bad.pt").write_bytes(data[:rng.integers(len(data))] if i % 20 == 0 else data)
         with contextlib.suppress(UserError):
             made = base.generate_clip(base.load_clip("bad.pt", "text"), "w.pt", frames=2, steps=1)
             base.save_clip("made.pt", made, "base.py", [])
@@ -995,23 +983,11 @@ class Bomb:
         return os.mkdir, ("bombed",)
 
 
-TOKENS = randn(1, 16, 128)
-
-
 @cases("content, message", [
-    (b"dear diary", "bad.pt"), ({"bomb": Bomb()}, "bad.pt"), (TOKENS, "bad.pt"),
-    ({"kind": "pixels"}, "holds pixels, not latents; make one with `python base.py"),
-    ({"data": randn(1, 2, 3, 8, 8)}, "(B, T,"), ({"prompts": []}, "B prompts"),
-    ({"data": randn(1, 2, 4, 8, 8) / 0}, "finite"), ({"text": {"tokens": TOKENS}}, "null_tokens"),
-    ({"text": {"tokens": TOKENS, "null_tokens": TOKENS[..., :64]}}, "null_tokens"),
-    ({"vae": "other"}, "vae other")])
+    ({"bomb": Bomb()}, "bad.pt"), ({"prompts": []}, "B prompts"), ({"vae": "other"}, "vae other"),
+    ({"kind": "pixels"}, "holds pixels, not latents; make one with `python base.py")])
 def test_stage_files_are_refused_and_no_code_runs(files, content, message):
-    if isinstance(content, dict):
-        content = base.load_pt("z.pt") | content
-    if isinstance(content, bytes):
-        Path("bad.pt").write_bytes(content)
-    else:
-        torch.save(content, "bad.pt")
+    torch.save(base.load_pt("z.pt") | content, "bad.pt")
     assert message in refusal(vae.main, "decode", "bad.pt", "-o", "out.mp4")
     assert not Path("out.mp4").exists() and not Path("bombed").exists()
 
@@ -1156,14 +1132,13 @@ def test_names_of_2022_are_read(stable, tmp_path):
     close(*(dict(vae.load(folder)[0].state_dict()) for folder in (tmp_path, stable.folder)), 0)
 
 
-@cases("sampler", ["ddim", "dpmpp"])
-def test_samplers_equal_those_of_diffusers(stable, sampler):
+@cases("sampler, scheduler, how", [
+    ("ddim", "DDIMScheduler", {"clip_sample": False}),
+    ("dpmpp", "DPMSolverMultistepScheduler", {"final_sigmas_type": "zero"})])
+def test_samplers_equal_those_of_diffusers(stable, sampler, scheduler, how):
     import diffusers
-    common = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
-                  timestep_spacing="trailing")
-    scheduler = diffusers.DDIMScheduler(**common, clip_sample=False)
-    if sampler == "dpmpp":
-        scheduler = diffusers.DPMSolverMultistepScheduler(**common, final_sigmas_type="zero")
+    scheduler = getattr(diffusers, scheduler)(
+        beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", timestep_spacing="trailing", **how)
     scheduler.set_timesteps(20)
     z, _, context, _ = inputs(1, 1, 32)
     z = z[:, 0]
@@ -1190,19 +1165,20 @@ def test_stable_diffusion_from_prompt_to_picture(stable, tmp_path):
 
 
 @cases("main, argv, message", [
-    (base.main, "text.pt --frames 0", "--frames"), (base.main, "text.pt --steps 1.5", "--steps"),
-    (base.main, "none.pt", "no such file"), (base.main, "z.pt", "python text.py"),
+    (base.main, "text.pt --frames 0", "--frames"), (base.main, "none.pt", "no such file"),
     (base.main, "text.pt -o o.mp4", "extension"), (base.main, "alien.pt", "encoder alien"),
-    (vae.main, "encode a.mp4 -o o.pt", "cannot be read"), (vae.main, "encode a.gif -o o.pt", "cannot be"),
-    (vae.main, "encode a.png -o o.pt", "cannot be"), (vae.main, "decode z.pt -o o.avi", "extension"),
+    (vae.main, "encode a.mp4 -o o.pt", "cannot be read"), (vae.main, "encode a.png -o o.pt", "cannot be"),
+    (vae.main, "decode a.png -o o.mp4", "is damaged"),
     (vae.main, "decode z.pt -o o.mp4 --weights no.pt", "python train.py vae"),
     (vae.main, "decode z.pt -o o.mp4 --weights text.pt", "not vae"),
-    (interpolate.main, "z.pt --skip 16", "nothing to fill"), (superres.main, "low z.pt", "not pixels"),
-    (sample.main, "star --until high --cascade imagen-video", "imagen-video has base, tsr-32")])
-def test_arguments_are_refused_in_one_line(files, main, argv, message):
+    (interpolate.main, "z.pt --skip 16", "nothing to fill"),
+    (sample.main, "star --until high --cascade imagen-video", "imagen-video has base, tsr-32"),
+    (train.main, "all --batch 12 --accumulate 5", "vae: a batch of 12 does not split into 5")])
+def test_arguments_are_refused_in_one_line(files, monkeypatch, main, argv, message):
+    monkeypatch.setattr(train, "train", pytest.fail)
     base.save_pt("alien.pt", base.load_pt("text.pt") | {"encoder": "alien"})
-    for letter in ("a.mp4", "a.gif", "a.png"):
-        Path(letter).write_text("dear diary")
+    for name in ("a.mp4", "a.png"):
+        Path(name).write_text("dear diary")
     before = sorted(files.iterdir())
     assert message in refusal(main, *argv.split()) and sorted(files.iterdir()) == before
 
@@ -1363,14 +1339,6 @@ def test_a_sample_is_a_function_of_seed_step_and_number(monkeypatch):
     assert abs((heard < 0).float().mean() - .1) < .03 and len(whole["noise"].unique(dim=0)) == 999
 
 
-@cases("u, middle, noisy, clear", [
-    (.25, 333, 654, 32), (.51, 506, 848, 81), (1 - 2 ** -53, 999, 999, 999)])
-def test_timesteps_have_their_densities(u, middle, noisy, clear):
-    rngs = [type("Always", (), {"random": lambda self: u})()]
-    assert train.middle_timesteps(rngs) == middle and train.shifted_timesteps(rngs) == noisy
-    assert train.shifted_timesteps(rngs, 1 / 8) == clear
-
-
 @cases("name, median", [("low", 79), ("ssr-128", 156), ("tsr-32", 500)])
 def test_batches_of_networks_between_pixels(name, median, monkeypatch):
     data, side, is_tsr = numbered(40), 4 * train.NETWORKS[name].scale, name == "tsr-32"
@@ -1391,11 +1359,9 @@ def test_batches_of_networks_between_pixels(name, median, monkeypatch):
     assert shared.all() if name == "low" else not shared.any()
 
 
-def test_learning_rate_and_order_of_batches_made_ahead():
-    recipe = train.Recipe(steps=300, batch=1, lr=1., warmup=10)
-    rate = [train.learning_rate(step, recipe) for step in (0, 1, 9, 100, 200)]
+def test_batches_made_ahead_keep_their_order():
     ready = train.ahead(lambda i: time.sleep(.02 * (i % 3)) or i, ((i,) for i in range(20)))
-    assert rate == [.1, .2, 1, 1, .5] and list(ready) == list(range(20))
+    assert list(ready) == list(range(20))
 
 
 def steep(model, batch):
@@ -1692,12 +1658,6 @@ def test_from_prompt_or_picture_by_way_of_an_embedding(trained, tmp_path, monkey
     base.main(["text.pt", "--frames", "2", "-o", "z.pt", *where])
     clip = base.load_clip("z.pt", "latents")
     assert clip["data"].shape[:2] == (1, 2) and clip["text"]["image_embedding"].shape == (1, 128)
-
-
-def test_a_batch_that_does_not_split_is_refused_before_all(monkeypatch):
-    monkeypatch.setattr(train, "train", pytest.fail)
-    with pytest.raises(base.UserError, match="vae: a batch of 12 does not split into 5"):
-        train.main("all --batch 12 --accumulate 5".split())
 
 
 # ------------------------------------------------------------------------------------------------
