@@ -1311,6 +1311,18 @@ def test_cache_follows_the_world_and_pairs_agree(tmp_path, monkeypatch):
     assert (small - made["small"].float()).abs().mean((1, 2, 3, 4)).max() < 3.5
 
 
+def test_pairs_of_a_folder_agree_and_keep_their_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
+    vae.write_video(tmp_path / "a.mp4", bars(6, 40, 40), 20.)
+    p = replace(train.PAIRS["ssr-256"], frames=2, side=16, inner=8)
+    made = list(train.folder_pairs(tmp_path, p, 2, 0))
+    for small, window_of, *_ in made:
+        large = window_of((0, 0, 32))
+        assert (F.avg_pool2d(large.float(), 2) - small).abs().max() <= .5
+        assert torch.equal(window_of((4, 6, 16)), large[..., 6:22, 4:20])
+    assert differ(made[0][0].float(), made[1][0].float())  # the bar moves
+
+
 def numbered(n: int) -> dict:
     i = torch.arange(float(n))  # clip i is all i, at i fps, with i as caption and token
     return {"latents": i.view(n, 1, 1, 1, 1).expand(n, 2, 4, 2, 2), "rows": i.long().flip(0),
