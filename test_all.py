@@ -193,7 +193,8 @@ def test_mean_clip_counts_seconds_and_reads_the_last_token():
     assert differ(slow[:, 1:], slow[:, :-1]) and differ(slow[..., 1:], slow[..., :-1])
     other = torch.cat([context[:, 1:], context[:, -1:]], dim=1)
     assert torch.equal(slow, model(other, 4 * one, 5, 2, 3)) and differ(slow[:1], slow[1:])
-    batch = {"context": context, "fps": 4 * one, "latents": slow + torch.tensor([2., 3.])[:, None, None, None, None]}
+    off = torch.tensor([2., 3.]).view(2, 1, 1, 1, 1)
+    batch = {"context": context, "fps": 4 * one, "latents": slow + off}
     close(base.mean_clip_loss(model, batch), torch.tensor([4., 9.]))
 
 
@@ -508,7 +509,8 @@ def test_frame_times_make_a_constant_rate(tmp_path):
     video, fps = vae.read_video(tmp_path / "phone.mkv")
     shown = [20 * sum(t <= 50 * i for t in times) - 20 for i in range(24)]
     assert abs(fps - 20) < .01 and video[:24, 0, 0, 0].tolist() == shown
-    write_clip(tmp_path / "live.webm", flat(range(14)), "libvpx", "yuv420p", 30, [1000 * i // 7 for i in range(14)])
+    times = [1000 * i // 7 for i in range(14)]
+    write_clip(tmp_path / "live.webm", flat(range(14)), "libvpx", "yuv420p", 30, times)
     video, fps = vae.read_video(tmp_path / "live.webm")
     assert abs(fps - 7) < .05 and len(video) == 14
 
@@ -529,6 +531,7 @@ def test_frames_and_rate_are_of_one_track(tmp_path, default, wanted):
 
 GREY, HALF = flat([148] * 2), np.full((2, 64, 64, 4), 200, np.uint8)
 HALF[:, :32, :, 3], HALF[:, 32:, :, 3] = 0, 255
+SEEN = HALF[..., :3] * (HALF[..., 3:] > 0)
 DEEP = {"pixels": "yuv444p10le", "colorspace": 9, "color_primaries": 9}
 WIDE = {"codec": "libx264", "pixels": "yuv420p", "sample_aspect_ratio": vae.Fraction(2)}
 
@@ -536,7 +539,7 @@ WIDE = {"codec": "libx264", "pixels": "yuv420p", "sample_aspect_ratio": vae.Frac
 @cases("name, frames, how, shown", [
     ("pq.mkv", GREY, DEEP | {"color_trc": 16}, flat([252] * 2)),  # 148 is white, at 203 nits
     ("ten.mkv", GREY, DEEP | {"color_trc": 14}, GREY), ("wide.mp4", GREY, WIDE, flat([148] * 2, (32, 96))),
-    ("hidden.webm", HALF, {"codec": "libvpx-vp9", "pixels": "yuva420p"}, HALF[..., :3] * (HALF[..., 3:] > 0))])
+    ("hidden.webm", HALF, {"codec": "libvpx-vp9", "pixels": "yuva420p"}, SEEN)])
 def test_white_is_white_pixels_are_square_and_the_hidden_is_black(tmp_path, name, frames, how, shown):
     write_clip(tmp_path / name, frames, **how)
     read = vae.read_video(tmp_path / name)[0].permute(0, 2, 3, 1).numpy()
