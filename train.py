@@ -1080,7 +1080,7 @@ def origin_of(name: str, args, *more) -> str:
 def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
     """As many steps as fit, by the time of the first few, which are taken back; of fewer samples where
     300 do not fit. Another machine would decide otherwise, so the checkpoint keeps it."""
-    model, clocks, parts = setup.model, [time.time()], RANKS * args.accumulate
+    model, clocks = setup.model, [time.time()]
     before, ema, loss_of = copy.deepcopy(model.state_dict()), copy.deepcopy(model), Loss(model, setup.loss_of)
     optimizer = make_optimizer(model, recipe, args.freeze)
     for step in range(5):
@@ -1092,9 +1092,12 @@ def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
     steps = [int(4 * seconds / (clocks[5] - clocks[1]))]  # the first is slow, one may be of stills
     if RANKS > 1:
         dist.broadcast_object_list(steps, 0)
-    if steps[0] < 300 and recipe.batch > 4 and recipe.batch % (2 * parts) == 0:
-        return fit_recipe(replace(recipe, batch=recipe.batch // 2), seconds, setup, args)
-    return replace(recipe, steps=max(20, steps[0]), warmup=min(recipe.warmup, max(20, steps[0]) // 5))
+    steps, size = steps[0], recipe.batch
+    while steps < 300 and size > 4 and size % (2 * RANKS * args.accumulate) == 0:
+        steps, size = 2 * steps, size // 2
+    if size < recipe.batch:
+        return fit_recipe(replace(recipe, batch=size), seconds, setup, args)
+    return replace(recipe, steps=max(20, steps), warmup=min(recipe.warmup, max(20, steps) // 5))
 
 
 def train(name: str, args, steps: int | None = None, limit: float | None = None):
