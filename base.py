@@ -20,16 +20,16 @@ import math
 import os
 import shlex
 import sys
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-# At every barrier OpenMP's threads spin while they wait. Beside another busy process they wait long:
-# the first command took three times as long without this line. It is read when torch is loaded, so
-# our modules import base first.
+# Read when torch is loaded, so our modules import base first. Without the first, OpenMP's threads spin
+# at barriers: beside a busy process the first command took three times as long.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what it lacks, the CPU does
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what mps lacks, the CPU does
 
 import torch
 import torch.nn as nn
@@ -107,18 +107,6 @@ class Attention(nn.Module):
         return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))  # from (B, heads, N, d)
 
 
-class GEGLU(nn.Module):
-    """value * gelu(gate), both from one projection."""
-
-    def __init__(self, dim: int, inner: int):
-        super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner)
-
-    def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention within a frame, cross-attention to the text, feed-forward; all residual."""
 
@@ -127,15 +115,17 @@ class TransformerBlock(nn.Module):
         self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads)
         if context_dim:
             self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, context_dim)
-        self.norm3, self.ff = nn.LayerNorm(dim), nn.Module()
-        self.ff.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.norm3, self.ff, geglu = nn.LayerNorm(dim), nn.Module(), nn.Module()
+        geglu.proj = nn.Linear(dim, 8 * dim)
+        self.ff.net = nn.ModuleList([geglu, nn.Identity(), nn.Linear(4 * dim, dim)])
 
     def forward(self, x, context=None):  # (B*T, H*W, C), (B, L, D)
         x = x + self.attn1(self.norm1(x))
         if context is not None:
             queries = self.norm2(x).reshape(len(context), -1, x.shape[-1])  # (B, T*H*W, C)
             x = x + self.attn2(queries, context).view_as(x)
-        return x + self.ff.net(self.norm3(x))  # (B*T, H*W, C)
+        value, gate = self.ff.net[0].proj(self.norm3(x)).chunk(2, dim=-1)  # GEGLU, (B*T, H*W, 4*C)
+        return x + self.ff.net[2](value * F.gelu(gate))  # (B*T, H*W, C)
 
 
 class ChannelNorm(nn.Module):
@@ -220,27 +210,16 @@ class ResnetBlock(nn.Module):
         return h + self.conv_shortcut(x)  # (B*T, C', H, W)
 
 
-class Downsample(nn.Module):
+def downsample(channels: int, padding: tuple = (1, 1, 1, 1)) -> nn.Module:
     """Halve H and W. The U-Net pads on all sides, Stable Diffusion's VAE only right and below."""
-
-    def __init__(self, channels: int, padding: tuple = (1, 1, 1, 1)):
-        super().__init__()
-        self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, self.padding))
+    conv = nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d(padding), conv=conv))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Module:
     """Double H and W: nearest neighbours, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
 
 class AttentionGate(nn.Module):
@@ -326,8 +305,7 @@ class UNetConfig:
     embeddings: tuple = ("fps",)     # added to the timestep's: "fps", "level", "text", "image"
 
 
-TINY = UNetConfig()
-TINY_IMAGE = replace(TINY, temporal=(), gates=False, embeddings=())
+TINY_IMAGE = UNetConfig(temporal=(), gates=False, embeddings=())
 SD15 = UNetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False),
                   heads=8, context_dim=768, groups=32)
 
@@ -339,19 +317,18 @@ class UNetBlock(nn.Module):
     def __init__(self, c: UNetConfig, widths_in: list, width: int, attentions: int,
                  skips: tuple = (), resampler: str = ""):
         super().__init__()
-        temporal_attentions = attentions if "attention" in c.temporal else 0
         over_time = "conv" in c.temporal
         self.resnets = nn.ModuleList(
             ResnetBlock(w, width, 4 * c.channels[0], c.groups, temporal=over_time) for w in widths_in)
         self.attentions = nn.ModuleList(
             SpatialTransformer(width, c.heads, c.context_dim, c.groups) for _ in range(attentions))
         self.temporal_attentions = nn.ModuleList(
-            TemporalAttention(width, c.heads) for _ in range(temporal_attentions))
+            TemporalAttention(width, c.heads) for _ in self.attentions if "attention" in c.temporal)
         self.gates = nn.ModuleList(
             AttentionGate(skip, w - skip, 4 * c.channels[0] if "image" in c.embeddings else None)
             for skip, w in zip(skips, widths_in) if c.gates)
-        self.downsamplers = nn.ModuleList([Downsample(width)] if resampler == "down" else [])
-        self.upsamplers = nn.ModuleList([Upsample(width)] if resampler == "up" else [])
+        self.downsamplers = nn.ModuleList([downsample(width)] if resampler == "down" else [])
+        self.upsamplers = nn.ModuleList([upsample(width)] if resampler == "up" else [])
 
     def layer(self, i: int, x, skip, emb, context, frames: int):  # (B*T, C, H, W)
         if skip is not None:
@@ -393,21 +370,20 @@ class UNet(nn.Module):
             conv = nn.Conv2d(c.out_channels * patch, width, 3, padding=1)
             self.mean_clip_conv = zero_module(conv)
 
-        skips = [width]  # widths of the skip connections
+        widths = [width, *c.channels]  # of what enters each level from above, and leaves it
         self.down_blocks = nn.ModuleList()
-        for i, out in enumerate(c.channels):
-            widths_in = [skips[-1]] + [out] * (c.layers - 1)
+        for i, (above, out) in enumerate(pairwise(widths)):
+            widths_in = [above] + [out] * (c.layers - 1)
             self.down_blocks.append(UNetBlock(c, widths_in, out, c.layers * c.attention[i],
                                               resampler="down" if i < last else ""))
-            skips += [out] * (c.layers + (i < last))
         self.mid_block = UNetBlock(c, [out, out], out, int(any(c.attention)))
         self.up_blocks = nn.ModuleList()
         for i in range(last, -1, -1):
-            popped = [skips.pop() for _ in range(c.layers + 1)]
-            below, out = out, c.channels[i]
-            widths_in = [w + s for w, s in zip([below] + [out] * c.layers, popped)]
+            above, below, out = widths[i], out, widths[i + 1]
+            skips = [out] * c.layers + [above]
+            widths_in = [w + s for w, s in zip([below] + [out] * c.layers, skips)]
             self.up_blocks.append(UNetBlock(c, widths_in, out, (c.layers + 1) * c.attention[i],
-                                            popped, resampler="up" if i else ""))
+                                            skips, resampler="up" if i else ""))
         self.conv_norm_out = make_norm(c.groups, width)
         self.conv_out = zero_module(nn.Conv2d(width, c.out_channels * patch, 3, padding=1))
 
@@ -458,18 +434,15 @@ class UNet(nn.Module):
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x = apply(block, i, x)
-                skips.append(x)
-            for downsample in block.downsamplers:
-                x = downsample(x)
-                skips.append(x)
-        for i in range(len(self.mid_block.resnets)):
-            x = apply(self.mid_block, i, x)
+                skips.append(apply(block, i, skips[-1]))
+            for downsampler in block.downsamplers:
+                skips.append(downsampler(skips[-1]))
+        x = apply(self.mid_block, 1, apply(self.mid_block, 0, skips[-1]))
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
                 x = apply(block, i, x, skips.pop())
-            for upsample in block.upsamplers:
-                x = upsample(x)
+            for upsampler in block.upsamplers:
+                x = upsampler(x)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B*T, p*p*C', H/p, W/p)
         x = F.pixel_shuffle(x, self.config.patch_size)[..., :H, :W]  # (B*T, C', H, W)
         return x.float().unflatten(0, (B, T))
@@ -514,10 +487,6 @@ class Diffusion:
         """fp32 alpha_t and sigma_t of timesteps (B,), to multiply `like` (B, ...); t = -1 is clean."""
         alpha_bar = self.alpha_bar[t.cpu()].view(-1, *[1] * (like.ndim - 1))
         return tuple(x.sqrt().to(like.device, torch.float32) for x in (alpha_bar, 1 - alpha_bar))
-
-    def log_snr(self, t: int) -> float:
-        """lambda = log(alpha^2 / sigma^2)"""
-        return torch.logit(self.alpha_bar[t]).item()
 
     def add_noise(self, x, noise, t):
         """z_t = alpha x + sigma eps                                         Imagen Video, Eq. 1"""
@@ -660,7 +629,8 @@ def interval_guidance(diffusion: Diffusion, high: float):
     """A guidance scale as a function of t: high inside GUIDANCE_INTERVAL, at most 1 outside, where
     guidance bends outlines and costs a second call.               Limited interval (2404.07724)"""
     def scale(t: int) -> float:
-        inside = GUIDANCE_INTERVAL[0] <= diffusion.log_snr(t) < GUIDANCE_INTERVAL[1]
+        log_snr = torch.logit(diffusion.alpha_bar[t])  # log(alpha^2 / sigma^2)
+        inside = GUIDANCE_INTERVAL[0] <= log_snr < GUIDANCE_INTERVAL[1]
         return high if inside else min(high, 1.)
     return scale
 
@@ -670,25 +640,25 @@ def oscillating_guidance(high: float, low: float, steps: int, shift: float = 1.)
     for text alignment early without saturation late; steps and shift as in Diffusion.sample. The
     paper does not say how long the first phase is.                          Imagen Video 2.6.2"""
     timesteps = sampling_timesteps(steps, shift)
-    def scale(t: int) -> float:
-        since = timesteps.index(t) - (len(timesteps) + 1) // 2  # steps since the first half ended
-        return low if since >= 0 and since % 2 == 0 else high
-    return scale
+    second = timesteps[(len(timesteps) + 1) // 2:]  # low, high, low, ...
+    return lambda t: low if t in second[::2] else high
 
 
 def classifier_free_guidance(unet: UNet, context, null_context, fps, scale, cond=None, level=None):
     """predict(z, t) = null + s (text - null), Imagen Video's Eq. 5 with s = 1 + w. scale: s, or a
-    function of t. context (B, L, D), null_context (1, L, D), cond (B, T, C", H, W)."""
+    function of t. context (B, L, D), null_context (1, L, D), cond (B, T, C", H, W), fps (B,) or
+    one for all."""
     def twice(x):
         return None if x is None else torch.cat([x, x])
     def predict(z, t):
         s = scale(int(t[0])) if callable(scale) else scale
+        rate = torch.full((len(z),), fps, device=z.device) if isinstance(fps, float) else fps
+        text = context if context is None else context.to(z.device).float()
         with fast_autocast(z.device):
-            if s in (0, 1):
-                text = context if s else null_context.expand_as(context)
-                return unet(z, t, text, fps, level, cond)
-            both = torch.cat([context, null_context.expand_as(context)])  # (2*B, L, D)
-            out = unet(twice(z), twice(t), both, twice(fps), twice(level), twice(cond))
+            if s == 1:
+                return unet(z, t, text, rate, level, cond)
+            both = torch.cat([text, null_context.to(text).expand_as(text)])  # (2*B, L, D)
+            out = unet(twice(z), twice(t), both, twice(rate), twice(level), twice(cond))
         text, null = out.chunk(2)
         return null + s * (text - null)
     return predict
@@ -753,26 +723,19 @@ STUDENT = {"guidance": 1., "sampler": "stochastic", "shift": 2.}  # how distille
 
 def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int = 16, fps: float = 4.,
              side: int = 8, guidance=2., steps: int = STEPS, sampler: str | None = None,
-             shift: float | None = None, gamma: float = 0., shared_noise: bool = False, seed: int = 0,
-             label: str = ""):
+             shift: float | None = None, gamma: float = 0., seed: int = 0, label: str = ""):
     """Latents of one video per prompt, (B, T, 4, side, side). text: tokens (B, L, D), null_tokens
     (1, L, D). guidance: a scale, for clips in GUIDANCE_INTERVAL, or a function of t. Clips take the
-    ancestral sampler: fresh noise lets later steps correct early errors of motion; images have none.
-    shared_noise: all frames start from one noise, so an image model repeats one picture."""
+    ancestral sampler: fresh noise lets later steps correct early errors of motion; images have none."""
     device, B = next(unet.parameters()).device, len(text["tokens"])
-    noises = 1 if shared_noise else frames
-    sampler = sampler or ("ancestral" if noises > 1 else "dpmpp")
-    shape = B, noises, unet.config.out_channels, side, side
-    if noises > 1 and not callable(guidance):
+    sampler = sampler or ("ancestral" if frames > 1 else "dpmpp")
+    if frames > 1 and not callable(guidance):
         guidance = interval_guidance(diffusion, guidance)
-    tokens, null = text["tokens"].to(device).float(), text["null_tokens"].to(device).float()
-    rates = torch.full((B,), float(fps), device=device)
-    predict = classifier_free_guidance(unet, tokens, null, rates, guidance)
-    def step_noise(i):
-        return initial_noise(shape, seed, "base", i).expand(-1, frames, -1, -1, -1)
-    z = step_noise(0).to(device)  # (B, T, 4, side, side)
-    return diffusion.sample(predict, z, steps, sampler, shift or math.sqrt(noises), gamma=gamma,
-                            step_noise=step_noise, label=label).cpu()
+    predict = classifier_free_guidance(unet, text["tokens"], text["null_tokens"], float(fps), guidance)
+    def step_noise(i):  # (B, T, 4, side, side)
+        return initial_noise((B, frames, unet.config.out_channels, side, side), seed, "base", i)
+    return diffusion.sample(predict, step_noise(0).to(device), steps, sampler,
+                            shift or math.sqrt(frames), gamma, step_noise, label=label).cpu()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -783,8 +746,9 @@ COMMANDS = {"text": 'python text.py "a red star moving left" -o text.pt',
             "latents": "python base.py text.pt -o base.pt",
             "pixels": "python vae.py decode base.pt -o pixels.pt"}
 SD_ID = "stable-diffusion-1"  # all 1.x folders share one text encoder and one latent space
-SD_FORM = "Stable Diffusion 1.x is read from a folder of unet/, vae/, text_encoder/, tokenizer/"
-SD_BETAS = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": .012}
+SD_PARTS = {"base": "unet", "image": "unet", "text": "text_encoder", "vae": "vae"}
+SD_NOISE = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": .012,
+            "rescale_betas_zero_snr": False}
 
 
 class UserError(Exception):
@@ -800,26 +764,36 @@ def run(main):
     try:
         main()
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        warn(f"{Path(sys.argv[0]).name}: {(str(error) or repr(error)).splitlines()[0]}")
+        warn(f"{Path(sys.argv[0]).name}: {error}".splitlines()[0])
         sys.exit(2)
 
 
 def positive(text: str) -> int:
     """An argparse type: a whole number above zero."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
+    if int(text) < 1:
+        raise ValueError
     return int(text)
 
 
-def command_line(doc: str, seed: bool = True) -> argparse.ArgumentParser:
+def command_line(doc: str, argv=None, seed: bool = True) -> argparse.ArgumentParser:
     """A parser whose help is the script's docstring, with the flags that scripts share."""
     parser = argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS,  # errors in one line
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    devices = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
+    devices = ["cpu"] + ["mps"] * torch.mps.is_available() + ["cuda"] * torch.cuda.is_available()
     parser.add_argument("--device", choices=devices, default=devices[-1], help="[%(default)s]")
+    parser.add_argument("--weights", default=WEIGHTS, help="a folder of weights [weights/]")
     if seed:
         parser.add_argument("--seed", type=int, default=0, help="video i starts from seed + i [0]")
+    argv = map(str, sys.argv[1:] if argv is None else argv)
+    parser.set_defaults(command=shlex.join([doc.split()[0], *argv]))
     return parser
+
+
+def check_output(path, *suffixes: str):
+    """Refuse an unknown kind of file before time is spent on it. Makes its folder."""
+    if Path(path).suffix.lower() not in suffixes:
+        raise UserError(f"{path}: unknown extension; use one of {' '.join(suffixes)}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -833,16 +807,6 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def check_output(path, *suffixes: str):
-    """Refuse a file that cannot be written before time is spent on it. Makes its folder."""
-    path = Path(path)
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"{path}: unknown extension; use one of {' '.join(suffixes)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path} cannot be written")
-
-
 def save_pt(path, content: dict):
     """torch.save; through a handle, so that equal content gives equal bytes."""
     with atomic(path) as temporary, open(temporary, "wb") as handle:
@@ -850,21 +814,18 @@ def save_pt(path, content: dict):
 
 
 def load_pt(path, remedy: str = "") -> dict:
-    """The dict of a .pt, .safetensors or .json file. weights_only: it never runs code."""
-    if not Path(path).is_file():
+    """The dict of a .pt or .safetensors file. weights_only: it never runs code."""
+    path = Path(path)
+    if not path.is_file():
         raise UserError(f"{path}: no such file{remedy}")
     try:
-        if Path(path).suffix == ".safetensors":
+        if path.suffix == ".safetensors":
             return load_file(path)
-        if Path(path).suffix == ".json":
-            return dict(json.loads(Path(path).read_bytes()))
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever a foreign file provokes
-        problem = "is damaged, or no .pt file of a dict of plain tensors"
-        with open(path, "rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                problem = "is a Git-LFS pointer; get the file with `git lfs pull`"
-        raise UserError(f"{path} {problem}") from error
+        is_pointer = path.stat().st_size < 1000 and b"git-lfs" in path.read_bytes()
+        problem = "is a Git-LFS pointer: `git lfs pull`" if is_pointer else "is damaged or foreign"
+        raise UserError(f"{path} {problem}{remedy}") from error
 
 
 def new_clip(kind: str, data=None, text=None, prompts=(), fps: float = 1., seed=None, history=(),
@@ -878,49 +839,43 @@ def new_clip(kind: str, data=None, text=None, prompts=(), fps: float = 1., seed=
             "image_encoder": image_encoder}
 
 
-def command_text(script: str, argv) -> str:
-    return shlex.join([script, *map(str, sys.argv[1:] if argv is None else argv)])
-
-
-def save_clip(path, clip: dict, script: str, argv):
-    """Write a clip and say so; its history gains this command line."""
-    save_pt(path, clip | {"history": clip["history"] + [command_text(script, argv)]})
+def save_clip(path, clip: dict, command: str):
+    """Write a clip and say so; its history gains the command line."""
+    save_pt(path, clip | {"history": clip["history"] + [command]})
     shape = tuple(clip["text"]["tokens"].shape if clip["data"] is None else clip["data"].shape)
     print(f"{path}: {clip['kind']} {shape}")
 
 
 def load_clip(path, kind: str) -> dict:
     """Read a file between stages, and check what the next stage relies on."""
-    clip, problem = load_pt(path), None
+    clip = new_clip("something else") | load_pt(path)
+    problem = f"holds {clip['kind']}, not {kind}"
     try:
-        data, text, prompts, fps = (clip.get(key) for key in ("data", "text", "prompts", "fps"))
-        tensors = [x for x in (data, *(text or {}).values()) if x is not None]
-        clip.setdefault("image_encoder", None)  # files of before
-        missing = new_clip(kind).keys() - clip.keys()
-        if missing:
-            problem = f"lacks {', '.join(sorted(missing))}, see base.new_clip"
-        elif clip["kind"] != kind:
-            problem = f"holds {clip['kind']!s:.20}, not {kind}"
-        elif not (isinstance(fps, (int, float)) and 1e-3 <= fps <= 1e5 and all(
-                x.layout == torch.strided and x.numel() and x.isfinite().all() for x in tensors)):
-            problem = "needs finite tensors, and .001 to 100000 fps"
-        elif kind != "text" and not (
-                data.ndim == 5 and data.is_floating_point() == (kind == "latents") and
-                (data.shape[2] == 3) == (kind == "pixels") and len(data) == len(prompts)):
-            problem = "needs data (B, T, C, H, W), and B prompts"
-        elif (kind == "text" or text is not None) and not (
-                text["tokens"].ndim == 3 and text["tokens"].is_floating_point() and
-                text["null_tokens"].shape == (1, *text["tokens"].shape[1:]) and
-                len(text["tokens"]) == len(prompts)):
-            problem = "needs text tokens (B, L, D) and null_tokens (1, L, D)"
-        else:  # only lists of strings can be joined
-            ids = [clip[key] or "" for key in ("encoder", "vae", "image_encoder")]
-            "".join(prompts + clip["history"] + ids)
-    except Exception as error:  # whatever a foreign file provokes
-        problem = f"is damaged: {error!r}"
-    if problem:
-        raise UserError(f"{path} {problem}; make one with `{COMMANDS[kind]}`")
+        assert clip["kind"] == kind
+        problem = ("needs finite data (B, T, C, H, W), tokens (B, L, D) and null_tokens (1, L, D), "
+                   "and B prompts")
+        data, text, B = clip["data"], clip["text"], len(clip["prompts"])
+        if kind != "text":
+            assert data.ndim == 5 and len(data) == B and (data.shape[2] == 3) == (kind == "pixels")
+            assert data.is_floating_point() == (kind == "latents")
+        if kind == "text" or text is not None:
+            assert text["tokens"].ndim == 3 and len(text["tokens"]) == B
+            assert text["null_tokens"].shape == (1, *text["tokens"].shape[1:])
+        assert all(x.isfinite().all() for x in (data, *(text or {}).values()) if x is not None)
+        clip["history"] = [*clip["history"]]
+    except Exception as error:  # whatever a foreign file holds
+        raise UserError(f"{path} {problem}; make one with `{COMMANDS[kind]}`") from error
     return clip
+
+
+def check_ids(clip: dict, made_by: dict, width: int | None = None):
+    """Refuse tokens or latents of another text encoder, VAE or width than the weights read."""
+    for key, name in (("encoder", "text"), ("image_encoder", "image_encoder"), ("vae", "vae")):
+        ours = made_by.get(name)
+        if ours and clip[key] not in (None, ours):
+            raise UserError(f"this clip is of {key} {clip[key]}, the weights of {ours}: make another")
+    if width and clip["text"]["tokens"].shape[-1] != width:
+        raise UserError(f"the weights need tokens {width} wide: make them anew with text.py")
 
 
 def tensors_id(model: dict, prefixes: tuple) -> str:
@@ -937,118 +892,85 @@ def save_checkpoint(path, config: dict, model: nn.Module, **made_by):
     save_pt(path, {"config": config, "model": tensors, "made_by": made_by})
 
 
-def find_checkpoint(weights, name: str) -> Path:
-    """weights/NAME.pt; or `weights` itself, if it is a file or a Stable Diffusion folder."""
-    weights, path = Path(weights), Path(weights) / f"{name}.pt"
-    is_sd = name in ("base", "image", "text", "vae") and (weights / "unet").is_dir()
-    return weights if weights.is_file() or is_sd and not path.is_file() else path
+def load_checkpoint(weights, name: str, stage: str = "") -> dict:
+    """What save_checkpoint wrote for a stage (NAME, if not given), in weights/NAME.pt or in the file
+    `weights`; or NAME's part of a Stable Diffusion 1.x folder."""
+    path, folder = Path(weights) / f"{name}.pt", Path(weights) / SD_PARTS.get(name, name)
+    if folder.is_dir() and not path.is_file():
+        return load_stable_diffusion(folder)
+    path, stage = Path(weights) if Path(weights).is_file() else path, stage or name
+    remedy = (f"; train it with `python train.py {stage} --weights {path.parent}`, or use a folder of Stable "
+              "Diffusion 1.x (unet/, vae/, text_encoder/, tokenizer/; not one file of it, nor a hub's name)")
+    checkpoint = load_pt(path, remedy)
+    held = checkpoint.get("made_by", {}).get("stage", "something else")
+    if held != stage:
+        raise UserError(f"{path} holds {held}, not {stage}{remedy}")
+    return checkpoint
 
 
-def load_checkpoint(path, *stages: str) -> dict:
-    """What save_checkpoint wrote for one of these stages."""
-    path = Path(path)
-    elsewhere = "" if path.parent == WEIGHTS else f" --weights {path.parent}"
-    remedy = f"; train it with `python train.py {stages[0]}{elsewhere}`"
-    if not path.parent.is_dir():
-        remedy += f"; {SD_FORM}, not by a hub's name"
-    file = path if path.is_file() else path.parent / "config.json"
-    if file.suffix in (".safetensors", ".ckpt", ".bin", ".json") and file.is_file():
-        raise UserError(f"{file} is one file of a model; {SD_FORM}")
-    weights = load_pt(path, remedy)
-    stage = weights.get("made_by", {}).get("stage", "something else")
-    if stage not in stages:
-        raise UserError(f"{path} holds {stage}, not {' or '.join(stages)}{remedy}")
-    return weights
+def load_stable_diffusion(folder: Path) -> dict:
+    """A checkpoint from unet/, vae/ or text_encoder/, whose config is config.json."""
+    names = [f"*model{kind}{suffix}" for kind in ("", "-*-of-*", ".fp16*", ".non_ema*")
+             for suffix in (".safetensors", ".bin")]
+    files = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
+    if not files:
+        raise UserError(f"{folder} holds no weights")
+    old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # 2022
+    state = {}
+    for name, tensor in (item for file in files for item in load_pt(file).items()):
+        for old, new in old_names.items():
+            name = name.replace(f".{old}.", f".{new}.")
+        if folder.name == "text_encoder" and not name.startswith("text_model."):  # transformers 5
+            name = f"text_model.{name}"
+        if not name.endswith("position_ids"):
+            state[name] = tensor
+    config = json.loads((folder / "config.json").read_bytes())
+    return {"config": config, "model": state, "made_by": {"vae": SD_ID, "text": SD_ID}}
 
 
 def load_state(model: nn.Module, state: dict, path, may_lack=lambda name: False) -> nn.Module:
     """load_state_dict; only parameters that `may_lack` allows may be missing from the state."""
-    own = model.state_dict()
-    wrong = [n for n in own.keys() ^ state.keys() if n in state or not may_lack(n)]
-    wrong += [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wrong = [name for name, tensor in state.items() if shapes.pop(name, None) != tensor.shape]
+    wrong += [name for name in shapes if not may_lack(name)]
     if wrong:
-        raise UserError(f"{path} does not fit the model: {sorted(wrong)[0]}, {len(wrong)} in all")
+        raise UserError(f"{path} does not fit the model: {wrong[0]}, {len(wrong)} in all")
     model.load_state_dict(state, strict=False)
     return model
 
 
-def load_stable_diffusion(folder, part: str) -> tuple[dict, dict]:
-    """config.json and tensors of a Stable Diffusion 1.x folder's "unet", "vae" or "text_encoder"."""
-    folder = Path(folder) / part
-    names = [stem + kind + suffix for kind in ("", "-*-of-*", ".fp16*", ".non_ema*")
-             for suffix in (".safetensors", ".bin")
-             for stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
-    files = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
-    if not files or not (folder / "config.json").is_file():
-        raise UserError(f"{folder} lacks config.json or weights: not a Stable Diffusion folder")
-    settings = {"norm_num_groups": 32} | load_pt(folder / "config.json")
-    width = settings.get("cross_attention_dim", settings.get("hidden_size"))
-    kinds = {"Stable Diffusion 2 or XL": width in (1024, 1280, 2048),
-             "an LCM": settings.get("time_cond_proj_dim"),
-             "for inpainting": settings.get("in_channels") == 9}
-    for kind in filter(kinds.get, kinds):
-        raise UserError(f"{folder} is {kind}; only plain 1.x is read")
-    state, tensors = {}, [item for file in files for item in load_pt(file).items()]
-    old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # 2022
-    for name, tensor in tensors:
-        for old, new in old_names.items():
-            if f".{old}." in name:
-                name = name.replace(old, new)
-                tensor = tensor.flatten(1) if tensor.ndim > 1 else tensor  # once 1 x 1 convolutions
-        if part == "text_encoder" and not name.startswith("text_model."):  # as of transformers 5
-            name = f"text_model.{name}"
-        if not name.endswith("position_ids"):
-            state[name] = tensor
-    return settings, state
-
-
-def load(path=WEIGHTS / "base.pt", device="cpu", stages: tuple = ("base", "image"), **changes):
-    """The U-Net of a checkpoint or a Stable Diffusion folder, its Diffusion, and its made_by. With
-    changes to the config, layers that an image model lacks start as the identity."""
-    if Path(path).is_dir():
-        s, state = load_stable_diffusion(path, "unet")
+def load(weights=WEIGHTS, device="cpu", name: str = "base", stage: str = "", **changes):
+    """The U-Net of a stage or of a Stable Diffusion folder, its Diffusion, and its made_by. Layers
+    that an image model lacks start as the identity; `changes` to the config add them."""
+    checkpoint = load_checkpoint(weights, name, stage)
+    s, made_by = checkpoint["config"], checkpoint["made_by"]
+    if "unet" in s:
+        config, diffusion = UNetConfig(**s["unet"]), Diffusion(**s["diffusion"])
+    else:  # Stable Diffusion's
+        file = Path(weights) / "scheduler/scheduler_config.json"
+        noise = SD_NOISE | {"prediction_type": "epsilon"}
+        noise |= json.loads(file.read_bytes()) if file.is_file() else {}
+        target = noise["prediction_type"].removesuffix("_prediction")
+        if target not in ("epsilon", "v", "sample") or not SD_NOISE.items() <= noise.items():
+            raise UserError(f"{file}: only {SD_NOISE} of epsilon, v_prediction or sample are read")
+        diffusion, made_by["side"] = Diffusion("scaled_linear", target), s["sample_size"]
         config = UNetConfig(channels=s["block_out_channels"], layers=s["layers_per_block"],
                             attention=tuple("CrossAttn" in kind for kind in s["down_block_types"]),
                             heads=s["attention_head_dim"], context_dim=s["cross_attention_dim"],
                             groups=s["norm_num_groups"], temporal=("attention", "conv"))
-        file = Path(path) / "scheduler/scheduler_config.json"
-        noise = {"prediction_type": "epsilon"} | (load_pt(file) if file.is_file() else SD_BETAS)
-        target = str(noise["prediction_type"]).removesuffix("_prediction")
-        zero_snr = noise.get("rescale_betas_zero_snr")
-        if zero_snr or target not in ("epsilon", "v", "sample") or not SD_BETAS.items() <= noise.items():
-            raise UserError(f"{file}: only {SD_BETAS} of epsilon, v_prediction or sample are read")
-        diffusion, may_lack = Diffusion("scaled_linear", target), UNet.is_inflation
-        made_by = {"stage": "image", "side": s["sample_size"], "vae": SD_ID, "text": SD_ID}
-    else:
-        weights = load_checkpoint(path, *stages)
-        config, state = UNetConfig(**weights["config"]["unet"]), weights["model"]
-        diffusion, made_by = Diffusion(**weights["config"]["diffusion"]), weights["made_by"]
-        may_lack = UNet.is_inflation if changes else lambda name: False
-    unet = load_state(UNet(replace(config, **changes)), state, path, may_lack)
+        weights = f"{weights} (if not Stable Diffusion 1.x, but 2, XL, LCM or for inpainting)"
+    unet = UNet(replace(config, **changes))
+    load_state(unet, checkpoint["model"], weights, UNet.is_inflation)
     return unet.to(device, memory_format=torch.channels_last).eval(), diffusion, made_by
-
-
-def check_ids(clip: dict, made_by: dict, width: int | None = None):
-    """Refuse tokens or latents of another text encoder, VAE or width than the weights read."""
-    for key, kind, ours in (("encoder", "text", made_by.get("text")),
-                            ("image_encoder", "text", made_by.get("image_encoder")),
-                            ("vae", "latents", made_by.get("vae"))):
-        if clip[key] and ours and clip[key] != ours:
-            raise UserError(f"this clip's {kind} came from {key} {clip[key]}, but the weights are of "
-                            f"{ours}; make it anew with `{COMMANDS[kind]}`")
-    if width and clip["text"]["tokens"].shape[-1] != width:
-        raise UserError(f"the weights need tokens {width} wide; make some with `{COMMANDS['text']}`")
 
 
 def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
                   fps: float = 4., **how) -> dict:
-    """A clip of text -> a clip of latents, by the weights in a folder. `how` goes to `generate`. An image
-    embedding in the clip goes to make-a-video.pt; no later stage then hears the prompt."""
-    if not 1e-3 <= fps <= 1e5:
-        raise UserError(f"{fps} frames per second: .001 to 100000 are possible")
+    """A clip of text -> a clip of latents; `how` goes to `generate`. An image embedding in it goes to
+    make-a-video.pt; no later stage then hears the prompt."""
     text, embedding = clip["text"], clip["text"].get("image_embedding")
     name = "base" if embedding is None else "make-a-video"
-    unet, diffusion, made_by = load(find_checkpoint(weights, name), device)
+    unet, diffusion, made_by = load(weights, device, name, "base")
     check_ids(clip, made_by, unet.config.context_dim)
     if ("image" in unet.config.embeddings) != (embedding is not None):
         raise UserError("make-a-video.pt, and no other, reads an image embedding; make one with "
@@ -1060,16 +982,14 @@ def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, fram
     if "distill" in made_by:
         how = STUDENT | {"steps": made_by["distill"][1]} | how
     z = generate(unet, diffusion, told, frames, fps, made_by["side"], seed=seed, label=name, **how)
-    return clip | {"kind": "latents", "data": z, "text": text, "fps": float(fps), "seed": seed,
+    return clip | {"kind": "latents", "data": z, "text": text, "fps": fps, "seed": seed,
                    "vae": made_by["vae"]}
 
 
 def main(argv=None):
-    parser = command_line(__doc__)
+    parser = command_line(__doc__, argv)
     parser.add_argument("text", help="the prompts' tokens, from text.py")
     parser.add_argument("-o", "--out", default="base.pt", help="latents to write [base.pt]")
-    parser.add_argument("--weights", default=WEIGHTS, help="a folder, a .pt, or a Stable Diffusion "
-                        "1.x folder [weights/]")
     parser.add_argument("--frames", type=positive, default=16, help="1 makes a picture [16]")
     parser.add_argument("--fps", type=float, default=4., help="trained on 4 to 30 [4]")
     parser.add_argument("--steps", type=positive, help=f"[{STEPS}; a student's own]")
@@ -1081,7 +1001,7 @@ def main(argv=None):
     asked = {key: vars(args)[key] for key in ("steps", "guidance", "sampler")}
     clip = generate_clip(load_clip(args.text, "text"), args.weights, args.device, args.seed,
                          args.frames, args.fps, **{k: v for k, v in asked.items() if v is not None})
-    save_clip(args.out, clip, "base.py", argv)
+    save_clip(args.out, clip, args.command)
 
 
 if __name__ == "__main__":

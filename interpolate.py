@@ -1,8 +1,8 @@
 """interpolate.py - the frames between, before and after: interpolation, extrapolation, animation.
 
-Make-A-Video (2209.14792), 3.3: the video model, fine-tuned to fill in the frames of a clip that a
-mask hides. Its input gains the known frames and the mask as channels. Which frames are known decides
-what it does: interpolate keyframes, continue a clip either way, animate an image.
+Make-A-Video (2209.14792), 3.3: the video model, fine-tuned to fill in the frames that a mask hides.
+Known frames and mask are further input channels. Which frames are known decides what it does:
+interpolate keyframes, continue a clip either way, animate an image.
 Imagen Video (2210.02303), 2.2-2.3, has TSR instead: a network in pixels sees the clip at twice the
 rate, each frame repeated, and makes all frames at once. Here it is one of superres.py, at scale 1.
 
@@ -14,8 +14,8 @@ rate, each frame repeated, and makes all frames at once. Here it is one of super
     python interpolate.py text.pt -o z.pt --animate a.png   animate an image, as the prompt says
     python interpolate.py pixels.pt -o p.pt --double tsr-32 TSR, on pixels: 16 frames become 32
 
-The network sees 16 frames at once, so a long timeline is filled window by window. The paper does
-not say how. Here windows advance by 10 frames: seven windows for 76 frames.
+The network sees 16 frames at once, so windows of a long timeline are filled one after another. The
+paper does not say how; here they advance by 10 frames: seven windows for 76 frames.
 """
 from dataclasses import replace
 
@@ -37,14 +37,14 @@ WINDOW = 16  # frames that the network was trained on
 def widen(weights: dict) -> dict:
     """base's checkpoint with nine input channels: four of noisy latents, four of known frames and blends
     of them, a mask. New columns and the output are zero, and the target is x."""
-    model, config = weights["model"], weights["config"]
+    model, config = dict(weights["model"]), weights["config"]
     C = model["conv_in.weight"].shape[1]
-    zero = {name: torch.zeros_like(model[name]) for name in model if name.startswith("conv_out.")}
-    conv_in = F.pad(model["conv_in.weight"], (0, 0, 0, 0, 0, C + 1))  # (C, 9, 3, 3)
+    model["conv_in.weight"] = F.pad(model["conv_in.weight"], (0, 0, 0, 0, 0, C + 1))  # (C, 9, 3, 3)
+    for name in ("conv_out.weight", "conv_out.bias"):
+        model[name] = torch.zeros_like(model[name])
     unet = config["unet"] | {"in_channels": 2 * C + 1}
     diffusion = config["diffusion"] | {"target": "sample"}
-    return weights | {"config": {"unet": unet, "diffusion": diffusion},
-                      "model": model | zero | {"conv_in.weight": conv_in}}
+    return weights | {"config": {"unet": unet, "diffusion": diffusion}, "model": model}
 
 
 def blend(x, known):
@@ -123,7 +123,7 @@ STEPS = 2  # per window; eight are no better, except for animation
 def inpaint_window(unet: UNet, diffusion: Diffusion, x, known, noise, text_emb: dict, fps,
                    guidance: float = 1., steps: int = STEPS, sampler: str = "dpmpp", label=""):
     """Fill in the unknown frames of windows x (B, T, 4, h, w). noise like x, known (B, T) bool,
-    fps (B,), text_emb: tokens (B, L, D) and null_tokens. At every step the known frames of z are
+    text_emb: tokens (B, L, D) and null_tokens. At every step the known frames of z are
     alpha_t x + sigma_t eps, as in training."""
     at = known[:, :, None, None, None]  # (B, T, 1, 1, 1)
     scale = base.interval_guidance(diffusion, guidance)
@@ -157,8 +157,6 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, text_emb: dict, fp
     device, (B, T) = next(unet.parameters()).device, x.shape[:2]
     noise = base.initial_noise(x.shape, seed, "interpolate").to(device)  # shared by all windows
     x, done = x.to(device).float().clone(), known.to(device).clone()
-    text_emb = {key: tokens.to(device).float() for key, tokens in text_emb.items()}
-    rates = torch.full((B,), float(fps), device=device)
     backwards = known[-1] and not known[0]  # only what came before is missing
     starts = plan_windows(known.flip(0) if backwards else known)
     if backwards:
@@ -169,11 +167,9 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, text_emb: dict, fp
         window = slice(start, end)
         made = inpaint_window(
             unet, diffusion, x[:, window], done[window].expand(B, -1), noise[:, window], text_emb,
-            rates, label=label and f"{label} window {i + 1} of {len(starts)}", **sampling)
-        last_known = start + done[window].nonzero().max().item()
-        following = starts[i + 1] if i + 1 < len(starts) else T
-        if done[end:].any() and last_known >= following:
-            end = last_known + 1  # the next window knows what follows, so the rest is left to it
+            float(fps), label=label and f"{label} window {i + 1} of {len(starts)}", **sampling)
+        if done[end:].any():  # the next window knows what follows, so the rest is left to it
+            end = start + done[window].nonzero().max().item() + 1
         new = ~done[start:end]
         x[:, start:end][:, new] = made[:, :end - start][:, new]
         done[start:end] = True
@@ -221,15 +217,10 @@ def double_clip(clip: dict, stage: superres.StageConfig, weights=base.WEIGHTS, d
 # ------------------------------------------------------------------------------------------------
 # Whole clips, and the command line
 
-def load(weights=base.WEIGHTS, device="cpu"):
-    """The U-Net, ready to fill in frames, its Diffusion and its made_by."""
-    return base.load(base.find_checkpoint(weights, "interpolate"), device, ("interpolate",))
-
-
 def fill_clip(clip: dict, weights=base.WEIGHTS, device="cpu", seed: int = 0, skip: int = 1,
               before: int = 0, after: int = 0, guidance: float = 1., steps: int = STEPS) -> dict:
     """A clip of latents with skip - 1 new frames in every gap, and `before` or `after` more."""
-    unet, diffusion, made_by = load(weights, device)
+    unet, diffusion, made_by = base.load(weights, device, "interpolate")
     clip = text.with_text(clip, weights, device)
     base.check_ids(clip, made_by, unet.config.context_dim)
     x, known = timeline(clip["data"].float(), skip, before, after)
@@ -246,9 +237,8 @@ def animate_clip(clip: dict, image, weights=base.WEIGHTS, device="cpu", seed: in
                  guidance: float = 2.) -> dict:
     """A clip of text and an image file -> 16 latents at 4 fps that begin with the image, whose shorter
     side becomes that of the training clips."""
-    path = base.find_checkpoint(weights, "interpolate")
-    side = base.load_checkpoint(path, "interpolate")["made_by"]["side"]
-    autoencoder, vae_id = vae.load(base.find_checkpoint(weights, "vae"), device)
+    side = base.load_checkpoint(weights, "interpolate")["made_by"]["side"]
+    autoencoder, vae_id = vae.load(weights, device)
     pixels = vae.read_video(image)[0][:1].float()  # (1, 3, H, W)
     factor, scale = autoencoder.config.factor, side / min(pixels.shape[-2:])
     size = [factor * max(1, round(scale * n)) for n in pixels.shape[-2:]]  # height, width
@@ -260,7 +250,7 @@ def animate_clip(clip: dict, image, weights=base.WEIGHTS, device="cpu", seed: in
 
 
 def main(argv=None):
-    parser = base.command_line(__doc__)
+    parser = base.command_line(__doc__, argv)
     parser.add_argument("input", help="latents; --animate: a text.pt; --double: pixels")
     parser.add_argument("-o", "--out", default="frames.pt", help=".pt to write [frames.pt]")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -269,7 +259,6 @@ def main(argv=None):
     what.add_argument("--extend-before", type=base.positive, metavar="N", help="... at the start")
     what.add_argument("--animate", metavar="IMAGE", help="16 frames at 4 fps from one image")
     what.add_argument("--double", choices=TSR, help="Imagen Video's TSR, on pixels")
-    parser.add_argument("--weights", default=base.WEIGHTS, help="a folder [weights/]")
     parser.add_argument("--guidance", type=float, help="scale; 1 is none [1; --animate: 2]")
     args = parser.parse_args(argv)
     base.check_output(args.out, ".pt")
@@ -282,7 +271,7 @@ def main(argv=None):
     else:
         clip = fill_clip(base.load_clip(args.input, "latents"), *where, args.skip or 1,
                          args.extend_before or 0, args.extend or 0, **how)
-    base.save_clip(args.out, clip, "interpolate.py", argv)
+    base.save_clip(args.out, clip, args.command)
 
 
 if __name__ == "__main__":

@@ -91,29 +91,24 @@ def file_names(prompts: list, suffix: str) -> list:
 
 
 def main(argv=None):
-    parser = base.command_line(__doc__)
+    parser = base.command_line(__doc__, argv)
     parser.add_argument("prompts", nargs="+", help="what to show, one prompt per video")
     parser.add_argument("-o", "--out", default="out", help="a folder, or .mp4, .gif, .png [out/]")
     parser.add_argument("--samples", type=base.positive, default=1, help="videos per prompt [1]")
     parser.add_argument("--frames", type=base.positive, default=16, help="1 makes a picture [16]")
     parser.add_argument("--guidance", type=float, help="of base; 1 is none [2; students: 1]")
     parser.add_argument("--cascade", choices=CASCADES, default="make-a-video", help="[%(default)s]")
-    parser.add_argument("--until", metavar="STAGE", help="stop after base, interpolate, low; tsr-32, "
-                        "ssr-128, ssr-256, tsr-64, tsr-128 [the last stage]")
+    parser.add_argument("--until", metavar="STAGE", help="stop after base, low, ... [the last stage]")
     parser.add_argument("--prior", action="store_true", help="by way of an image embedding, with the "
                         "video network that never saw a caption [off]")
     parser.add_argument("--animate", metavar="IMAGE", help="animate this image [off]")
     parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file here [off]")
-    parser.add_argument("--weights", default=WEIGHTS, help="a folder, ours or Stable Diffusion 1.x's, "
-                        "which wants --until base [weights/]")
     args = parser.parse_args(argv)
     out, keep, stops = Path(args.out), args.keep and Path(args.keep), STOPS[args.cascade]
     if args.until and args.until not in stops:
         raise UserError(f"--until {args.until}: {args.cascade} has {', '.join(stops)}")
     if args.prior and args.animate:
         raise UserError("--animate reads the prompt itself, so --prior has no effect on it")
-    if args.frames == 1 and args.cascade == "imagen-video" and args.until != "base":
-        raise UserError("imagen-video doubles the frame rate, and one frame has none")
     base.check_output(out if out.suffix else out / "a.mp4", *vae.WRITTEN)
     prompts = [prompt for prompt in args.prompts for _ in range(args.samples)]
     stages = CASCADES[args.cascade](prompts, args.weights, args.device, args.seed, args.frames,
@@ -123,7 +118,7 @@ def main(argv=None):
         print(f"{name:12s} {time.time() - start:6.1f} s")
         if keep:
             base.check_output(keep / f"{name}.pt", ".pt")
-            base.save_clip(keep / f"{name}.pt", clip, "sample.py", argv)
+            base.save_clip(keep / f"{name}.pt", clip, args.command)
         if name == args.until:
             break
         start = time.time()

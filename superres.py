@@ -175,8 +175,6 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: StageConfig, small, fps: fl
     chunk = T if guidance != 1 else max(1, reach, stage.chunk_pixels // (H * W))
     level = torch.tensor([stage.level], device=device)
     shared = stage.shared_noise if shared_noise is None else shared_noise
-    if context is not None:
-        context, null_context = context.to(device).float(), null_context.to(device).float()
 
     def noise(i):  # (1, 3, H, W); tsr-128 runs twice in a cascade, at two rates
         return base.initial_noise((1, 3, H, W), seed, f"{stage.name} at {fps:g} fps", i)
@@ -190,8 +188,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: StageConfig, small, fps: fl
         large = enlarge(frames, stage.scale, level)
         z = torch.cat([one if shared else noise(i) for i in range(first, last)])
         z = as_batch(z).to(device)  # (B, T', 3, H, W)
-        rates = torch.full((len(z),), float(fps), device=device)
-        predict = clean_predictor(unet, large, level.expand(len(z)), rates, context, null_context,
+        predict = clean_predictor(unet, large, level.expand(len(z)), float(fps), context, null_context,
                                   guidance)
         x = diffusion.sample(predict, z, steps, sampler, stage.shift, threshold=guidance != 1,
                              label=label if T <= chunk else "")
@@ -208,8 +205,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: StageConfig, small, fps: fl
 def load(stage: StageConfig, weights=base.WEIGHTS, device="cpu"):
     """The stage's U-Net, ready to sample, its Diffusion, the stage as its weights want it (network,
     steps), and its made_by."""
-    path = base.find_checkpoint(weights, stage.checkpoint)
-    unet, diffusion, made_by = base.load(path, device, (stage.checkpoint,))
+    unet, diffusion, made_by = base.load(weights, device, stage.checkpoint)
     steps = made_by.get("distill", [stage.steps])[-1]  # [teacher's, student's]
     return unet, diffusion, replace(stage, unet=unet.config, steps=steps), made_by
 
@@ -243,11 +239,10 @@ def upscale_clip(clip: dict, stage: StageConfig, weights=base.WEIGHTS, device="c
 
 
 def main(argv=None):
-    parser = base.command_line(__doc__)
+    parser = base.command_line(__doc__, argv)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("input", help="a .pt of pixels, or any video")
     parser.add_argument("-o", "--out", default="large.pt", help=".pt, .mp4, .gif, .png [large.pt]")
-    parser.add_argument("--weights", default=base.WEIGHTS, help="a folder [weights/]")
     parser.add_argument("--steps", type=base.positive, help="[what the weights are distilled to]")
     parser.add_argument("--guidance", type=float, default=1., help="ssr-*: scale; 1 is none [1]")
     parser.add_argument("--independent-noise", action="store_true",
@@ -257,7 +252,7 @@ def main(argv=None):
     clip = upscale_clip(read_clip(args.input), STAGES[args.stage], args.weights, args.device,
                         args.seed, steps=args.steps, guidance=args.guidance,
                         shared_noise=False if args.independent_noise else None)
-    vae.write_clip(args.out, clip, "superres.py", argv)
+    vae.write_clip(args.out, clip, args.command)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base import (SD_ID, WEIGHTS, Diffusion, TimestepEmbedding, UserError, attend, check_output,
-                  classifier_free_guidance, command_line, find_checkpoint, initial_noise,
-                  load_checkpoint, load_pt, load_stable_diffusion, load_state, new_clip, run,
-                  save_clip, tensors_id, warn)
+                  classifier_free_guidance, command_line, initial_noise, load_checkpoint, load_state,
+                  new_clip, run, save_clip, tensors_id, warn)
 
 import vae
 
@@ -91,16 +90,13 @@ def read_merges(model: dict) -> list:
 
 
 def read_tokenizer(folder: Path) -> dict:
-    """CLIP's own vocabulary and merges: vocab.json and merges.txt, or tokenizer.json."""
-    if (folder / "vocab.json").is_file():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [line.split() for line in lines if line and not line.startswith("#version")]
-        vocab = load_pt(folder / "vocab.json")
-        return {"vocab": vocab, "merges": merges}
+    """CLIP's own vocabulary and merges: tokenizer.json, or vocab.json and merges.txt."""
     if (folder / "tokenizer.json").is_file():
-        model = load_pt(folder / "tokenizer.json")["model"]
+        model = json.loads((folder / "tokenizer.json").read_bytes())["model"]
         return {"vocab": model["vocab"], "merges": read_merges(model)}
-    raise UserError(f"{folder} holds neither vocab.json and merges.txt nor tokenizer.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [line.split() for line in lines if line and not line.startswith("#version")]
+    return {"vocab": json.loads((folder / "vocab.json").read_bytes()), "merges": merges}
 
 
 def tokenize(tokenizer: Tokenizer, prompts: list, context: int) -> torch.Tensor:
@@ -155,27 +151,19 @@ class SelfAttention(nn.Module):
         return self.out_proj(h.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
-class MLP(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        h = self.fc1(x)
-        return self.fc2(h * torch.sigmoid(1.702 * h))  # CLIP's quick GELU
-
-
 class EncoderLayer(nn.Module):
     """Pre-norm transformer layer, (B, L, D) -> (B, L, D)."""
 
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.layer_norm1, self.self_attn = nn.LayerNorm(width), SelfAttention(width, heads, causal)
-        self.layer_norm2, self.mlp = nn.LayerNorm(width), MLP(width)
+        self.layer_norm2, self.mlp = nn.LayerNorm(width), nn.Module()
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        h = self.mlp.fc1(self.layer_norm2(x))
+        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))  # CLIP's quick GELU
 
 
 def encoder(width: int, heads: int, layers: int, causal: bool) -> nn.Module:
@@ -334,23 +322,23 @@ def sample_prior(prior: Prior, diffusion: Diffusion, context, null_context, guid
 # ------------------------------------------------------------------------------------------------
 # Loading, encoding, the command line
 
-def load(path=WEIGHTS / "text.pt", device="cpu"):
+def load(weights=WEIGHTS, device="cpu"):
     """CLIP, its tokenizer, and what is known of it: {"id": str, "words": the words it was trained on}.
     A Stable Diffusion folder has only the text half."""
-    if Path(path).is_dir():
-        s, state = load_stable_diffusion(path, "text_encoder")
+    checkpoint = load_checkpoint(weights, "text", "clip")
+    s, state = checkpoint["config"], checkpoint["model"]
+    if "clip" in s:
+        config, tokenizer = CLIPConfig(**s["clip"]), s["tokenizer"]
+        facts = {"id": encoder_id(checkpoint), "words": s["words"],
+                 "image_id": tensors_id(state, ("vision_model.", "visual_projection."))}
+    else:  # Stable Diffusion's
         config = CLIPConfig(s["vocab_size"], s["max_position_embeddings"], s["hidden_size"],
                             s["num_hidden_layers"], s["num_attention_heads"], vision_layers=0)
-        clip = load_state(CLIP(config), state, path, lambda name: not name.startswith("text_model"))
-        tokenizer, facts = read_tokenizer(Path(path) / "tokenizer"), {"id": SD_ID, "image_id": None, "words": []}
+        tokenizer = read_tokenizer(Path(weights) / "tokenizer")
+        facts = {"id": SD_ID, "image_id": None, "words": []}
         if config.vocab_size > len(tokenizer["vocab"]):
-            raise UserError(f"{path} has tokens of textual inversion, which are not read")
-    else:
-        weights = load_checkpoint(path, "clip")
-        config, tokenizer = CLIPConfig(**weights["config"]["clip"]), weights["config"]["tokenizer"]
-        clip = load_state(CLIP(config), weights["model"], path)
-        facts = {"id": encoder_id(weights), "words": weights["config"]["words"],
-                 "image_id": tensors_id(weights["model"], ("vision_model.", "visual_projection."))}
+            raise UserError(f"{weights} has tokens of textual inversion, which are not read")
+    clip = load_state(CLIP(config), state, weights, lambda name: not name.startswith("text_model"))
     return clip.to(device).eval(), build_tokenizer(**tokenizer), facts
 
 
@@ -410,7 +398,7 @@ def embed_images(clip: CLIP, images) -> torch.Tensor:
 
 def encode_clip(prompts: list, weights=WEIGHTS, device="cpu") -> dict:
     """A new clip of text, by the text encoder in a folder of weights."""
-    clip, tokenizer, facts = load(find_checkpoint(weights, "text"), device)
+    clip, tokenizer, facts = load(weights, device)
     warn_unknown(prompts, facts["words"])
     return new_clip("text", text=encode(clip, tokenizer, prompts), prompts=prompts,
                     encoder=facts["id"])
@@ -418,12 +406,11 @@ def encode_clip(prompts: list, weights=WEIGHTS, device="cpu") -> dict:
 
 def with_prior(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0) -> dict:
     """A clip of text, with the image embeddings that P makes of its prompts."""
-    model, tokenizer, facts = load(find_checkpoint(weights, "text"), device)
-    path = find_checkpoint(weights, "prior")
-    saved = load_checkpoint(path, "prior")
+    model, tokenizer, facts = load(weights, device)
+    saved = load_checkpoint(weights, "prior")
     if saved["made_by"]["image_encoder"] != facts["image_id"]:
-        raise UserError(f"{path} stands on another CLIP; train it anew with `python train.py prior`")
-    prior = load_state(Prior(PriorConfig(**saved["config"])), saved["model"], path).to(device).eval()
+        raise UserError("prior.pt stands on another CLIP; train it anew with `python train.py prior`")
+    prior = load_state(Prior(PriorConfig(**saved["config"])), saved["model"], "prior.pt").to(device).eval()
     context = encode_for_prior(model, tokenizer, [*clip["prompts"], ""])  # (B + 1, L + 1, D)
     e = sample_prior(prior, Diffusion(target="sample"), context[:-1], context[-1:], seed=seed)
     return clip | {"text": clip["text"] | {"image_embedding": e}, "image_encoder": facts["image_id"]}
@@ -433,7 +420,7 @@ def clip_of_image(path, weights=WEIGHTS, device="cpu") -> dict:
     """A clip of text without a prompt, with the embedding of a picture, or the mean of a video's
     frames. make-a-video.pt makes a video "about" a picture, or a variation of a video
     (Make-A-Video, Fig. 4)."""
-    model, _, facts = load(find_checkpoint(weights, "text"), device)
+    model, _, facts = load(weights, device)
     frames, _ = vae.read_video(path)  # (T, 3, H, W)
     mean = embed_images(model, frames).mean(0, keepdim=True)  # (1, E)
     mean = F.normalize(mean, dim=-1) * math.sqrt(mean.shape[1])
@@ -457,11 +444,9 @@ def warn_unknown(prompts: list, words: list, cure: str = ""):
 
 
 def main(argv=None):
-    parser = command_line(__doc__)
+    parser = command_line(__doc__, argv)
     parser.add_argument("prompts", nargs="*", help="what to show, one prompt per video")
     parser.add_argument("-o", "--out", default="text.pt", help="tokens to write [text.pt]")
-    parser.add_argument("--weights", default=WEIGHTS, help="a folder, a .pt, or a Stable Diffusion "
-                        "1.x folder [weights/]")
     parser.add_argument("--prior", action="store_true", help="add the image embedding that P makes of "
                         "each prompt, for make-a-video.pt [off]")
     parser.add_argument("--image", metavar="FILE", help="instead of prompts: the embedding of a picture, "
@@ -475,7 +460,7 @@ def main(argv=None):
     else:
         clip = encode_clip(args.prompts, args.weights, args.device)
         clip = with_prior(clip, args.weights, args.device, args.seed) if args.prior else clip
-    save_clip(args.out, clip, "text.py", argv)
+    save_clip(args.out, clip, args.command)
 
 
 if __name__ == "__main__":

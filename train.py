@@ -36,7 +36,7 @@ import interpolate
 import superres
 import text
 import vae
-from base import WEIGHTS, UNet, UserError, fast_autocast, find_checkpoint, load_pt, save_pt
+from base import UNet, UserError, fast_autocast, load_pt, save_pt
 
 import numpy as np
 import torch
@@ -445,7 +445,7 @@ def latents(args, kind: str, side: int = SIDE) -> tuple[dict, dict]:
     """Stills or clips as fp16 latents (N, T, 4, h, w) with captions, fps, the tokens of each distinct
     caption (K, L, D), rows (N,) in them, and null_tokens; and the ids of what made both. With
     --captions none, see add_embeddings."""
-    autoencoder, vae_id = vae.load(find_checkpoint(args.weights, "vae"), args.device)
+    autoencoder, vae_id = vae.load(args.weights, args.device)
     name = f"{data_id(args.data)}{args.mixed}-{kind}-{count_of(args, kind)}-{side}-{args.seed}-{vae_id}"
     data = cached(name, lambda: gather(clips_of(args, kind, side), "latents",
                                        lambda x: vae.encode_video(autoencoder, x).half()))
@@ -456,7 +456,7 @@ def latents(args, kind: str, side: int = SIDE) -> tuple[dict, dict]:
 
 
 def add_tokens(args, data: dict, facts: dict) -> dict:
-    clip, tokenizer, known = text.load(find_checkpoint(args.weights, "text"), args.device)
+    clip, tokenizer, known = text.load(args.weights, args.device)
     facts["text"] = known["id"]
     distinct = sorted(set(data["captions"]))
     text.warn_unknown(distinct, known["words"], ". Use words that it knows, or teach it these: `train.py "
@@ -472,7 +472,7 @@ def add_tokens(args, data: dict, facts: dict) -> dict:
 def add_embeddings(args, data: dict, facts: dict, autoencoder, name: str) -> dict:
     """Every item's own tokens (N, 1, E): the CLIP embedding of its first frame, as the autoencoder
     shows it, in place of its caption, which nobody reads.                  Make-A-Video, 3.1"""
-    clip, _, known = text.load(find_checkpoint(args.weights, "text"), args.device)
+    clip, _, known = text.load(args.weights, args.device)
     facts["text"], facts["image_encoder"] = known["id"], known["image_id"]
 
     def make():
@@ -548,7 +548,7 @@ def pairs(args, name: str) -> tuple[dict, dict]:
     autoencoder where that makes 64 pixels, else small), captions, fps, tokens; and the ids."""
     p, scale = PAIRS[name], NETWORKS[name].scale
     p = replace(p, count=math.ceil(args.amount * p.count))
-    autoencoder, vae_id = vae.load(find_checkpoint(args.weights, "vae"), args.device)
+    autoencoder, vae_id = vae.load(args.weights, args.device)
 
     def make():
         own = () if args.data == "world" else folder_pairs(args.data, p, scale, args.seed)
@@ -721,7 +721,7 @@ def prepare_clip(args) -> Setup:
 
 def prepare_prior(args) -> Setup:
     """P learns from captioned stills which image embedding a caption has. It never sees a video."""
-    clip, tokenizer, known = text.load(find_checkpoint(args.weights, "text"), args.device)
+    clip, tokenizer, known = text.load(args.weights, args.device)
     data, facts = stills(args, "beginnings"), {"image_encoder": known["image_id"]}
     data = add_tokens(args, data, facts)
     data["latents"] = text.embed_images(clip, data["pixels"][:, 0])  # (N, D)
@@ -748,7 +748,7 @@ def prepare_prior(args) -> Setup:
 
 def sheet(args, z, columns: int = 16) -> torch.Tensor:
     """Latents (B, T, 4, h, w) as an image, a row for each video."""
-    autoencoder, _ = vae.load(find_checkpoint(args.weights, "vae"), args.device)
+    autoencoder, _ = vae.load(args.weights, args.device)
     return vae.contact_sheet(vae.decode_video(autoencoder, z), columns)
 
 
@@ -779,10 +779,10 @@ def prepare_image(args) -> Setup:
                          out_channels=channels))
     diffusion = base.Diffusion()
     if args.captions == "none":
-        path, image = find_checkpoint(args.weights, "image"), {"embeddings": ("image",), "gates": True}
+        path, image = Path(args.weights) / "image.pt", {"embeddings": ("image",), "gates": True}
         model = UNet(replace(model.config, **image))
         if path.is_file():
-            model = base.load(path, "cpu", ("image",), **image)[0]
+            model = base.load(path, "cpu", "image", **image)[0]
 
     def preview(model):
         text_emb = prompts_of(args, data, 32)
@@ -817,7 +817,7 @@ def load_teacher(args, name: str, shift: float) -> tuple:
     """--distill's teacher, its paths (STUDENT, K + 1), and whether it is a student itself."""
     if not args.distill:
         return None, None, False
-    teacher, _, made_by = base.load(args.teacher or args.init, args.device, (name,))
+    teacher, _, made_by = base.load(args.teacher or args.init, args.device, name)
     steps = made_by.get("distill", args.distill[:1])[-1]
     if steps != args.distill[0]:
         raise UserError(f"the teacher takes {steps} steps, not {args.distill[0]}")
@@ -829,14 +829,13 @@ def prepare_base(args) -> Setup:
     stills, four for each clip. Differs: Make-A-Video's clips have no captions; Imagen Video packs its
     stills into clips."""
     path, mean_clip = (Path(args.weights) / output_of(args, name) for name in ("image", "mean-clip"))
-    if args.captions == "all":
-        path = find_checkpoint(args.weights, "image")  # or a Stable Diffusion folder
+    path = args.weights if args.captions == "all" else path  # it may be a Stable Diffusion folder
     temporal = ("mean_clip", "attention", "conv") if mean_clip.is_file() else ("attention", "conv")
     embeddings = ("fps",) if args.captions == "all" else ("fps", "image")
-    model, diffusion, made_by = base.load(path, "cpu", ("image",), temporal=temporal,
+    model, diffusion, made_by = base.load(path, "cpu", "image", temporal=temporal,
                                           gates=True, embeddings=embeddings)
     data, facts = latents(args, "clips", 8 * made_by["side"])
-    check_parent(made_by, facts, path)
+    check_parent(made_by, facts, output_of(args, "image"))
     if mean_clip.is_file():
         weights = base.load_checkpoint(mean_clip, "mean-clip")
         check_parent(weights["made_by"], facts, mean_clip)
@@ -869,11 +868,10 @@ def prepare_base(args) -> Setup:
 def prepare_interpolate(args) -> Setup:
     """Make-A-Video, 3.3: the video model learns from clips some of whose frames it is shown."""
     data, facts = latents(args, "clips")
-    path = find_checkpoint(args.weights, "base")
-    weights = interpolate.widen(base.load_checkpoint(path, "base"))
-    check_parent(weights["made_by"], facts, path)
+    weights = interpolate.widen(base.load_checkpoint(args.weights, "base"))
+    check_parent(weights["made_by"], facts, "base.pt")
     model = UNet(base.UNetConfig(**weights["config"]["unet"]))
-    base.load_state(model, weights["model"], path)
+    base.load_state(model, weights["model"], "base.pt")
     diffusion = base.Diffusion(**weights["config"]["diffusion"])
 
     def batch_of(step, samples):
@@ -1212,7 +1210,7 @@ def plan(folder, stages: list) -> dict:
 
 def check_autoencoder(args):
     """Say how well the autoencoder shows a folder: no later stage can be better."""
-    autoencoder, _ = vae.load(find_checkpoint(args.weights, "vae"), args.device)
+    autoencoder, _ = vae.load(args.weights, args.device)
     data = stills(args)
     x = data["pixels"][spread(data["captions"], 32)]  # (32, 1, 3, side, side)
     error = vae.to_float(vae.decode_video(autoencoder, vae.encode_video(autoencoder, x))) - vae.to_float(x)
@@ -1222,12 +1220,11 @@ def check_autoencoder(args):
 
 
 def main(argv=None):
-    parser = base.command_line(__doc__)
+    parser = base.command_line(__doc__, argv)
     flag = parser.add_argument
     flag("stage", choices=[*PREPARE, "all"])
     flag("--data", default="world", help="'world', or a folder of clips [world]")
     flag("--with-world", action="store_true", help="as many of the world's own clips among them")
-    flag("--weights", default=WEIGHTS, help="folder, read and written [weights/]")
     flag("--init", metavar="FILE", help="train these weights of the stage further")
     flag("--freeze", choices=("none", "spatial", "encoder", "text"), default="none", help="base: train only "
          "temporal layers; vae: only the decoder; clip: only the image half [none]")
@@ -1246,7 +1243,6 @@ def main(argv=None):
     flag("--name", default="", help="runs/NAME/STAGE/ instead of runs/STAGE/")
     flag("--fresh", action="store_true", help="ignore the checkpoint")
     args = parser.parse_args(argv)
-    args.command = base.command_text("train.py", argv)
     args.name = args.name or ("make-a-video" if args.captions == "none" else "")
     every = PREPARE if args.captions == "all" else UNCAPTIONED
     stages = list(every) if args.stage == "all" else [args.stage]

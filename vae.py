@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import base
-from base import WEIGHTS, Attention, Downsample, ResnetBlock, Upsample, UserError
+from base import WEIGHTS, Attention, ResnetBlock, UserError, downsample, upsample
 
 import av
 import imageio.v3 as iio
@@ -87,10 +87,10 @@ class Coder(nn.Module):
         for i, width in enumerate(widths):
             before, is_last = widths[max(0, i - 1)], i == len(widths) - 1
             if encodes:
-                down = None if is_last else Downsample(width, (0, 1, 0, 1))
+                down = None if is_last else downsample(width, (0, 1, 0, 1))
                 self.down_blocks.append(Block([before] + [width] * c.layers, c.groups, down=down))
             else:
-                up = None if is_last else Upsample(width)
+                up = None if is_last else upsample(width)
                 self.up_blocks.append(Block([before] + [width] * (c.layers + 1), c.groups, up=up))
 
     def forward(self, x):
@@ -135,18 +135,18 @@ def loss(vae: AutoencoderKL, batch: dict):
 CHUNK = 32 * 64 * 64  # pixels coded at once
 
 
-def load(path=WEIGHTS / "vae.pt", device="cpu"):
+def load(weights=WEIGHTS, device="cpu"):
     """The autoencoder, and the id of its encoder half, on which latents depend."""
-    if Path(path).is_dir():
-        s, state = base.load_stable_diffusion(path, "vae")
+    checkpoint = base.load_checkpoint(weights, "vae")
+    s, state = checkpoint["config"], checkpoint["model"]
+    if "block_out_channels" in s:  # Stable Diffusion's
         config = VAEConfig(s["block_out_channels"], s["layers_per_block"], s["latent_channels"],
-                           s["norm_num_groups"], s.get("scaling_factor", SD15.scaling_factor))
+                           s.get("norm_num_groups", SD15.groups),
+                           s.get("scaling_factor", SD15.scaling_factor))
         vae_id = base.SD_ID
     else:
-        weights = base.load_checkpoint(path, "vae")
-        config, state = VAEConfig(**weights["config"]), weights["model"]
-        vae_id = base.tensors_id(state, ("encoder.", "quant_conv."))
-    vae = base.load_state(AutoencoderKL(config), state, path)
+        config, vae_id = VAEConfig(**s), base.tensors_id(state, ("encoder.", "quant_conv."))
+    vae = base.load_state(AutoencoderKL(config), state, weights)
     return vae.to(device, memory_format=torch.channels_last).eval(), vae_id
 
 
@@ -331,17 +331,17 @@ def write_videos(path, videos, fps: float) -> list:
     return paths
 
 
-def write_clip(path, clip: dict, script: str, argv):
+def write_clip(path, clip: dict, command: str):
     """Write a clip as a .pt, or its pixels as files to look at, and say so."""
     if Path(path).suffix.lower() == ".pt":
-        base.save_clip(path, clip, script, argv)
+        base.save_clip(path, clip, command)
     else:
         print(*write_videos(path, clip["data"], clip["fps"]), sep="\n")
 
 
 def encode_clip(path, weights=WEIGHTS, device="cpu") -> dict:
     """Any video or image, cut to multiples of 8 pixels -> a clip of latents."""
-    vae, vae_id = load(base.find_checkpoint(weights, "vae"), device)
+    vae, vae_id = load(weights, device)
     (video, fps), stride = read_video(path), vae.config.factor
     H, W = (side - side % stride for side in video.shape[-2:])
     if not H * W:
@@ -352,25 +352,23 @@ def encode_clip(path, weights=WEIGHTS, device="cpu") -> dict:
 
 def decode_clip(clip: dict, weights=WEIGHTS, device="cpu") -> dict:
     """A clip of latents -> a clip of pixels."""
-    vae, vae_id = load(base.find_checkpoint(weights, "vae"), device)
+    vae, vae_id = load(weights, device)
     base.check_ids(clip, {"vae": vae_id})
     return clip | {"kind": "pixels", "data": decode_video(vae, clip["data"], "vae decode")}
 
 
 def main(argv=None):
-    parser = base.command_line(__doc__, seed=False)
+    parser = base.command_line(__doc__, argv, seed=False)
     parser.add_argument("action", choices=("encode", "decode"))
     parser.add_argument("input", help="encode: a video or image; decode: a .pt of latents")
     parser.add_argument("-o", "--out", required=True, help="what to write: see above")
-    parser.add_argument("--weights", default=WEIGHTS,
-                        help="a folder, ours or Stable Diffusion 1.x's, or a .pt [weights/]")
     args = parser.parse_args(argv)
     base.check_output(args.out, ".pt", *(WRITTEN if args.action == "decode" else ()))
     if args.action == "encode":
         clip = encode_clip(args.input, args.weights, args.device)
     else:
         clip = decode_clip(base.load_clip(args.input, "latents"), args.weights, args.device)
-    write_clip(args.out, clip, "vae.py", argv)
+    write_clip(args.out, clip, args.command)
 
 
 if __name__ == "__main__":
