@@ -402,9 +402,9 @@ class UNet(nn.Module):
         return frames.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x, t, context=None, fps=None, level=None, cond=None):
-        """t, fps, level (B,); cond (B, T, C", H, W), further input channels. context is the text's
-        tokens (B, L, D), or one CLIP image embedding (B, 1, D), zeros for none: then a term of the
-        timestep embedding and four tokens to attend to.                  unCLIP (2204.06125), 2.1"""
+        """t, fps, level (B,); cond (B, T, C", H, W), further input channels. context: the text's tokens
+        (B, L, D). With "image" in embeddings: one CLIP embedding (B, 1, D), zeros for none; it is added
+        to the timestep's and becomes four tokens to attend to.           unCLIP (2204.06125), 2.1"""
         B, T, _, H, W = x.shape
         emb = self.time_embedding(t)  # (B, E)
         if "level" in self.config.embeddings:
@@ -899,7 +899,8 @@ def load_checkpoint(weights, name: str, stage: str = "") -> dict:
     if folder.is_dir() and not path.is_file():
         return load_stable_diffusion(folder)
     path, stage = Path(weights) if Path(weights).is_file() else path, stage or name
-    remedy = (f"; train it with `python train.py {stage} --weights {path.parent}`, or use a folder of Stable "
+    train = stage + " --captions none" * name.startswith("make-a-video")
+    remedy = (f"; train it with `python train.py {train} --weights {path.parent}`, or use a folder of Stable "
               "Diffusion 1.x (unet/, vae/, text_encoder/, tokenizer/; not one file of it, nor a hub's name)")
     checkpoint = load_pt(path, remedy)
     held = checkpoint.get("made_by", {}).get("stage", "something else")
@@ -967,7 +968,8 @@ def load(weights=WEIGHTS, device="cpu", name: str = "base", stage: str = "", **c
 def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
                   fps: float = 4., **how) -> dict:
     """A clip of text -> a clip of latents; `how` goes to `generate`. An image embedding in it goes to
-    make-a-video.pt; no later stage then hears the prompt."""
+    make-a-video.pt; no later stage then hears the prompt. Differs: Make-A-Video's interpolation began
+    as D^t; ours began as the captioned base, and hears the null prompt."""
     text, embedding = clip["text"], clip["text"].get("image_embedding")
     name = "base" if embedding is None else "make-a-video"
     unet, diffusion, made_by = load(weights, device, name, "base")

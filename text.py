@@ -3,13 +3,16 @@
 CLIP (2103.00020): a causal text transformer and an image transformer, trained to agree on which caption
 belongs to which image. Stable Diffusion reads the text half's last hidden states; so do our stages.
 
-    in    one or more prompts
-    out   text.pt   tokens (B, L, D), and those of the empty prompt, for guidance
+Make-A-Video's P turns a prompt into the CLIP embedding of an image (2209.14792, 3.1; unCLIP, 2204.06125).
+
+    in    one or more prompts; or a picture or video, with --image
+    out   text.pt   tokens (B, L, D), and those of the empty prompt, for guidance; with --prior or --image
+                    an image_embedding (B, E), for a video network that knows no words
 
     python text.py "a red star moving left" "a blue ring bouncing on sand" -o text.pt
 
 Layers bear the names of Hugging Face's CLIPModel, whose text half is in Stable Diffusion's folder.
-Differs: stills hold no motion, so the text half also learns from captions without images: to predict
+Differs: captions of stills name no motion at first, so the text half also learns from captions without images: to predict
 the next token, and to name all words of a caption from its last state. The latter keeps "left" far
 from "right": no next token ever tells these two apart.
 """
@@ -420,12 +423,14 @@ def clip_of_image(path, weights=WEIGHTS, device="cpu") -> dict:
     """A clip of text without a prompt, with the embedding of a picture, or the mean of a video's
     frames. make-a-video.pt makes a video "about" a picture, or a variation of a video
     (Make-A-Video, Fig. 4)."""
-    model, _, facts = load(weights, device)
-    frames, _ = vae.read_video(path)  # (T, 3, H, W)
-    mean = embed_images(model, frames).mean(0, keepdim=True)  # (1, E)
+    model, tokenizer, facts = load(weights, device)
+    if facts["image_id"] is None:
+        raise UserError(f"{weights} has only the text half of CLIP")
+    frames = torch.stack([frame for frame, _ in vae.read_frames(path, model.config.image_size)])
+    mean = embed_images(model, frames).mean(0, keepdim=True)  # (1, E), of the middle square
     mean = F.normalize(mean, dim=-1) * math.sqrt(mean.shape[1])
-    clip = encode_clip([""], weights, device)
-    return clip | {"text": clip["text"] | {"image_embedding": mean}, "image_encoder": facts["image_id"]}
+    return new_clip("text", text=encode(model, tokenizer, [""]) | {"image_embedding": mean}, prompts=[""],
+                    encoder=facts["id"], image_encoder=facts["image_id"])
 
 
 def with_text(clip: dict, weights=WEIGHTS, device="cpu") -> dict:

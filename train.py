@@ -301,7 +301,8 @@ def draw_still(rng: np.random.Generator, side: int = SIDE):
 
 def draw_beginning(rng: np.random.Generator, side: int = SIDE):
     """As draw_still; but three in four are the first frame of a training scene, and their captions name
-    the motion, as one would caption a photograph of what is about to move."""
+    the motion, as one would caption a photograph of what is about to move. So what words of motion mean
+    is learned from stills, as far as a still shows it. Differs: the papers take captions from the web."""
     if rng.random() < .25:
         return draw_still(rng, side)
     scene = draw_scene(rng, "train")
@@ -471,16 +472,17 @@ def add_tokens(args, data: dict, facts: dict) -> dict:
 
 def add_embeddings(args, data: dict, facts: dict, autoencoder, name: str) -> dict:
     """Every item's own tokens (N, 1, E): the CLIP embedding of its first frame, as the autoencoder
-    shows it, in place of its caption, which nobody reads.                  Make-A-Video, 3.1"""
+    shows it, in place of its caption, which nobody reads."""
     clip, _, known = text.load(args.weights, args.device)
     facts["text"], facts["image_encoder"] = known["id"], known["image_id"]
+    decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",))
 
     def make():
         parts = data["latents"][:, :1].split(256)
         return {"tokens": torch.cat([
             text.embed_images(clip, vae.decode_video(autoencoder, part)[:, 0])
             for part in tqdm(parts, "embedding")])}
-    tokens = cached(f"{name}-embedded-{known['image_id']}", make)["tokens"][:, None]  # (N, 1, E)
+    tokens = cached(f"{name}-{decoder}-{known['image_id']}", make)["tokens"][:, None]  # (N, 1, E)
     return data | {"tokens": tokens, "rows": torch.arange(len(tokens)), "captions": [""] * len(tokens),
                    "null_tokens": torch.zeros_like(tokens[:1])}
 
@@ -732,9 +734,11 @@ def prepare_prior(args) -> Setup:
     model, diffusion = text.Prior(config), base.Diffusion(target="sample")
 
     def batch_of(step, samples):
-        pixels = vae.to_float(data["pixels"][draw(args, step, samples, len(data["pixels"]))[1], 0])
-        timesteps = partial(shifted_timesteps, shift=1.)
-        return diffusion_batch(args, data, step, samples, timesteps) | {"pixels": pixels}
+        batch = diffusion_batch(args, data, step, samples, partial(shifted_timesteps, shift=1.))
+        if step == 0:  # to look at
+            picks = draw(args, step, samples, len(data["pixels"]))[1]
+            batch["pixels"] = vae.to_float(data["pixels"][picks, 0])
+        return batch
 
     def preview(model):  # images over the cosines of each with what P makes of each caption
         rows = spread(data["captions"], 16)
@@ -775,14 +779,14 @@ def prepare_image(args) -> Setup:
     where they are there. Only then the skips have gates."""
     data, facts = latents(args, "stills")
     channels = data["latents"].shape[2]
-    model = UNet(replace(base.TINY_IMAGE, context_dim=data["tokens"].shape[-1], in_channels=channels,
-                         out_channels=channels))
-    diffusion = base.Diffusion()
-    if args.captions == "none":
-        path, image = Path(args.weights) / "image.pt", {"embeddings": ("image",), "gates": True}
-        model = UNet(replace(model.config, **image))
-        if path.is_file():
-            model = base.load(path, "cpu", "image", **image)[0]
+    told = {} if args.captions == "all" else {"embeddings": ("image",), "gates": True}
+    if told and (Path(args.weights) / "image.pt").is_file():
+        model, diffusion, made_by = base.load(args.weights, "cpu", "image", **told)
+        check_parent(made_by, facts, "image.pt")
+    else:
+        model = UNet(replace(base.TINY_IMAGE, context_dim=data["tokens"].shape[-1], in_channels=channels,
+                             out_channels=channels, **told))
+        diffusion = base.Diffusion()
 
     def preview(model):
         text_emb = prompts_of(args, data, 32)
@@ -796,7 +800,7 @@ def prepare_image(args) -> Setup:
 def check_parent(made_by: dict, facts: dict, path):
     """Refuse weights to start from that stand on another autoencoder or text encoder."""
     for key in ("vae", "text", "image_encoder"):
-        if made_by.get(key, facts.get(key)) != facts.get(key):
+        if key in facts and made_by.get(key, facts[key]) != facts[key]:
             raise UserError(f"{path} stands on {key} {made_by[key]}, not on {facts[key]}: train it anew")
 
 
@@ -825,23 +829,22 @@ def load_teacher(args, name: str, shift: float) -> tuple:
 
 
 def prepare_base(args) -> Setup:
-    """Make-A-Video, 3.2 and 3.4: the image model, inflated, learns from video. Every fourth step is of
-    stills, four for each clip. Differs: Make-A-Video's clips have no captions; Imagen Video packs its
-    stills into clips."""
-    path, mean_clip = (Path(args.weights) / output_of(args, name) for name in ("image", "mean-clip"))
-    path = args.weights if args.captions == "all" else path  # it may be a Stable Diffusion folder
+    """Make-A-Video, 3.2 and 3.4: the image model, inflated, learns from video. With captions, every
+    fourth step is of stills, four for each clip. Differs: Make-A-Video's clips have no captions;
+    Imagen Video packs its stills into clips."""
+    image, mean_clip = (Path(args.weights) / output_of(args, name) for name in ("image", "mean-clip"))
     temporal = ("mean_clip", "attention", "conv") if mean_clip.is_file() else ("attention", "conv")
     embeddings = ("fps",) if args.captions == "all" else ("fps", "image")
-    model, diffusion, made_by = base.load(path, "cpu", "image", temporal=temporal,
+    model, diffusion, made_by = base.load(args.weights, "cpu", image.stem, "image", temporal=temporal,
                                           gates=True, embeddings=embeddings)
     data, facts = latents(args, "clips", 8 * made_by["side"])
-    check_parent(made_by, facts, output_of(args, "image"))
+    check_parent(made_by, facts, image)
     if mean_clip.is_file():
         weights = base.load_checkpoint(mean_clip, "mean-clip")
         check_parent(weights["made_by"], facts, mean_clip)
         base.load_state(model.mean_clip, weights["model"], mean_clip)
     teacher, paths, unguided = load_teacher(args, "base", base.STUDENT["shift"])
-    use_stills = args.freeze == "none" and not teacher
+    use_stills = args.freeze == "none" and args.captions == "all" and not teacher
     joint = latents(args, "stills", 8 * made_by["side"])[0] if use_stills else None
     taught = partial(base.distillation_loss, teacher=teacher, guidance=1. if unguided else 2.)
     loss_of = taught if teacher else base.loss
@@ -1067,11 +1070,11 @@ def origin_of(name: str, args, *more) -> str:
     earlier = list(PREPARE)[:list(PREPARE).index(name)]
     names = [OUTPUT[other] for other in earlier]
     if args.captions == "none":
-        names += [UNCAPTIONED[other] for other in earlier if other in UNCAPTIONED]
+        names += [UNCAPTIONED[other] for other in earlier if other in UNCAPTIONED] + [OUTPUT["image"]]
     files = [*Path(__file__).parent.glob("*.py"), *(Path(args.weights) / file for file in names)]
     files += [Path(file) for file in (args.init, args.teacher) if file]
     stats = [(path.name, path.stat().st_mtime_ns) for path in sorted(files) if path.is_file()]
-    flags = args.mixed, args.seed, args.freeze, args.captions, args.amount
+    flags = args.mixed, args.seed, args.freeze, args.captions, args.distill, args.amount
     return digest((stats, data_id(args.data), flags, more))
 
 
@@ -1196,7 +1199,7 @@ def plan(folder, stages: list) -> dict:
     pixels = {NETWORKS[which].checkpoint: (p.frames, NETWORKS[which].scale * p.side)
               for which, p in PAIRS.items()}
     for name in stages:
-        frames, side = pixels.get(name, (1 if name in ("vae", "clip", "image") else 16, SIDE))
+        frames, side = pixels.get(name, (1 if name in ("vae", "clip", "prior", "image") else 16, SIDE))
         fitting = [n // frames for *_, n, shorter, _ in clips if n >= frames and shorter >= side]
         if fitting:
             recipe = RECIPES[name]
