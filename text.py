@@ -352,9 +352,9 @@ def encoder_id(weights: dict) -> str:
 
 def grow(path, captions: list) -> tuple[CLIP, dict]:
     """A trained CLIP with a token for each new word of captions, to be trained further, and its config.
-    Only the embeddings of new tokens and the image half are left to training: prompts without new
-    words keep their tokens to the bit, so what was trained on these stays valid. As textual
-    inversion (2208.01618), but taught by captions and stills."""
+    Only the embeddings of new tokens, the projections and the image half are left to training: prompts
+    without new words keep their tokens to the bit, so what was trained on these stays valid; P and
+    what is told image embeddings do not. As textual inversion (2208.01618), but by captions and stills."""
     weights = load_checkpoint(path, "clip")
     config, name = weights["config"], "text_model.embeddings.token_embedding.weight"
     old, rows = config["tokenizer"]["vocab"], weights["model"][name]

@@ -6,9 +6,9 @@
     python train.py base --data clips/         on videos with a captions.csv, or a .txt beside each
     torchrun --nproc_per_node 2 train.py base  each batch shared by two processes
 
-Stages, in order: vae; clip, the text encoder; image, a text-to-image U-Net; mean-clip; base, the same
-U-Net on video (Make-A-Video, 3.4); interpolate, base fine-tuned on masked frames; superres-low, -high;
-and Imagen Video's ssr-128, ssr-256, ssr-768, tsr-32, tsr-128.
+Stages, in order: vae; clip, the text encoder; prior, Make-A-Video's P; image, a text-to-image U-Net;
+mean-clip; base, the same U-Net on video (Make-A-Video, 3.4); interpolate, base fine-tuned on masked
+frames; superres-low, -high; and Imagen Video's ssr-128, ssr-256, ssr-768, tsr-32, tsr-128.
 
 Sample i of step n is a pure function of (seed, n, i), so a run that was stopped reaches the very bits
 of one that was not. runs/STAGE/ gets log.csv (loss by quartile of t), preview.png, first_batch.png and
