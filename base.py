@@ -1000,6 +1000,8 @@ def main(argv=None):
                         help="[ancestral, or dpmpp for a picture; students: stochastic]")
     args = parser.parse_args(argv)
     check_output(args.out, ".pt")
+    if not 0 < args.fps < math.inf:
+        raise UserError(f"{args.fps} frames per second make no clip")
     asked = {key: vars(args)[key] for key in ("steps", "guidance", "sampler")}
     clip = generate_clip(load_clip(args.text, "text"), args.weights, args.device, args.seed,
                          args.frames, args.fps, **{k: v for k, v in asked.items() if v is not None})

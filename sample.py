@@ -107,6 +107,8 @@ def main(argv=None):
     out, keep, stops = Path(args.out), args.keep and Path(args.keep), STOPS[args.cascade]
     if args.until and args.until not in stops:
         raise UserError(f"--until {args.until}: {args.cascade} has {', '.join(stops)}")
+    if args.frames == 1 and args.cascade == "imagen-video" and args.until != "base":
+        raise UserError("imagen-video doubles the frame rate, and one frame has none; use --until base")
     if args.prior and args.animate:
         raise UserError("--animate reads the prompt itself, so --prior has no effect on it")
     base.check_output(out if out.suffix else out / "a.mp4", *vae.WRITTEN)

@@ -1166,6 +1166,8 @@ def test_stable_diffusion_from_prompt_to_picture(stable, tmp_path):
     (vae.main, "decode z.pt -o o.mp4 --weights text.pt", "not vae"),
     (interpolate.main, "z.pt --skip 16", "nothing to fill"),
     (sample.main, "star --until high --cascade imagen-video", "imagen-video has base, tsr-32"),
+    (sample.main, "star --frames 1 --cascade imagen-video", "one frame has none"),
+    (base.main, "text.pt --fps 0", "0.0 frames per second"),
     (train.main, "all --batch 12 --accumulate 5", "vae: a batch of 12 does not split into 5")])
 def test_arguments_are_refused_in_one_line(files, monkeypatch, main, argv, message):
     monkeypatch.setattr(train, "train", pytest.fail)
