@@ -228,7 +228,7 @@ class AttentionGate(nn.Module):
     With emb_dim the gate also reads the embedding of timestep and image, and starts open, at .95.
     Differs: the video papers have no gates. In 1804.03999 alpha is on g's coarser grid. Without
     emb_dim alpha is doubled, so that a fresh gate is the identity: the older form, in base.pt and
-    interpolate.pt. Their deepest gate, up_blocks.0.gates.0, has closed: it is 0 everywhere."""
+    interpolate.pt. In these and in make-a-video.pt the deepest gate, up_blocks.0.gates.0, has closed."""
 
     def __init__(self, skip_channels: int, gating_channels: int, emb_dim: int | None = None):
         super().__init__()

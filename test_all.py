@@ -2180,12 +2180,14 @@ def evaluate_rate():
 
 
 def evaluate_steps():
-    row, factors = table("Steps of base, on black", *FIDELITY, "outlines, dB"), prompts_of(4, [""])
-    for steps, kind, how in (*((n, "", {}) for n in (48, 24, 16, 12, 8, 6, 4)),
-                             *((n, "as a student", base.STUDENT) for n in (8, 4, 2))):
-        videos = make(factors, steps=steps, **how)
-        row(f"{steps} steps {kind}", *fidelity(factors, videos),
-            np.mean([outline_psnr(*pair).mean() for pair in zip(videos, factors)]))
+    for split, grounds in (("held-out", BLACK), ("held-out", ALL), ("unseen", ALL)):
+        row = table(f"Steps of base, {split} triples, {grounds[0]}", *FIDELITY, "outlines, dB")
+        factors = prompts_of(4, grounds[1], split)
+        for steps, kind, how in (*((n, "", {}) for n in (48, 24, 16, 12, 8, 6, 4)),
+                                 *((n, "as a student", base.STUDENT) for n in (12, 8, 4, 2))):
+            videos = make(factors, steps=steps, **how)
+            outlines = np.mean([outline_psnr(*pair).mean() for pair in zip(videos, factors)])
+            row(f"{steps} steps {kind}", *fidelity(factors, videos), outlines if grounds is BLACK else "")
 
 
 PARTS = ("reader", "autoencoder", "interpolation", *superres.STAGES, "tsr", "fidelity", "make_a_video",
