@@ -283,13 +283,18 @@ def files_of(folder, *kinds: str) -> list:
     return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
 
 
-def data_id(data: str) -> str:
-    """Hash of the world, or of a folder's files and their dates."""
-    if data == "world":
-        return world_id()
-    files = files_of(data, *CLIP_KINDS, ".txt", ".csv", ".jsonl")
-    return digest([(path.relative_to(data).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
+def folder_id(folder) -> str:
+    """Hash of the names, sizes and dates of a folder's files."""
+    files = files_of(folder, *CLIP_KINDS, ".txt", ".csv", ".jsonl")
+    return digest([(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
                    for path in files])
+
+
+def data_id(args) -> str:
+    """Hash of what a run learns from: a folder, so much of the world, or both."""
+    folder = None if args.data == "world" else folder_id(args.data)
+    world = (world_id(), args.amount, STILLS, CLIPS) if args.with_world or not folder else None
+    return digest((folder, world, SIDE, args.seed))
 
 
 def draw_still(rng: np.random.Generator, side: int = SIDE):
@@ -318,11 +323,6 @@ def draw_clip(rng: np.random.Generator, side: int = SIDE):
     fps = 4 * 7.5 ** max(0., rng.uniform(-1, 1))
     start = rng.uniform(0, SCENE_SECONDS - 15 / fps)
     return render(scene, start + np.arange(16) / fps, side), caption(scene), fps
-
-
-def count_of(args, kind: str) -> int:
-    """How many stills or clips of the world to render; fewer for a few minutes."""
-    return math.ceil(args.amount * (CLIPS if kind == "clips" else STILLS))
 
 
 def world_clips(kind: str, count: int, seed: int, side: int):
@@ -396,7 +396,7 @@ def look(folder) -> list:
             except UserError as error:
                 base.warn(f"skipped {error}")
         return {"clips": clips}
-    return cached(f"{data_id(folder)}-look", read)["clips"]
+    return cached(f"look-{folder_id(folder)}", read)["clips"]
 
 
 def folder_clips(folder, frames: int, side: int):
@@ -418,7 +418,8 @@ def folder_clips(folder, frames: int, side: int):
 def clips_of(args, kind: str, side: int):
     """The groups of "clips", "stills" or "beginnings" that --data asks for. With --with-world, the
     folder's are repeated until there are as many as the world's."""
-    world = world_clips(kind, count_of(args, kind), args.seed, side)
+    count = math.ceil(args.amount * (CLIPS if kind == "clips" else STILLS))
+    world = world_clips(kind, count, args.seed, side)
     own = folder_clips(args.data, 16 if kind == "clips" else 1, side)
     if not args.with_world:
         return world if args.data == "world" else own
@@ -438,8 +439,9 @@ def gather(groups, key: str, function) -> dict:
 
 def stills(args, kind: str = "stills") -> dict:
     """pixels uint8 (N, 1, 3, side, side), captions, fps."""
-    name = f"{data_id(args.data)}{args.mixed}-{kind}-{count_of(args, kind)}-{SIDE}-{args.seed}"
-    return cached(name, lambda: gather(clips_of(args, kind, SIDE), "pixels", lambda x: x))
+    def make():
+        return gather(clips_of(args, kind, SIDE), "pixels", lambda pixels: pixels)
+    return cached(f"{kind}-{data_id(args)}", make)
 
 
 def latents(args, kind: str, side: int = SIDE) -> tuple[dict, dict]:
@@ -447,9 +449,14 @@ def latents(args, kind: str, side: int = SIDE) -> tuple[dict, dict]:
     caption (K, L, D), rows (N,) in them, and null_tokens; and the ids of what made both. With
     --captions none, see add_embeddings."""
     autoencoder, vae_id = vae.load(args.weights, args.device)
-    name = f"{data_id(args.data)}{args.mixed}-{kind}-{count_of(args, kind)}-{side}-{args.seed}-{vae_id}"
-    data = cached(name, lambda: gather(clips_of(args, kind, side), "latents",
-                                       lambda x: vae.encode_video(autoencoder, x).half()))
+
+    def encode(pixels):
+        return vae.encode_video(autoencoder, pixels).half()
+
+    def make():
+        return gather(clips_of(args, kind, side), "latents", encode)
+    name = f"{kind}-{side}-{vae_id}-{data_id(args)}"
+    data = cached(name, make)
     facts = {"vae": vae_id, "side": data["latents"].shape[-1]}
     if args.captions == "none":
         return add_embeddings(args, data, facts, autoencoder, name), facts
@@ -567,8 +574,8 @@ def pairs(args, name: str) -> tuple[dict, dict]:
         keys = "small", "decoded", "pixels", "fps"
         return dict(zip(keys, map(torch.stack, tensors))) | {"captions": list(captions)}
 
-    decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",)) if p.side == 64 else "none"
-    key = f"{data_id(args.data)}{args.mixed}-pairs-{name}-{digest(p)}-{args.seed}-{decoder}"
+    decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",)) if p.side == 64 else ""
+    key = f"{name}-{digest((p, decoder))}-{data_id(args)}"
     return cached(key, make), {"vae": vae_id, "windows": p.count}
 
 
@@ -1074,31 +1081,28 @@ def origin_of(name: str, args, *more) -> str:
     files = [*Path(__file__).parent.glob("*.py"), *(Path(args.weights) / file for file in names)]
     files += [Path(file) for file in (args.init, args.teacher) if file]
     stats = [(path.name, path.stat().st_mtime_ns) for path in sorted(files) if path.is_file()]
-    flags = args.mixed, args.seed, args.freeze, args.captions, args.distill, args.amount
-    return digest((stats, data_id(args.data), flags, more))
+    flags = args.seed, args.freeze, args.captions, args.distill
+    return digest((stats, data_id(args), flags, more))
 
 
 def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
-    """As many steps as fit, by the time of the first few, which are taken back; of fewer samples where
-    300 do not fit. Another machine would decide otherwise, so the checkpoint keeps it."""
-    model, clocks = setup.model, [time.time()]
-    before, ema, loss_of = copy.deepcopy(model.state_dict()), copy.deepcopy(model), Loss(model, setup.loss_of)
-    optimizer = make_optimizer(model, recipe, args.freeze)
+    """As many steps as fit, by the time of five, with a copy of the model; of fewer samples where 300
+    do not fit. Another machine would decide otherwise, so the checkpoint keeps it."""
+    model, ema, clocks = copy.deepcopy(setup.model), copy.deepcopy(setup.model), [time.time()]
+    loss_of, optimizer = Loss(model, setup.loss_of), make_optimizer(model, recipe, args.freeze)
     for step in range(5):
         batch = setup.batch_of(step, range(RANK, recipe.batch, RANKS))
         take_step(step, [batch], loss_of, ema, optimizer, recipe, args.device)
         clocks.append(time.time())
-    model.load_state_dict(before)
     seconds -= clocks[5] - clocks[0]
     steps = [int(4 * seconds / (clocks[5] - clocks[1]))]  # the first is slow, one may be of stills
     if RANKS > 1:
         dist.broadcast_object_list(steps, 0)
-    steps, size = steps[0], recipe.batch
-    while steps < 300 and size > 4 and size % (2 * RANKS * args.accumulate) == 0:
-        steps, size = 2 * steps, size // 2
-    if size < recipe.batch:
-        return fit_recipe(replace(recipe, batch=size), seconds, setup, args)
-    return replace(recipe, steps=max(20, steps), warmup=min(recipe.warmup, max(20, steps) // 5))
+    splits = recipe.batch > 4 and recipe.batch % (2 * RANKS * args.accumulate) == 0
+    if steps[0] < 300 and splits:
+        return fit_recipe(replace(recipe, batch=recipe.batch // 2), seconds, setup, args)
+    steps = max(20, steps[0])
+    return replace(recipe, steps=steps, warmup=min(recipe.warmup, steps // 5))
 
 
 def train(name: str, args, steps: int | None = None, limit: float | None = None):
@@ -1129,8 +1133,7 @@ def train(name: str, args, steps: int | None = None, limit: float | None = None)
     optimizer = make_optimizer(model, recipe, args.freeze)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    run = {"data": data_id(args.data) + args.mixed, "pixels": SIDE, "limit": limit}
-    run |= {kind: count_of(args, kind) for kind in ("stills", "clips")}
+    run = {"data": data_id(args), "limit": limit}
     run |= {key: getattr(args, key) for key in ("seed", "freeze", "init", "teacher", "captions")}
     run |= asdict(recipe) | setup.config | setup.facts
     start, minutes, running = 0, 0., math.nan
@@ -1276,7 +1279,6 @@ def main(argv=None):
     print(f"{RUNS / 'cache'} holds {kept / 1e9:.1f} GB, and may be deleted at any time")
     unit = args.minutes and args.minutes / sum(RECIPES[name].share for name in steps)
     args.amount = min(1., unit / 6) if unit else .125 if args.with_world else 1.  # a whole world for ten hours
-    args.mixed = f"+{world_id()}" if args.with_world else ""
     if args.data != "world" and "vae" not in steps and "clip" not in steps:
         check_autoencoder(args)
     for name in steps:
