@@ -31,8 +31,8 @@ WINDOW = 16  # frames that the network sees at once
 # The masked-frame model: base's U-Net with nine input channels
 
 def widen(checkpoint: dict) -> dict:
-    """base's checkpoint with room for `condition`: nine input channels. The weights of the new ones
-    and of the output are zero, and the target is x."""
+    """base's checkpoint with input channels for `condition`. The weights of these and of the output
+    are zero, and the target is x."""
     model, config = dict(checkpoint["model"]), checkpoint["config"]
     C = model["conv_in.weight"].shape[1]
     model["conv_in.weight"] = F.pad(model["conv_in.weight"], (0, 0, 0, 0, 0, C + 1))  # (D, 9, 3, 3)
@@ -45,7 +45,7 @@ def widen(checkpoint: dict) -> dict:
 
 def blend(x, known):
     """Known frames of x (B, T, C, h, w) as they are; elsewhere a linear blend of the known frames
-    before and after, or a copy of the one there is. known (B, T) bool, some in every video."""
+    before and after, or a copy of the one there is. known (B, T) bool, never all False."""
     T = x.shape[1]
     index = torch.arange(T, device=x.device).expand_as(known)  # (B, T)
     before = torch.where(known, index, -1).cummax(1).values  # the last known frame, or -1
@@ -96,8 +96,7 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
 
 
 def random_known(rng) -> torch.Tensor:
-    """A mask to train on, (T,) bool: every k-th frame, half the time after a run of frames that an
-    earlier window made; or the beginning, the end, both ends, the first frame, or any one."""
+    """A mask to train on, (16,) bool. Keyframes may follow a run of frames that a window made."""
     at = torch.arange(WINDOW)
     k, n = rng.integers(2, 7), rng.integers(1, WINDOW)
     chances = {"every": .3, "beginning": .3, "end": .1, "ends": .05, "first": .2, "one": .05}
@@ -132,15 +131,16 @@ def inpaint_window(unet: UNet, diffusion: Diffusion, x, known, noise, text_emb: 
 
 
 def plan_windows(known) -> list:
-    """The first frame of each window over a timeline, known (T,). The paper does not say how; here
-    windows advance by 10 frames, seven windows for 76. They advance by less where the next one would
-    not see the last known frame of this one, while known frames follow."""
+    """The first frame of each window over a timeline, known (T,). Windows advance by 10 frames, or
+    by less, to see the last known frame of the one before while more follow. 76 frames take seven.
+    The paper does not say how."""
     starts, last = [0], len(known) - WINDOW
     while starts[-1] < last:
         start = starts[-1]
         choices = [start + 10, last]
-        if known[start + WINDOW:].any():
-            choices += [i for i in range(start + 1, start + WINDOW) if known[i]][-1:]
+        seen = [i for i in range(start + 1, start + WINDOW) if known[i]]
+        if seen and known[start + WINDOW:].any():
+            choices.append(seen[-1])
         starts.append(min(choices))
     return starts
 
@@ -156,13 +156,12 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, text_emb: dict, fp
         starts = [max(0, T - WINDOW) - start for start in plan_windows(known.flip(0))]
     else:
         starts = plan_windows(known)
-    starts = [start for start in starts if not known[start:start + WINDOW].all()]
-    for start in tqdm(starts, "interpolate", leave=False):
-        window = slice(start, start + WINDOW)
+    windows = [slice(start, start + WINDOW) for start in starts]
+    for window in tqdm([w for w in windows if not known[w].all()], "interpolate", leave=False):
         made = inpaint_window(unet, diffusion, x[:, window], known[window].expand(B, -1),
                               noise[:, window], text_emb, float(fps), **sampling)
         new = ~known[window]  # (16,)
-        if known[start + WINDOW:].any():  # what follows the last known frame is for the next window
+        if known[window.stop:].any():  # what follows the last known frame is for the next window
             new[known[window].nonzero().max() + 1:] = False
         x[:, window][:, new] = made[:, new]
         known[window] |= new

@@ -6,7 +6,6 @@
     python sample.py "a red star moving left" --cascade imagen-video
 """
 import re
-import time
 from pathlib import Path
 
 import base
@@ -98,7 +97,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out, stops = Path(args.out), STOPS[args.cascade]
     if Path(args.weights).is_file():
-        raise UserError(f"--weights {args.weights}: give the folder, which holds every stage's file")
+        raise UserError(f"--weights {args.weights}: give the folder, with the files of all stages")
     if args.until and args.until not in stops:
         raise UserError(f"--until {args.until}: {args.cascade} has {', '.join(stops)}")
     if args.frames == 1 and args.cascade == "imagen-video" and args.until != "base":
@@ -108,15 +107,13 @@ def main(argv=None):
     how = {} if args.guidance is None else {"guidance": args.guidance}
     stages = CASCADES[args.cascade](prompts, args.weights, args.device, args.seed, args.frames,
                                     args.animate, args.prior, **how)
-    start = time.time()
     for name, clip in stages:
-        print(f"{name:12s} {time.time() - start:6.1f} s")
+        print(name)
         if args.keep:
             base.check_output(f"{args.keep}/{name}.pt", ".pt")
             base.save_clip(f"{args.keep}/{name}.pt", clip, args.command)
         if name == args.until:
             break
-        start = time.time()
     if clip["kind"] == "latents":
         clip = vae.decode_clip(clip, args.weights, args.device)
     videos, fps = clip["data"], clip["fps"]

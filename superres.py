@@ -137,7 +137,7 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: StageConfig) -> t
 
 
 def has_texture(pixels) -> torch.Tensor:
-    """Which clips (B, T, 3, H, W) have texture, (B,): in a tenth of it pixels differ from the next."""
+    """Which clips (B, T, 3, H, W) have texture, (B,): a tenth of all pixels differ from the next."""
     step = (pixels[..., 1:] - pixels[..., :-1]).abs().amax(2)  # (B, T, H, W - 1)
     return (step > 7 / 255).float().flatten(1).mean(1) > .1
 
