@@ -74,10 +74,11 @@ STOPS = {"make-a-video": ("base", "interpolate", "low", "high"),
 # ------------------------------------------------------------------------------------------------
 
 def file_names(prompts: list, suffix: str) -> list:
-    """A file name per video, after its prompt; numbered where a prompt comes several times."""
+    """A file name per video, after its prompt; with the video's number if prompts come twice."""
     slugs = [re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] or "empty" for prompt in prompts]
-    return [slug + (f"-{slugs[:i].count(slug)}" if slugs.count(slug) > 1 else "") + suffix
-            for i, slug in enumerate(slugs)]
+    if len(set(slugs)) < len(slugs):
+        slugs = [f"{slug}-{i}" for i, slug in enumerate(slugs)]
+    return [slug + suffix for slug in slugs]
 
 
 def main(argv=None):

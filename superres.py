@@ -137,7 +137,7 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: StageConfig) -> t
 
 
 def has_texture(pixels) -> torch.Tensor:
-    """Which clips (B, T, 3, H, W) have texture, (B,): a tenth of all pixels differ from the next."""
+    """Which clips (B, T, 3, H, W) have texture, (B,): a tenth of pixels differ from the next."""
     step = (pixels[..., 1:] - pixels[..., :-1]).abs().amax(2)  # (B, T, H, W - 1)
     return (step > 7 / 255).float().flatten(1).mean(1) > .1
 
@@ -175,7 +175,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: StageConfig, small, fps: fl
     chunk = T if guidance != 1 else max(1, reach, stage.chunk_pixels // (H * W))
     level = torch.tensor([stage.level], device=device)
 
-    def noise(i):  # (1, 3, H, W); tsr-128 runs twice in a cascade, at two rates
+    def noise(i):  # (1, 3, H, W); fps, because tsr-128 runs twice in a cascade
         return base.initial_noise((1, 3, H, W), seed, f"{stage.name} at {fps:g} fps", i)
 
     def as_batch(frames):  # (T', C, H, W): one clip, or for SR_h a batch of pictures
@@ -218,8 +218,8 @@ def read_clip(path) -> dict:
 
 def upscale_clip(clip: dict, stage: StageConfig, weights=base.WEIGHTS, device="cpu", seed: int = 0,
                  guidance: float = 1., **changes) -> dict:
-    """A clip of pixels, (B, T, C, h, w) -> (B, T, 3, H, W), each video with its own seed and
-    prompt. `changes` to the stage: steps, shared_noise."""
+    """A clip of pixels, (B, T, C, h, w) -> (B, T, 3, H, W); video i starts from seed + i. `changes`
+    to the stage: steps=4, shared_noise=False."""
     unet, diffusion, stage, made_by = load(stage, weights, device)
     stage = replace(stage, **changes)
     prompts, null = [None] * len(clip["data"]), None
@@ -240,15 +240,12 @@ def main(argv=None):
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("input", help="a .pt of pixels, or any video")
     parser.add_argument("-o", "--out", default="large.pt", help=".pt, .mp4, .gif, .png [large.pt]")
-    parser.add_argument("--steps", type=base.positive, help="[what the weights are distilled to]")
     parser.add_argument("--guidance", type=float, default=1., help="ssr-*: scale; 1 is none [1]")
     parser.add_argument("--independent-noise", action="store_true",
                         help="low, high: every frame from its own noise, to see it flicker")
     args = parser.parse_args(argv)
     base.check_output(args.out, ".pt", *vae.WRITTEN)
-    changes = {"steps": args.steps} if args.steps else {}
-    if args.independent_noise:
-        changes["shared_noise"] = False
+    changes = {"shared_noise": False} if args.independent_noise else {}
     clip = upscale_clip(read_clip(args.input), STAGES[args.stage], args.weights, args.device,
                         args.seed, args.guidance, **changes)
     vae.write_clip(args.out, clip, args.command)
