@@ -61,17 +61,14 @@ def blend(x, known):
 
 def condition(x, known):
     """What the network is shown, (B, T, 4 + 1, h, w): a blend and the mask, 1 = known.
-
-    Differs: Make-A-Video shows zeros where nothing is known. A blend shows what does not move."""
+    Differs: Make-A-Video shows zeros where nothing is known; a blend is close to x."""
     mask = known[:, :, None, None, None].to(x).expand_as(x[:, :, :1])  # (B, T, 1, h, w)
     return torch.cat([blend(x, known), mask], dim=2)
 
 
 def clean_predictor(unet: UNet, cond, context, null_context, fps, scale=1.):
-    """A predict(z, t) of the clean clip: the blend in cond (B, T, 4 + 1, h, w) plus the output.
-
-    Differs: Make-A-Video names no target. A blend is close to x, and a fresh network, whose output
-    is zero, starts from it."""
+    """A predict(z, t) of the clean clip: the blend in cond (B, T, 4 + 1, h, w) plus the output,
+    which is zero at first. Differs: Make-A-Video names no target."""
     predict = base.classifier_free_guidance(unet, context, null_context, fps, scale, cond)
 
     def predict_x(z, t):
@@ -117,9 +114,8 @@ STEPS = 2  # per window; eight are no better, except for animation
 
 def inpaint_window(unet: UNet, diffusion: Diffusion, x, known, noise, text_emb: dict, fps,
                    guidance: float = 1., steps: int = STEPS):
-    """Fill in the unknown frames of windows x (B, T, 4, h, w). noise like x, known (B, T) bool,
-    text_emb: tokens (B, L, D) and null_tokens. At every step the known frames of z are
-    alpha_t x + sigma_t eps, as in training."""
+    """Fill in the unknown frames of windows x (B, T, 4, h, w). known (B, T) bool, text_emb: tokens
+    (B, L, D) and null_tokens. At every step the known frames of z are alpha_t x + sigma_t eps."""
     scale = base.interval_guidance(diffusion, guidance)
     clean = clean_predictor(unet, condition(x, known), text_emb["tokens"], text_emb["null_tokens"],
                             fps, scale)
@@ -237,7 +233,7 @@ def animate_clip(clip: dict, image, weights=base.WEIGHTS, device="cpu", seed: in
     size = [autoencoder.config.factor * max(1, round(scale * n)) for n in pixels.shape[-2:]]
     pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True).round().byte()
     z = vae.encode_video(autoencoder, pixels[None])  # (1, 1, 4, h, w)
-    z = z.expand(len(clip["prompts"]), -1, -1, -1, -1)
+    z = z.expand(len(clip["prompts"]), -1, -1, -1, -1)  # (B, 1, 4, h, w)
     clip = clip | {"kind": "latents", "data": z, "fps": 4., "vae": vae_id}
     return fill_clip(clip, weights, device, seed, after=frames - 1, guidance=guidance, steps=8)
 
