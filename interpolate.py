@@ -1,10 +1,8 @@
 """interpolate.py - the frames between, before and after: interpolation, extrapolation, animation.
 
 Make-A-Video (2209.14792), 3.3: the video model, fine-tuned to fill in the frames that a mask hides.
-Known frames and mask are further input channels. Which frames are known decides what it does:
-interpolate keyframes, continue a clip either way, animate an image.
-Imagen Video (2210.02303), 2.2-2.3, has TSR instead: a network in pixels sees the clip at twice the
-rate, each frame repeated, and makes all frames at once. Here it is one of superres.py, at scale 1.
+Imagen Video (2210.02303), 2.2-2.3, has TSR instead: a network in pixels sees each frame twice and
+makes all frames at once.
 
     in    base.pt     latents (B, T, 4, h, w), from base.py or `vae.py encode`
     out   frames.pt   latents (B, T', 4, h, w); known frames keep every bit
@@ -13,9 +11,6 @@ rate, each frame repeated, and makes all frames at once. Here it is one of super
     python interpolate.py base.pt -o longer.pt --extend 15  15 more frames; or --extend-before 15
     python interpolate.py text.pt -o z.pt --animate a.png   animate an image, as the prompt says
     python interpolate.py pixels.pt -o p.pt --double tsr-32 TSR, on pixels: 16 frames become 32
-
-The network sees 16 frames at once, so windows of a long timeline are filled one after another. The
-paper does not say how; here they advance by 10 frames: seven windows for 76 frames.
 """
 from dataclasses import replace
 
@@ -27,30 +22,31 @@ from base import Diffusion, UNet, UserError
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-WINDOW = 16  # frames that the network was trained on
+WINDOW = 16  # frames that the network sees at once
 
 
 # ------------------------------------------------------------------------------------------------
 # The masked-frame model: base's U-Net with nine input channels
 
-def widen(weights: dict) -> dict:
-    """base's checkpoint with nine input channels: four of noisy latents, four of known frames and blends
-    of them, a mask. New columns and the output are zero, and the target is x."""
-    model, config = dict(weights["model"]), weights["config"]
+def widen(checkpoint: dict) -> dict:
+    """base's checkpoint with input channels for `condition`. The weights of these and of the output
+    are zero, and the target is x."""
+    model, config = dict(checkpoint["model"]), checkpoint["config"]
     C = model["conv_in.weight"].shape[1]
-    model["conv_in.weight"] = F.pad(model["conv_in.weight"], (0, 0, 0, 0, 0, C + 1))  # (C, 9, 3, 3)
+    model["conv_in.weight"] = F.pad(model["conv_in.weight"], (0, 0, 0, 0, 0, C + 1))  # (D, 9, 3, 3)
     for name in ("conv_out.weight", "conv_out.bias"):
         model[name] = torch.zeros_like(model[name])
     unet = config["unet"] | {"in_channels": 2 * C + 1}
     diffusion = config["diffusion"] | {"target": "sample"}
-    return weights | {"config": {"unet": unet, "diffusion": diffusion}, "model": model}
+    return checkpoint | {"config": {"unet": unet, "diffusion": diffusion}, "model": model}
 
 
 def blend(x, known):
     """Known frames of x (B, T, C, h, w) as they are; elsewhere a linear blend of the known frames
-    before and after, or a copy of the one there is. known (B, T), at least one per video."""
-    T, known = x.shape[1], known.bool()
+    before and after, or a copy of the one there is. known (B, T) bool, never all False."""
+    T = x.shape[1]
     index = torch.arange(T, device=x.device).expand_as(known)  # (B, T)
     before = torch.where(known, index, -1).cummax(1).values  # the last known frame, or -1
     after = torch.where(known, index, T).flip(1).cummin(1).values.flip(1)  # the next, or T
@@ -64,52 +60,48 @@ def blend(x, known):
 
 
 def condition(x, known):
-    """Further input channels: known frames and blends of them, and the mask, 1 = known.
-    x (B, T, 4, h, w), known (B, T) -> (B, T, 4 + 1, h, w)
-
-    Differs: Make-A-Video shows zeros where nothing is known. A blend shows what does not move."""
+    """What the network is shown, (B, T, 4 + 1, h, w): a blend and the mask, 1 = known.
+    Differs: Make-A-Video shows zeros where nothing is known; a blend is close to x."""
     mask = known[:, :, None, None, None].to(x).expand_as(x[:, :, :1])  # (B, T, 1, h, w)
     return torch.cat([blend(x, known), mask], dim=2)
 
 
 def clean_predictor(unet: UNet, cond, context, null_context, fps, scale=1.):
-    """A predict(z, t) of the clean clip: the blend in cond (B, T, 4 + 1, h, w) plus the output.
-
-    Differs: Make-A-Video names no target and blends nothing. A blend is close to x, and a fresh
-    network, whose output is zero, starts from it."""
+    """A predict(z, t) of the clean clip: the blend in cond (B, T, 4 + 1, h, w) plus the output,
+    which is zero at first. Differs: Make-A-Video names no target."""
     predict = base.classifier_free_guidance(unet, context, null_context, fps, scale, cond)
 
-    def residual(z, t):
+    def predict_x(z, t):
         return cond[:, :, :-1] + predict(z, t)  # (B, T, 4, h, w)
-    return residual
+    return predict_x
 
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
-    """Squared error of x over the unknown frames / rms(x - blend), (B,). batch: as for base.loss, and
-    known (B, T), 1 where a frame is given. Known frames are noised like the others.
+    """Squared error of unknown frames / rms(x - blend), (B,). batch: as for base.loss, and known
+    (B, T) bool. Known frames are noised like the others.
 
     A blend leaves ten times as much to predict where a clip is continued as between two frames.
     Dividing by the RMS gives easy and hard masks comparable gradients."""
-    x, known = batch["latents"], batch["known"].to(batch["latents"])
-    unknown = (1 - known) / (1 - known).mean(1, keepdim=True)  # (B, T), of mean 1
-    unknown = unknown[:, :, None, None, None]
+    x, known = batch["latents"], batch["known"]
     cond = condition(x, known)
+    unknown = (~known).to(x)[:, :, None, None, None]  # (B, T, 1, 1, 1)
+    unknown = unknown / unknown.mean(1, keepdim=True)  # of mean 1
     left = (unknown * (x - cond[:, :, :-1]).pow(2)).mean((1, 2, 3, 4), keepdim=True)
+    weight = unknown / (left + 1e-4).sqrt()
     predict = clean_predictor(unet, cond, batch["context"], None, batch["fps"])
-    weight = unknown / (left + 1e-4).sqrt()  # (B, T, 1, 1, 1)
     return diffusion.loss(predict, x, batch["noise"], batch["t"], weight)
 
 
-def random_known(rng, frames: int = WINDOW) -> torch.Tensor:
-    """A mask to train on, (T,) bool: every k-th frame, half the time after a run of frames that an
-    earlier window made; or the beginning, the end, both ends, the first frame, or any one."""
-    at, k, n = torch.arange(frames), rng.integers(2, 7), rng.integers(1, frames)
-    kinds = ["every", "beginning", "end", "ends", "first", "one"]
-    kind = rng.choice(kinds, p=[.3, .3, .1, .05, .2, .05])
+def random_known(rng) -> torch.Tensor:
+    """A mask to train on, (16,) bool. Keyframes may follow a run of frames that a window made."""
+    at = torch.arange(WINDOW)
+    k, n = rng.integers(2, 7), rng.integers(1, WINDOW)
+    chances = {"every": .3, "beginning": .3, "end": .1, "ends": .05, "first": .2, "one": .05}
+    kind = rng.choice(list(chances), p=list(chances.values()))
     if kind == "every":
-        made = rng.integers(0, frames - 4) if rng.random() < .5 else 0
+        made = rng.integers(0, WINDOW - 4) if rng.random() < .5 else 0
         return (at % k == rng.integers(k)) | (at < made)
-    ends = (at == 0) | (at == frames - 1)
+    ends = (at == 0) | (at == WINDOW - 1)
     masks = {"beginning": at < n, "end": at >= n, "ends": ends, "first": at == 0, "one": at == n}
     return masks[kind]
 
@@ -121,78 +113,76 @@ STEPS = 2  # per window; eight are no better, except for animation
 
 
 def inpaint_window(unet: UNet, diffusion: Diffusion, x, known, noise, text_emb: dict, fps,
-                   guidance: float = 1., steps: int = STEPS, sampler: str = "dpmpp", label=""):
-    """Fill in the unknown frames of windows x (B, T, 4, h, w). noise like x, known (B, T) bool,
-    text_emb: tokens (B, L, D) and null_tokens. At every step the known frames of z are
-    alpha_t x + sigma_t eps, as in training."""
-    at = known[:, :, None, None, None]  # (B, T, 1, 1, 1)
+                   guidance: float = 1., steps: int = STEPS):
+    """Fill in the unknown frames of windows x (B, T, 4, h, w). known (B, T) bool, text_emb: tokens
+    (B, L, D) and null_tokens. At every step the known frames of z are alpha_t x + sigma_t eps."""
     scale = base.interval_guidance(diffusion, guidance)
     clean = clean_predictor(unet, condition(x, known), text_emb["tokens"], text_emb["null_tokens"],
                             fps, scale)
+    known = known[:, :, None, None, None]  # (B, T, 1, 1, 1)
 
     def predict(z, t):
-        return clean(torch.where(at, diffusion.add_noise(x, noise, t), z), t)
-    made = diffusion.sample(predict, noise, steps, sampler, label=label)
-    return torch.where(at, x, made)
+        return clean(torch.where(known, diffusion.add_noise(x, noise, t), z), t)
+    return torch.where(known, x, diffusion.sample(predict, noise, steps))
 
 
-def plan_windows(known, stride: int = 10) -> list:
-    """The first frame of each window over a timeline, known (T,). Windows advance by `stride`, or by
-    less, so that while known frames remain each starts no later than the last one of the window
-    before."""
+def plan_windows(known) -> list:
+    """The first frame of each window over a timeline, known (T,). Windows advance by 10 frames, or
+    by less, to see the last known frame of the one before while more follow. 76 frames take seven.
+    The paper does not say how."""
     starts, last = [0], len(known) - WINDOW
     while starts[-1] < last:
         start = starts[-1]
-        choices = [start + stride, last]
-        if known[start + WINDOW:].any():
-            choices += [i for i in range(start + 1, start + WINDOW) if known[i]][-1:]
+        choices = [start + 10, last]
+        seen = [i for i in range(start + 1, start + WINDOW) if known[i]]
+        if seen and known[start + WINDOW:].any():
+            choices.append(seen[-1])
         starts.append(min(choices))
     return starts
 
 
 def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, text_emb: dict, fps: float,
-                  seed: int = 0, label: str = "", **sampling):
-    """Fill in timelines of any length, window after window, backward if only the beginning is missing;
-    each sees what the earlier ones made. x (B, T, 4, h, w) holds the known frames, known (T,) bool."""
+                  seed: int = 0, **sampling):
+    """Fill in timelines of any length; each window sees what earlier ones made. x (B, T, 4, h, w)
+    holds the known frames, known (T,) bool. `sampling` goes to inpaint_window."""
     device, (B, T) = next(unet.parameters()).device, x.shape[:2]
     noise = base.initial_noise(x.shape, seed, "interpolate").to(device)  # shared by all windows
-    x, done = x.to(device).float().clone(), known.to(device).clone()
-    backwards = known[-1] and not known[0]  # only what came before is missing
-    starts = plan_windows(known.flip(0) if backwards else known)
-    if backwards:
-        starts = [max(0, T - WINDOW) - start for start in starts]
-    starts = [start for start in starts if not known[start:start + WINDOW].all()]
-    for i, start in enumerate(starts):
-        end = min(start + WINDOW, T)
-        window = slice(start, end)
-        made = inpaint_window(
-            unet, diffusion, x[:, window], done[window].expand(B, -1), noise[:, window], text_emb,
-            float(fps), label=label and f"{label} window {i + 1} of {len(starts)}", **sampling)
-        if done[end:].any():  # the next window knows what follows, so the rest is left to it
-            end = start + done[window].nonzero().max().item() + 1
-        new = ~done[start:end]
-        x[:, start:end][:, new] = made[:, :end - start][:, new]
-        done[start:end] = True
+    x, known = x.to(device).float().clone(), known.to(device).clone()
+    if known[-1] and not known[0]:  # go backward, away from what is known
+        starts = [max(0, T - WINDOW) - start for start in plan_windows(known.flip(0))]
+    else:
+        starts = plan_windows(known)
+    windows = [slice(start, start + WINDOW) for start in starts]
+    for window in tqdm([w for w in windows if not known[w].all()], "interpolate", leave=False):
+        made = inpaint_window(unet, diffusion, x[:, window], known[window].expand(B, -1),
+                              noise[:, window], text_emb, float(fps), **sampling)
+        new = ~known[window]  # (16,)
+        if known[window.stop:].any():  # what follows the last known frame is for the next window
+            new[known[window].nonzero().max() + 1:] = False
+        x[:, window][:, new] = made[:, new]
+        known[window] |= new
     return x.cpu()  # (B, T, 4, h, w)
 
 
 def timeline(latents, skip: int = 1, before: int = 0, after: int = 0):
-    """Spread known frames out in time. (B, T, ...) -> x (B, T', ...), zero where nothing is known, and
-    known (T',) bool; T' = before + skip*(T-1) + 1 + after."""
+    """Spread known frames out in time: (B, T, ...) -> x (B, T', ...), zero where nothing is known,
+    and known (T',) bool."""
     B, T = latents.shape[:2]
-    x = latents.new_zeros(B, before + skip * (T - 1) + 1 + after, *latents.shape[2:])
-    known = torch.zeros(x.shape[1], dtype=torch.bool)
+    length = before + skip * (T - 1) + 1 + after
     places = before + skip * torch.arange(T)
-    x[:, places], known[places] = latents, True
+    x = latents.new_zeros(B, length, *latents.shape[2:])
+    x[:, places] = latents
+    known = torch.zeros(length, dtype=torch.bool)
+    known[places] = True
     return x, known
 
 
 # ------------------------------------------------------------------------------------------------
-# Imagen Video's TSR. Loss and sampling are those of superres.py.
+# Imagen Video's TSR: a network of superres.py that enlarges by 1
 
 # Between two given frames little is left to invent: TSR is in effect a regressor, and another seed
-# moves it by less than 0.1 of 255. So it takes one step. Differs: Imagen Video samples TSR in 128
-# steps, or 8 distilled, and augments its condition.
+# moves it by less than 0.1 of 255. So it takes one step. Differs: Imagen Video takes 128 steps, or
+# 8 distilled, and augments the condition.
 DOUBLE = replace(superres.SSR, in_channels=3 + 6, channels=(16, 32, 48))
 TSR = {stage.name: stage for stage in (  # named after the frames they make
     superres.StageConfig("tsr-32", 1, replace(DOUBLE, patch_size=1), 0., 32 * 64 ** 2, False, 1),
@@ -201,7 +191,7 @@ TSR = {stage.name: stage for stage in (  # named after the frames they make
 
 def double(video):
     """(..., T, 3, H, W) -> (..., 2*T, 6, H, W): frames 0 0 1 1 2 2 and, as further channels,
-    0 1 1 2 2 2. Differs: Imagen Video repeats frames, or inserts blank ones, in one set of channels."""
+    0 1 1 2 2 2. Differs: Imagen Video has only the former, or blanks for the repeated frames."""
     first = video.repeat_interleave(2, dim=-4)
     second = torch.cat([first[..., 1:, :, :, :], first[..., -1:, :, :, :]], dim=-4)
     return torch.cat([first, second], dim=-3)
@@ -219,34 +209,33 @@ def double_clip(clip: dict, stage: superres.StageConfig, weights=base.WEIGHTS, d
 
 def fill_clip(clip: dict, weights=base.WEIGHTS, device="cpu", seed: int = 0, skip: int = 1,
               before: int = 0, after: int = 0, guidance: float = 1., steps: int = STEPS) -> dict:
-    """A clip of latents with skip - 1 new frames in every gap, and `before` or `after` more."""
+    """A clip of latents with skip - 1 new frames in every gap, and `before` and `after` more."""
     unet, diffusion, made_by = base.load(weights, device, "interpolate")
     clip = text.with_text(clip, weights, device)
     base.check_ids(clip, made_by, unet.config.context_dim)
-    x, known = timeline(clip["data"].float(), skip, before, after)
+    x, known = timeline(clip["data"], skip, before, after)
     if known.all() or skip >= WINDOW:  # a window must see two keyframes
-        raise UserError(f"nothing to fill in: {clip['data'].shape[1]} frames at a skip of {skip}, "
-                        f"which must be from 2 to {WINDOW - 1}")
+        raise UserError(f"nothing to fill in: it takes 2 frames and a skip of 2 to {WINDOW - 1}")
     fps = clip["fps"] * skip
-    z = fill_timeline(unet, diffusion, x, known, clip["text"], fps, seed, "interpolate",
-                      guidance=guidance, steps=steps)
+    z = fill_timeline(unet, diffusion, x, known, clip["text"], fps, seed, guidance=guidance,
+                      steps=steps)
     return clip | {"data": z, "fps": fps, "seed": seed}
 
 
 def animate_clip(clip: dict, image, weights=base.WEIGHTS, device="cpu", seed: int = 0,
-                 guidance: float = 2.) -> dict:
-    """A clip of text and an image file -> 16 latents at 4 fps that begin with the image, whose shorter
+                 frames: int = WINDOW, guidance: float = 2.) -> dict:
+    """A clip of text and an image file -> latents at 4 fps that begin with the image, whose shorter
     side becomes that of the training clips."""
     side = base.load_checkpoint(weights, "interpolate")["made_by"]["side"]
     autoencoder, vae_id = vae.load(weights, device)
     pixels = vae.read_video(image)[0][:1].float()  # (1, 3, H, W)
-    factor, scale = autoencoder.config.factor, side / min(pixels.shape[-2:])
-    size = [factor * max(1, round(scale * n)) for n in pixels.shape[-2:]]  # height, width
+    scale = side / min(pixels.shape[-2:])
+    size = [autoencoder.config.factor * max(1, round(scale * n)) for n in pixels.shape[-2:]]
     pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True).round().byte()
     z = vae.encode_video(autoencoder, pixels[None])  # (1, 1, 4, h, w)
-    z = z.expand(len(clip["prompts"]), -1, -1, -1, -1)
+    z = z.expand(len(clip["prompts"]), -1, -1, -1, -1)  # (B, 1, 4, h, w)
     clip = clip | {"kind": "latents", "data": z, "fps": 4., "vae": vae_id}
-    return fill_clip(clip, weights, device, seed, after=WINDOW - 1, guidance=guidance, steps=8)
+    return fill_clip(clip, weights, device, seed, after=frames - 1, guidance=guidance, steps=8)
 
 
 def main(argv=None):

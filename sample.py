@@ -1,14 +1,11 @@
 """sample.py - prompts in, videos out: both cascades, one line per stage.
 
     python sample.py "a red star moving left"
-    python sample.py "a blue ring bouncing on sand" "a pink cross spinning" --samples 2 --out videos/
+    python sample.py "a blue ring bouncing on sand" "a pink cross spinning" --samples 2 -o videos/
     python sample.py "a yellow star moving up" --animate image.png
     python sample.py "a red star moving left" --cascade imagen-video
-
---keep DIR keeps every stage's .pt file; the next stage's own script goes on from any of them.
 """
 import re
-import time
 from pathlib import Path
 
 import base
@@ -20,60 +17,53 @@ from superres import STAGES, upscale_clip
 
 
 # ------------------------------------------------------------------------------------------------
-# Each cascade yields (name, clip) after every stage, so whoever iterates may stop at any. A clip is the
-# dict of base.new_clip.
+# Each cascade yields (name, clip) after every stage. A clip is the dict of base.new_clip.
 
 def make_a_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
-                 guidance: float | None = None, image=None, prior: bool = False):
+                 image=None, prior: bool = False, **how):
     """SR_h o SR_l^t o F o D^t o P (text)                                   Make-A-Video, Eq. 1
 
     Differs: all stages of the paper are in pixels. Without `prior`, D^t reads the prompt itself and
-    was trained on captioned clips."""
-    where, how = (weights, device, seed), {} if guidance is None else {"guidance": guidance}
-    clip = text.encode_clip(prompts, weights, device)
-    if prior:
-        clip = text.with_prior(clip, *where)
-    yield "text", clip  # tokens (B, L, D), and from P an image embedding (B, E)
-    if image:
-        clip = animate_clip(clip, image, *where, **how)
-    else:
-        clip = base.generate_clip(clip, *where, frames, **how)
-    yield "base", clip  # (B, 16, 4, 8, 8)
+    was trained on captioned clips. `how` goes to base.generate_clip."""
+    where = weights, device, seed
+    yield "text", (clip := encode(prompts, *where, prior))  # P
+    yield "base", (clip := keyframes(clip, *where, frames, image, **how))  # D^t: (B, 16, 4, 8, 8)
     if frames > 1:
         clip = fill_clip(clip, *where, skip=5)
-    yield "interpolate", clip  # (B, 76, 4, 8, 8)
-    clip = vae.decode_clip(clip, weights, device)
-    yield "decode", clip  # (B, 76, 3, 64, 64)
-    clip = upscale_clip(clip, STAGES["low"], *where)
-    yield "low", clip  # (B, 76, 3, 256, 256)
-    clip = upscale_clip(clip, STAGES["high"], *where)
-    yield "high", clip  # (B, 76, 3, 768, 768)
+    yield "interpolate", clip  # F: (B, 76, 4, 8, 8)
+    yield "decode", (clip := vae.decode_clip(clip, weights, device))  # (B, 76, 3, 64, 64)
+    yield "low", (clip := upscale_clip(clip, STAGES["low"], *where))  # SR_l: (B, 76, 3, 256, 256)
+    yield "high", (clip := upscale_clip(clip, STAGES["high"], *where))  # SR_h: (B, 76, 3, 768, 768)
 
 
 def imagen_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
-                 guidance: float | None = None, image=None, prior: bool = False):
+                 image=None, prior: bool = False, **how):
     """TSR doubles the frames, SSR enlarges them.                            Imagen Video, Fig. 6
 
-    Differs: the base is in latents, and SSR is x 2, x 2, x 3, not x 2, x 4, x 4."""
+    Differs: the base is in latents; SSR is x 2, x 2, x 3, not x 2, x 4, x 4; one TSR runs twice."""
     where = weights, device, seed
-    for name, clip in make_a_video(prompts, *where, frames, guidance, image, prior):
-        yield name, clip
-        if name == "base":  # (B, 16, 4, 8, 8)
-            break
-    clip = vae.decode_clip(clip, weights, device)
-    yield "decode", clip  # (B, 16, 3, 64, 64)
-    clip = double_clip(clip, TSR["tsr-32"], *where)
-    yield "tsr-32", clip  # (B, 32, 3, 64, 64)
-    clip = upscale_clip(clip, STAGES["ssr-128"], *where)
-    yield "ssr-128", clip  # (B, 32, 3, 128, 128)
-    clip = upscale_clip(clip, STAGES["ssr-256"], *where)
-    yield "ssr-256", clip  # (B, 32, 3, 256, 256)
-    clip = double_clip(clip, TSR["tsr-128"], *where)
-    yield "tsr-64", clip  # (B, 64, 3, 256, 256)
-    clip = double_clip(clip, TSR["tsr-128"], *where)  # the same network once more
-    yield "tsr-128", clip  # (B, 128, 3, 256, 256)
-    clip = upscale_clip(clip, STAGES["ssr-768"], *where)
-    yield "ssr-768", clip  # (B, 128, 3, 768, 768)
+    yield "text", (clip := encode(prompts, *where, prior))
+    yield "base", (clip := keyframes(clip, *where, frames, image, **how))  # (B, 16, 4, 8, 8)
+    yield "decode", (clip := vae.decode_clip(clip, weights, device))  # (B, 16, 3, 64, 64)
+    yield "tsr-32", (clip := double_clip(clip, TSR["tsr-32"], *where))  # (B, 32, 3, 64, 64)
+    yield "ssr-128", (clip := upscale_clip(clip, STAGES["ssr-128"], *where))  # (B, 32, 3, 128, 128)
+    yield "ssr-256", (clip := upscale_clip(clip, STAGES["ssr-256"], *where))  # (B, 32, 3, 256, 256)
+    yield "tsr-64", (clip := double_clip(clip, TSR["tsr-128"], *where))  # (B, 64, 3, 256, 256)
+    yield "tsr-128", (clip := double_clip(clip, TSR["tsr-128"], *where))  # (B, 128, 3, 256, 256)
+    yield "ssr-768", (clip := upscale_clip(clip, STAGES["ssr-768"], *where))  # (B, 128, 3, 768, 768)
+
+
+def encode(prompts, weights, device, seed, prior) -> dict:
+    """Tokens (B, L, D), and from P an image embedding (B, E)."""
+    clip = text.encode_clip(prompts, weights, device)
+    return text.with_prior(clip, weights, device, seed) if prior else clip
+
+
+def keyframes(clip, weights, device, seed, frames, image, **how) -> dict:
+    """Latents of new clips, or of clips that begin with an image."""
+    if image:
+        return animate_clip(clip, image, weights, device, seed, frames, **how)
+    return base.generate_clip(clip, weights, device, seed, frames, **how)
 
 
 CASCADES = {"make-a-video": make_a_video, "imagen-video": imagen_video}
@@ -84,10 +74,11 @@ STOPS = {"make-a-video": ("base", "interpolate", "low", "high"),
 # ------------------------------------------------------------------------------------------------
 
 def file_names(prompts: list, suffix: str) -> list:
-    """A file name per video, after its prompt; numbered where a prompt comes several times."""
+    """A file name per video, after its prompt; with the video's number if prompts come twice."""
     slugs = [re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] or "empty" for prompt in prompts]
-    return [slug + (f"-{slugs[:i].count(slug)}" if slugs.count(slug) > 1 else "") + suffix
-            for i, slug in enumerate(slugs)]
+    if len(set(slugs)) < len(slugs):
+        slugs = [f"{slug}-{i}" for i, slug in enumerate(slugs)]
+    return [slug + suffix for slug in slugs]
 
 
 def main(argv=None):
@@ -98,43 +89,44 @@ def main(argv=None):
     parser.add_argument("--frames", type=base.positive, default=16, help="1 makes a picture [16]")
     parser.add_argument("--guidance", type=float, help="of base; 1 is none [2; students: 1]")
     parser.add_argument("--cascade", choices=CASCADES, default="make-a-video", help="[%(default)s]")
-    parser.add_argument("--until", metavar="STAGE", help="stop after base, low, ... [the last stage]")
-    parser.add_argument("--prior", action="store_true", help="by way of an image embedding, with the "
-                        "video network that never saw a caption [off]")
-    parser.add_argument("--animate", metavar="IMAGE", help="animate this image [off]")
-    parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file here [off]")
+    parser.add_argument("--until", metavar="STAGE", help="stop after base, low, ... [the last one]")
+    first = parser.add_mutually_exclusive_group()
+    first.add_argument("--prior", action="store_true", help="by way of an image embedding, with the "
+                       "video network that never saw a caption")
+    first.add_argument("--animate", metavar="IMAGE", help="begin with this image")
+    parser.add_argument("--keep", metavar="DIR", help="keep every stage's .pt file here")
     args = parser.parse_args(argv)
-    out, keep, stops = Path(args.out), args.keep and Path(args.keep), STOPS[args.cascade]
+    out, stops = Path(args.out), STOPS[args.cascade]
+    if Path(args.weights).is_file():
+        raise UserError(f"--weights {args.weights}: give the folder, with the files of all stages")
     if args.until and args.until not in stops:
         raise UserError(f"--until {args.until}: {args.cascade} has {', '.join(stops)}")
     if args.frames == 1 and args.cascade == "imagen-video" and args.until != "base":
-        raise UserError("imagen-video doubles the frame rate, and one frame has none; use --until base")
-    if args.prior and args.animate:
-        raise UserError("--animate reads the prompt itself, so --prior has no effect on it")
+        raise UserError("imagen-video doubles the rate, and one frame has none; use --until base")
     base.check_output(out if out.suffix else out / "a.mp4", *vae.WRITTEN)
     prompts = [prompt for prompt in args.prompts for _ in range(args.samples)]
+    how = {} if args.guidance is None else {"guidance": args.guidance}
     stages = CASCADES[args.cascade](prompts, args.weights, args.device, args.seed, args.frames,
-                                    args.guidance, args.animate, args.prior)
-    start = time.time()
+                                    args.animate, args.prior, **how)
     for name, clip in stages:
-        print(f"{name:12s} {time.time() - start:6.1f} s")
-        if keep:
-            base.check_output(keep / f"{name}.pt", ".pt")
-            base.save_clip(keep / f"{name}.pt", clip, args.command)
+        print(name)
+        if args.keep:
+            base.check_output(f"{args.keep}/{name}.pt", ".pt")
+            base.save_clip(f"{args.keep}/{name}.pt", clip, args.command)
         if name == args.until:
             break
-        start = time.time()
     if clip["kind"] == "latents":
         clip = vae.decode_clip(clip, args.weights, args.device)
-    videos, fps = clip["data"], clip["fps"]  # (B, T, 3, H, W)
+    videos, fps = clip["data"], clip["fps"]
+    T, _, H, W = videos.shape[1:]
     if out.suffix:
         paths = vae.write_videos(out, videos, fps)
     else:
-        paths = [out / n for n in file_names(prompts, ".png" if videos.shape[1] == 1 else ".mp4")]
+        paths = [out / n for n in file_names(prompts, ".png" if T == 1 else ".mp4")]
         for path, video in zip(paths, videos):
             vae.write_videos(path, video[None], fps)
     for path in paths:
-        print(f"{path}: {videos.shape[1]} frames of {videos.shape[4]} x {videos.shape[3]} at {fps:g} fps")
+        print(f"{path}: {T} frames of {W} x {H} at {fps:g} fps")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """superres.py - more pixels: Make-A-Video's two networks, and Imagen Video's three.
 
-Make-A-Video (2209.14792), 3.1-3.2. SR_l (`low`) works on space and time, so that the detail it
-invents agrees over time. SR_h (`high`) works on single frames; all start from the same noise, which
-keeps the invented detail from flickering. Differs: here SR_l shares its noise too.
-Imagen Video (2210.02303), 2.2-2.3: three SSR, space-time networks that read the prompt; the first two
-attend within a frame. Every frame has its own noise; temporal convolutions make them agree.
+Make-A-Video (2209.14792), 3.1-3.2: SR_l (`low`) works on space and time. SR_h (`high`) works on
+single frames, all from the same noise, which keeps invented detail from flickering.
+Imagen Video (2210.02303), 2.2-2.3: three SSR, space-time networks that read the prompt; the first
+two attend within a frame. Every frame has its own noise.
 
-All see the small clip, enlarged, beside the noisy large one. All are distilled to one step, by
-progressive distillation (2202.00512); Imagen Video (2.7) distils to eight.
+All see the small clip, enlarged, beside the noisy large one. All are distilled to one step
+(2202.00512). Differs: Imagen Video (2.7) distils to eight; and here SR_l shares its noise too.
 
     in    pixels.pt   uint8 (B, T, 3, h, w), from `vae.py decode` or the stage before, or any video
     out   large.pt    uint8 (B, T, 3, k*h, k*w): k = 4 for low, 3 for high and ssr-768, else 2
@@ -33,7 +32,7 @@ from tqdm import tqdm
 # Conditioning augmentation, in training and in sampling
 
 def blur(video, sigma: float):
-    """Gaussian blur of every frame, sigma in pixels. (B, T, C, H, W)"""
+    """Gaussian blur of every frame (B, T, C, H, W), sigma in pixels."""
     reach, C = math.ceil(3 * sigma), video.shape[2]
     x = torch.arange(-reach, reach + 1, device=video.device, dtype=video.dtype)
     kernel = torch.softmax(-x ** 2 / (2 * sigma ** 2), 0).expand(C, 1, 1, -1)  # (C, 1, 1, K)
@@ -45,12 +44,12 @@ def blur(video, sigma: float):
 
 
 def enlarge(small, scale: int, level):
-    """The condition: clips (B, T, C, h, w) in -1...1, bilinearly `scale` times as large, blurred by
-    level (B,) in 0...1. In training the level is random and the network is told, so that it copes
-    with the faults of the stage before.
+    """The condition: clips (B, T, C, h, w), bilinearly `scale` times as large, blurred by level
+    (B,) in 0...1. In training the level is random and the network is told, so that it copes with
+    the faults of the stage before.
 
-    Differs: Imagen Video (2.5) adds Gaussian noise, to SSR and TSR. Our networks are too narrow to
-    take noise out of every pixel. A blur is unCLIP's (2204.06125), for its first upsampler."""
+    Differs: Imagen Video (2.5) adds Gaussian noise; our networks are too narrow to take it out of
+    every pixel. A blur is unCLIP's (2204.06125), for its first upsampler."""
     large = F.interpolate(small.flatten(0, 1), scale_factor=scale, mode="bilinear")
     large = large.unflatten(0, small.shape[:2])  # (B, T, C, H, W)
     if not level.any():  # spares TSR the blur
@@ -67,7 +66,7 @@ class StageConfig:
     scale: int            # times as many pixels each way
     unet: UNetConfig
     level: float          # of augmentation, when sampling
-    chunk_pixels: int     # per chunk, over all of its frames, when sampling
+    chunk_pixels: int     # in all frames that are sampled at once
     shared_noise: bool    # do all frames of a clip start from one noise?
     steps: int = 4        # of sampling; the weights say if they are distilled to fewer
 
@@ -77,15 +76,14 @@ class StageConfig:
 
     @property
     def halo(self) -> int:
-        """Frames on either side that reach into a frame: one per temporal convolution, of which a
-        residual block has two."""
+        """Frames that a frame sees on either side: one per temporal convolution, two per block."""
         blocks = (2 * self.unet.layers + 1) * len(self.unet.channels) + 2
         return 2 * blocks if "conv" in self.unet.temporal else 0
 
     @property
     def shift(self) -> float:
-        """For base.shift_noise. Fine detail is decided only at low noise, so most steps go there.
-        TSR has no detail to invent."""
+        """For base.shift_noise. Fine detail is decided only at low noise, so most steps go there;
+        TSR invents none."""
         return 1 / (2 * self.scale) if self.scale > 1 else 1.
 
 
@@ -108,19 +106,21 @@ STAGES = {stage.name: stage for stage in (
 
 
 def clean_predictor(unet: UNet, large, level, fps=None, context=None, null_context=None, scale=1.):
-    """A predict(z, t) of the clean clip, from the condition `large` (B, T, 3, H, W).
+    """A predict(z, t) of the clean clip: the condition `large` (B, T, 3, H, W) plus the output. For
+    TSR it is (B, T, 6, H, W), the frames before and after, and the output lies between them.
 
-    For TSR, `large` is (B, T, 6, H, W), the frames before and after each; the network predicts a
-    share, 0 is the frame before and 1 the one after. Differs: Imagen Video predicts v. A narrow
-    network cannot carry the noise of a whole patch; it can carry a correction of the condition."""
+    Differs: Imagen Video predicts v. A narrow network cannot carry the noise of a whole patch; it
+    can carry a correction of the condition."""
     predict = base.classifier_free_guidance(unet, context, null_context, fps, scale, large, level)
-    before, after = large[:, :, :3], large[:, :, 3:]  # (B, T, 3, H, W); SSR has none after
 
     def predict_x(z, t):
-        if not after.shape[2]:
-            return large + predict(z, t)
-        share = .5 + predict(z, t)
-        share = share if unet.training else share.clamp(0, 1)  # a clamp stops gradients
+        output = predict(z, t)  # (B, T, 3, H, W)
+        if large.shape[2] == 3:
+            return large + output
+        before, after = large.chunk(2, dim=2)
+        share = .5 + output  # 0 is the frame before, 1 the one after
+        if not unet.training:  # a clamp stops gradients
+            share = share.clamp(0, 1)
         return before + share * (after - before)
     return predict_x
 
@@ -129,15 +129,15 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: StageConfig) -> t
     """Squared error of x per clip, (B,). batch: pixels and noise (B, T, 3, H, W), small
     (B, T, C, h, w), level, fps, t (B,), and for SSR and TSR context (B, L, D).
 
-    All noise levels count alike. Differs: Imagen Video's error is that of the noise,
-    alpha^2 / sigma^2 times this: it counts most at low noise, where z almost is x."""
+    Differs: Imagen Video's error is that of the noise, alpha^2 / sigma^2 times this, so it counts
+    most at low noise, where z almost is x."""
     large = enlarge(batch["small"], stage.scale, batch["level"])
     predict = clean_predictor(unet, large, batch["level"], batch["fps"], batch.get("context"))
     return diffusion.loss(predict, batch["pixels"], batch["noise"], batch["t"])
 
 
 def has_texture(pixels) -> torch.Tensor:
-    """Which clips (B, T, 3, H, W) in -1...1 have texture, (B,): in a tenth of them neighbours differ."""
+    """Which clips (B, T, 3, H, W) have texture, (B,): a tenth of pixels differ from the next."""
     step = (pixels[..., 1:] - pixels[..., :-1]).abs().amax(2)  # (B, T, H, W - 1)
     return (step > 7 / 255).float().flatten(1).mean(1) > .1
 
@@ -148,54 +148,53 @@ def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: di
 
     One step predicts a mean, which has little texture; the student learns what many steps draw.
     Where there is no texture to invent, the truth teaches better than the teacher.
-    Differs: Imagen Video halves from hundreds of steps to eight, and samples with fresh noise; here K
-    is free, from at most 16 steps to one, by DDIM."""
-    large = enlarge(batch["small"], stage.scale, batch["level"])
+    Differs: Imagen Video halves the steps again and again and samples with fresh noise; here the
+    student takes any K steps of the teacher at once, by DDIM."""
+    x, large = batch["pixels"], enlarge(batch["small"], stage.scale, batch["level"])
     condition = large, batch["level"], batch["fps"], batch.get("context")
-    student, teacher = (clean_predictor(model, *condition) for model in (unet, teacher))
-    return diffusion.distillation_loss(student, teacher, batch["pixels"], batch["noise"],
-                                       batch["path"], has_texture(batch["pixels"]))
+    student = clean_predictor(unet, *condition)
+    teacher = clean_predictor(teacher, *condition)
+    return diffusion.distillation_loss(student, teacher, x, batch["noise"], batch["path"],
+                                       has_texture(x))
 
 
 # ------------------------------------------------------------------------------------------------
 # Sampling, a chunk of frames at a time, so that memory does not grow with the length of the clip
 
 def upscale(unet: UNet, diffusion: Diffusion, stage: StageConfig, small, fps: float, seed: int = 0,
-            steps: int | None = None, shared_noise: bool | None = None, context=None,
-            null_context=None, guidance=1., sampler: str = "ddim", label: str = ""):
+            context=None, null_context=None, guidance: float = 1.):
     """uint8 (T, C, h, w) -> uint8 (T, 3, k*h, k*w). C is 3, or 6 for TSR. SSR and TSR need context
     and null_context (1, L, D).
 
-    A chunk is denoised to the end before the next; a space-time network also sees the `halo` frames
-    per step on either side, so the result is that of one call on the whole clip. A guided clip is
-    one chunk, because dynamic thresholding takes one percentile of it."""
-    device, T, steps = next(unet.parameters()).device, len(small), steps or stage.steps
+    A chunk is denoised to the end before the next. It sees `halo` frames more per step on either
+    side, so the result is that of one call on the whole clip. A guided clip is one chunk, because
+    dynamic thresholding takes one percentile of it."""
+    device, T = next(unet.parameters()).device, len(small)
     H, W = (stage.scale * side for side in small.shape[-2:])
-    reach = stage.halo * steps
+    reach = stage.halo * stage.steps
     chunk = T if guidance != 1 else max(1, reach, stage.chunk_pixels // (H * W))
     level = torch.tensor([stage.level], device=device)
-    shared = stage.shared_noise if shared_noise is None else shared_noise
 
-    def noise(i):  # (1, 3, H, W); tsr-128 runs twice in a cascade, at two rates
+    def noise(i):  # (1, 3, H, W); fps, because tsr-128 runs twice in a cascade
         return base.initial_noise((1, 3, H, W), seed, f"{stage.name} at {fps:g} fps", i)
-    one = noise(0) if shared else None
 
     def as_batch(frames):  # (T', C, H, W): one clip, or for SR_h a batch of pictures
         return frames[None] if stage.halo else frames[:, None]
 
     def denoise(first: int, last: int):  # frames first to last - 1
         frames = vae.to_float(as_batch(small[first:last])).to(device)  # (B, T', C, h, w)
-        large = enlarge(frames, stage.scale, level)
-        z = torch.cat([one if shared else noise(i) for i in range(first, last)])
+        if stage.shared_noise:
+            z = noise(0).expand(last - first, -1, -1, -1)
+        else:
+            z = torch.cat([noise(i) for i in range(first, last)])
         z = as_batch(z).to(device)  # (B, T', 3, H, W)
-        predict = clean_predictor(unet, large, level.expand(len(z)), float(fps), context, null_context,
-                                  guidance)
-        x = diffusion.sample(predict, z, steps, sampler, stage.shift, threshold=guidance != 1,
-                             label=label if T <= chunk else "")
+        predict = clean_predictor(unet, enlarge(frames, stage.scale, level), level.expand(len(z)),
+                                  float(fps), context, null_context, guidance)
+        x = diffusion.sample(predict, z, stage.steps, "ddim", stage.shift, threshold=guidance != 1)
         return vae.to_uint8(x.flatten(0, 1)).cpu()  # (T', 3, H, W)
 
     out = []
-    for start in tqdm(range(0, T, chunk), desc=label, disable=not label or T <= chunk, leave=False):
+    for start in tqdm(range(0, T, chunk), stage.name, leave=False):
         first = max(0, start - reach)
         frames = denoise(first, min(T, start + chunk + reach))
         out.append(frames[start - first:][:chunk])
@@ -203,8 +202,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: StageConfig, small, fps: fl
 
 
 def load(stage: StageConfig, weights=base.WEIGHTS, device="cpu"):
-    """The stage's U-Net, ready to sample, its Diffusion, the stage as its weights want it (network,
-    steps), and its made_by."""
+    """The stage's U-Net and Diffusion, the stage with the steps of its weights, and its made_by."""
     unet, diffusion, made_by = base.load(weights, device, stage.checkpoint)
     steps = made_by.get("distill", [stage.steps])[-1]  # [teacher's, student's]
     return unet, diffusion, replace(stage, unet=unet.config, steps=steps), made_by
@@ -219,21 +217,20 @@ def read_clip(path) -> dict:
 
 
 def upscale_clip(clip: dict, stage: StageConfig, weights=base.WEIGHTS, device="cpu", seed: int = 0,
-                 **how) -> dict:
-    """A clip of pixels through a network of superres.py or TSR, each video with its own seed and
-    prompt. (B, T, C, h, w) -> (B, T, 3, H, W). `how` goes to `upscale`."""
+                 guidance: float = 1., **changes) -> dict:
+    """A clip of pixels, (B, T, C, h, w) -> (B, T, 3, H, W); video i starts from seed + i. `changes`
+    to the stage: steps=4, shared_noise=False."""
     unet, diffusion, stage, made_by = load(stage, weights, device)
-    prompts = [{} for _ in clip["data"]]
+    stage = replace(stage, **changes)
+    prompts, null = [None] * len(clip["data"]), None
     if "text" in unet.config.embeddings:
         clip = text.with_text(clip, weights, device)
         base.check_ids(clip, made_by, unet.config.context_dim)
-        null = clip["text"]["null_tokens"]
-        prompts = [{"context": t[None], "null_context": null} for t in clip["text"]["tokens"]]
-    elif how.get("guidance", 1.) != 1:
+        prompts, null = clip["text"]["tokens"].split(1), clip["text"]["null_tokens"]  # (1, L, D)
+    elif guidance != 1:
         raise UserError(f"{stage.name} does not read the prompt, so it takes no guidance")
     videos = [
-        upscale(unet, diffusion, stage, video, clip["fps"], seed + i, label=stage.name, **prompt,
-                **how)
+        upscale(unet, diffusion, stage, video, clip["fps"], seed + i, prompt, null, guidance)
         for i, (video, prompt) in enumerate(zip(clip["data"], prompts))]
     return clip | {"data": torch.stack(videos), "seed": seed}
 
@@ -243,15 +240,14 @@ def main(argv=None):
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("input", help="a .pt of pixels, or any video")
     parser.add_argument("-o", "--out", default="large.pt", help=".pt, .mp4, .gif, .png [large.pt]")
-    parser.add_argument("--steps", type=base.positive, help="[what the weights are distilled to]")
     parser.add_argument("--guidance", type=float, default=1., help="ssr-*: scale; 1 is none [1]")
     parser.add_argument("--independent-noise", action="store_true",
                         help="low, high: every frame from its own noise, to see it flicker")
     args = parser.parse_args(argv)
     base.check_output(args.out, ".pt", *vae.WRITTEN)
+    changes = {"shared_noise": False} if args.independent_noise else {}
     clip = upscale_clip(read_clip(args.input), STAGES[args.stage], args.weights, args.device,
-                        args.seed, steps=args.steps, guidance=args.guidance,
-                        shared_noise=False if args.independent_noise else None)
+                        args.seed, args.guidance, **changes)
     vae.write_clip(args.out, clip, args.command)
 
 

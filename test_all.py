@@ -808,10 +808,10 @@ def noise_clip(name: str, frames: int, H: int = 8, W: int = 8):
     return interpolate.double(video[::2]) if name in interpolate.TSR else video
 
 
-def upscale(name: str, clip, steps: int = 1, pixels: int = 2 ** 30, seed: int = 0, **how):
+def upscale(name: str, clip, steps: int = 1, pixels: int = 2 ** 30, seed: int = 0, guidance=1., **how):
     unet, stage, prompt = small_network(name)
-    stage = replace(stage, chunk_pixels=pixels)
-    return superres.upscale(unet, X, stage, clip, 24., seed, steps, **prompt, **how).int()
+    stage = replace(stage, chunk_pixels=pixels, steps=steps, **how)
+    return superres.upscale(unet, X, stage, clip, 24., seed, **prompt, guidance=guidance).int()
 
 
 def test_condition_is_enlarged_and_blurred_by_its_level():
@@ -833,7 +833,8 @@ def test_training_and_sampling_tell_a_network_the_same(name, shift, sampling_lev
     unet, stage, prompt = small_network(name)
     clip, losses = noise_clip(name, 2), []
     small = vae.to_float(clip)[None] if stage.halo else vae.to_float(clip)[:, None]
-    calls = calls_of(unet, lambda: superres.upscale(unet, X, stage, clip, 24., steps=4, **prompt))
+    stage = replace(stage, steps=4)
+    calls = calls_of(unet, lambda: superres.upscale(unet, X, stage, clip, 24., **prompt))
     assert [int(call[1][0]) for call in calls] == base.sampling_timesteps(4, shift)
     for _, _, context, fps, level, cond in calls:
         assert (fps == 24).all() and (level == torch.tensor(sampling_level)).all()
@@ -868,10 +869,10 @@ def test_a_guided_clip_is_one_chunk_and_thresholded(monkeypatch):
 def test_shared_noise_keeps_a_static_clip_static_and_seeds_differ():
     assert {name for name in NETWORKS if NETWORKS[name].shared_noise} == {"low", "high"}
     still = noise_clip("high", 1).expand(5, -1, -1, -1)
-    for name, shared in (("high", None), ("high", False), ("ssr-128", None)):
+    for name, shared in (("high", True), ("high", False), ("ssr-128", False)):
         a, b = (upscale(name, still, seed=seed, shared_noise=shared) for seed in (3, 4))
         static = (a[1:] - a[:-1]).abs().max() <= 1
-        assert static == (name == "high" and shared is None) and (a - b).abs().max() > 1
+        assert static == shared and (a - b).abs().max() > 1
 
 
 @cases("name", ["low", "high", "ssr-128", "tsr-128", "ssr-768"])
@@ -1167,6 +1168,7 @@ def test_stable_diffusion_from_prompt_to_picture(stable, tmp_path):
     (interpolate.main, "z.pt --skip 16", "nothing to fill"),
     (sample.main, "star --until high --cascade imagen-video", "imagen-video has base, tsr-32"),
     (sample.main, "star --frames 1 --cascade imagen-video", "one frame has none"),
+    (sample.main, "star --weights z.pt", "give the folder"),
     (base.main, "text.pt --fps 0", "0.0 frames per second"),
     (train.main, "all --batch 12 --accumulate 5", "vae: a batch of 12 does not split into 5")])
 def test_arguments_are_refused_in_one_line(files, monkeypatch, main, argv, message):
@@ -1195,10 +1197,11 @@ def test_every_video_of_a_clip_has_its_own_seed_and_prompt(weights):
 
 def test_an_image_is_animated(weights):
     vae.write_videos("a.png", bars(1, 40, 60)[None], 1.)
-    sample.main(["star", "star", "--animate", "a.png", "--until", "base", "--keep", "kept", *weights])
+    sample.main(["star", "star", "--animate", "a.png", "--frames", "20", "--until", "base", "--keep", "kept",
+                 *weights])
     small = F.interpolate(bars(1, 40, 60).float(), (16, 24), mode="bilinear", antialias=True)
     first, clip = vae.encode_video(vae.load()[0], small.round().byte()[None])[0], base.load_pt("kept/base.pt")
-    assert clip["data"].shape == (2, 16, 4, 2, 3) and torch.equal(clip["data"][0, :1], first)
+    assert clip["data"].shape == (2, 20, 4, 2, 3) and torch.equal(clip["data"][0, :1], first)
     assert sorted(path.name for path in Path("out").iterdir()) == ["star-0.mp4", "star-1.mp4"]
 
 
