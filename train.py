@@ -632,16 +632,16 @@ class Recipe:
     fresh_lr: float = 0.     # of layers that an image model does not have
     warmup: int = 100
     ema: float = .999
-    share: int = 3           # of --minutes, beside those of other stages
+    share: int = 2           # of --minutes, beside those of other stages
 
 
 # Shares, a judgement: most goes to what all else stands on, and to what makes the right thing move.
-RECIPES = {"vae": Recipe(32000, 32, 1.5e-3, share=15), "clip": Recipe(700, 128, 1e-3, share=4),
-           "prior": Recipe(3000, 128, 1e-3, share=2), "image": Recipe(4500, 128, 1e-3, share=14),
+RECIPES = {"vae": Recipe(32000, 32, 1.5e-3, share=26), "clip": Recipe(700, 128, 1e-3, share=4),
+           "prior": Recipe(3000, 128, 1e-3, share=2), "image": Recipe(4500, 128, 1e-3, share=12),
            "mean-clip": Recipe(2000, 64, 5e-3, warmup=50, share=4),
            "base": Recipe(32000, 16, 4e-4, fresh_lr=1.5e-3, share=30),
            "interpolate": Recipe(10700, 16, 8e-4, share=8),
-           "superres-low": Recipe(7900, 4, 2e-3, share=4), "superres-high": Recipe(9900, 8, 2e-3, share=4),
+           "superres-low": Recipe(7900, 4, 2e-3), "superres-high": Recipe(9900, 8, 2e-3),
            "ssr-128": Recipe(1750, 32, 2e-3), "ssr-256": Recipe(1750, 32, 2e-3),
            "ssr-768": Recipe(4600, 32, 2e-3), "tsr-32": Recipe(3200, 16, 2e-3),
            "tsr-128": Recipe(2600, 16, 2e-3)}
