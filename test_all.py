@@ -14,7 +14,6 @@ import math
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ import text
 import train
 import vae
 from base import WEIGHTS, Diffusion, UNet, UNetConfig, UserError
+from train import NETWORKS
 
 import numpy as np
 import pytest
@@ -42,7 +42,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 SMALL = UNetConfig(channels=(16, 32), heads=2, context_dim=8, groups=4)
-NETWORKS = superres.STAGES | interpolate.TSR
 SAMPLERS, V, X = ("ddim", "dpmpp", "ancestral", "stochastic"), Diffusion(), Diffusion(target="sample")
 cases = pytest.mark.parametrize
 
@@ -1067,7 +1066,7 @@ class Bomb:
 @cases("content, message", [
     ({"bomb": Bomb()}, "bad.pt is damaged"), ({"vae": "other"}, "vae other"),
     ({"kind": "pixels"}, "holds pixels, not latents; make one with `python base.py"),
-    *[(content, "and B prompts") for content in (
+    *[(content, "B prompts") for content in (
         {"prompts": []}, {"data": randn(1, 4, 8, 8)}, {"data": randn(1, 2, 3, 8, 8)},
         {"data": randn(1, 2, 4, 8, 8).byte()}, {"data": randn(1, 2, 4, 8, 8) / 0},
         {"text": text_emb()}, {"text": text_emb(1) | {"null_tokens": randn(2, 6, 8)}})]])
@@ -1312,7 +1311,7 @@ def test_a_sample_is_a_function_of_seed_step_and_number(monkeypatch):
 
 @cases("name, median", [("low", 79), ("ssr-128", 156), ("tsr-32", 500)])
 def test_batches_of_networks_between_pixels(name, median, monkeypatch):
-    data, side, is_tsr = numbered(40), 4 * train.NETWORKS[name].scale, name == "tsr-32"
+    data, side, is_tsr = numbered(40), 4 * NETWORKS[name].scale, name == "tsr-32"
     clips = (data["fps"][:, None] + 50 * torch.arange(4)).byte().view(40, 4, 1, 1, 1)
     small, large = clips.expand(40, 4, 3, 4, 4), clips.expand(40, 4, 3, side, side)
     data |= {"small": small, "decoded": small + 1, "pixels": large}
@@ -1482,8 +1481,9 @@ def test_clip_learns_new_words_and_keeps_the_tokens_of_old_ones(tmp_path, monkey
                f"--weights {tmp_path} --device cpu".split())
     prompts = ["a red star moving left", "a plump heart"]
     old, new = (text.encode_clip(prompts, folder) for folder in (WEIGHTS, tmp_path))
-    assert torch.equal(old["text"]["tokens"][0], new["text"]["tokens"][0]) and old["encoder"] == new["encoder"]
-    assert differ(old["text"]["tokens"][1], new["text"]["tokens"][1])
+    (known, unknown), (same, learned) = (clip["text"]["tokens"] for clip in (old, new))
+    assert torch.equal(known, same) and old["encoder"] == new["encoder"]
+    assert differ(unknown, learned)
     assert capsys.readouterr().err.count("never trained on: heart, plump") == 1  # by the old one
     args = Namespace(data=clips, with_world=True, amount=1, seed=0)
     captions = [words for _, line, _ in train.clips_of(args, "stills", 32) for words in line]
@@ -1559,6 +1559,8 @@ def test_weights_are_trained_further_frozen_or_distilled(trained, tmp_path, monk
 # Make-A-Video without captions: P, and the video network that reads an image embedding
 
 PRIOR = text.PriorConfig(context=6, width=8, heads=2)
+
+
 def test_a_prior_that_knows_the_embedding_returns_it(monkeypatch):
     e = math.sqrt(8) * F.normalize(randn(2, 8, seed=3), dim=-1)
     prior = text.Prior(PRIOR)
@@ -1848,7 +1850,6 @@ BLACK, ALL = ("black", [""]), ("all grounds", list(train.GROUNDS))
 BEFORE = {"high": ["low"], "ssr-256": ["ssr-128"]} | dict.fromkeys(
     ("ssr-768", "tsr-128"), ["ssr-128", "ssr-256"])  # what makes a network's input
 FIDELITY = "prompts", "colour", "shape", "motion", "ground", "first three, %", "    95 %"
-BETWEEN = "ours, dB", "blend", "blend of latents", "centroid off by, pixels"
 ABOVE = "ours, dB", "beside", "   ours above it, 95 %"
 
 
@@ -1965,7 +1966,8 @@ def evaluate_autoencoder():
 
 
 def evaluate_interpolation():
-    row = table("Between 16 frames at 4 fps, moving pixels of new frames", *BETWEEN)
+    row = table("Between 16 frames at 4 fps, moving pixels of new frames",
+                "ours, dB", "blend", "blend of latents", "centroid off by, pixels")
     factors, (unet, diffusion, _) = prompts_of(30), base.load(*where()[:2], "interpolate")
     for skip in range(2, 7):
         z = encode(render_all(factors, np.arange(15 * skip + 1) / (4 * skip)))
