@@ -1605,7 +1605,7 @@ def test_no_caption_reaches_a_network_trained_without(name, prepare, monkeypatch
 
 
 def test_another_embedding_makes_another_video_and_other_tokens_do_not(trained):
-    clip = text.with_prior(text.encode_clip(["a red star growing"], trained), trained)
+    _, clip = next(sample.make_a_video(["a red star growing"], trained, prior=True))
 
     def make(**changes):
         told = clip | {"text": clip["text"] | changes}
@@ -1902,9 +1902,11 @@ def where(seed: int = 0) -> tuple:
     return WEIGHTS, ARGS.device, 1000 * ARGS.seed + seed
 
 
-def clip_of(factors: list, data=None, fps: float = 4.) -> dict:
+def clip_of(factors: list, data=None, fps: float = 4., prior: bool = False, seed: int = 0) -> dict:
+    """The clip of text of these prompts, with P's image embeddings if `prior`, and data if given."""
     prompts = [train.caption(dict(zip(FACTORS, f))) for f in factors]
-    return text.encode_clip(prompts, *where()[:2]) | {"data": data, "fps": fps}
+    _, clip = next(sample.make_a_video(prompts, *where(seed), prior=prior))
+    return clip | {"data": data, "fps": fps}
 
 
 def encode(video):
@@ -1920,8 +1922,7 @@ def make(factors: list, fps: float = 4., prior: bool = False, **how):
     says; by way of P's image embedding if `prior`."""
     videos, few = [], 8 if ARGS.device == "cpu" else 64
     for i in tqdm(range(0, len(factors), few), "videos", leave=False):
-        clip = clip_of(factors[i:i + few])
-        clip = text.with_prior(clip, *where(i)) if prior else clip
+        clip = clip_of(factors[i:i + few], prior=prior, seed=i)
         videos.append(decode(base.generate_clip(clip, *where(i), fps=fps, **how)["data"]))
     return torch.cat(videos)
 
@@ -2057,7 +2058,7 @@ def evaluate_make_a_video():
         row(f"{split} triples, all grounds", *fidelity(factors, make(factors, prior=True)))
     factors, (model, *_) = prompts_of(1), text.load(device=ARGS.device)
     truth = text.embed_images(model, render_all(factors, [0.])[:, 0])  # of first frames, (N, E)
-    made = text.with_prior(clip_of(factors), *where())["text"]["image_embedding"]  # (N, E)
+    made = clip_of(factors, prior=True)["text"]["image_embedding"]  # (N, E)
     cosine = F.cosine_similarity(made, truth, dim=-1).median()
     print(f"  cosine of P's embedding and the truth's: median {cosine:.3f}\n"
           f"  motions that CLIP names: of P's embeddings {motions_named(made, factors):.1f} %, "
