@@ -306,8 +306,6 @@ class UNetConfig:
 
 
 TINY_IMAGE = UNetConfig(temporal=(), gates=False, embeddings=())
-SD15 = UNetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False),
-                  heads=8, context_dim=768, groups=32)
 
 
 class UNetBlock(nn.Module):
@@ -631,9 +629,8 @@ def interval_guidance(diffusion: Diffusion, high: float):
 
 
 def oscillating_guidance(high: float, low: float, steps: int, shift: float = 1.):
-    """A guidance scale as a function of t: high for half of the steps, for text alignment, then low
-    and high in turn, against saturation; how long the first phase is, the paper does not say.
-    steps and shift as in Diffusion.sample.                                  Imagen Video 2.6.2"""
+    """A guidance scale as a function of t: high for half of the steps (the paper does not say how
+    many), then low and high in turn. steps, shift: as in Diffusion.sample.  Imagen Video 2.6.2"""
     timesteps = sampling_timesteps(steps, shift)
     second = timesteps[(len(timesteps) + 1) // 2:]  # low, high, low, ...
     return lambda t: low if t in second[::2] else high
@@ -825,8 +822,8 @@ def load_pt(path, remedy: str = "") -> dict:
 
 def new_clip(kind: str, data=None, text=None, prompts=(), fps: float = 1., **more) -> dict:
     """What a .pt file between stages holds. kind: "text", "latents" (data is float (B, T, 4, h, w))
-    or "pixels" (uint8 (B, T, 3, H, W)). text: tokens (B, L, D), null_tokens (1, L, D), perhaps
-    image_embedding (B, E). encoder, vae, image_encoder: ids of what made tokens, latents and it."""
+    or "pixels" (uint8 (B, T, 3, H, W)). text: tokens (B, L, D), null_tokens (1, L, D), perhaps an
+    image_embedding (B, E). encoder, vae, image_encoder: ids of what made tokens, latents and that."""
     clip = {"kind": kind, "data": data, "text": text, "prompts": list(prompts), "fps": float(fps)}
     origin = {"seed": None, "history": [], "encoder": None, "vae": None, "image_encoder": None}
     return clip | origin | more
@@ -904,9 +901,11 @@ def load_checkpoint(weights, name: str, stage: str = "") -> dict:
 
 def load_stable_diffusion(folder: Path) -> dict:
     """A checkpoint from unet/, vae/ or text_encoder/, whose config is config.json."""
-    patterns = "*model.safetensors", "*model.bin", "*.safetensors", "*.bin"  # shards come last
-    files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
-    if not files:
+    for pattern in ("*model.safetensors", "*model.bin", "*.safetensors", "*.bin"):  # shards last
+        files = sorted(folder.glob(pattern), reverse=True)  # .non_ema, then .fp16, which replaces it
+        if files:
+            break
+    else:
         raise UserError(f"{folder} holds no weights")
     old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # 2022
     state = {}
@@ -966,9 +965,9 @@ def load(weights=WEIGHTS, device="cpu", name: str = "base", stage: str = "", **c
 
 def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
                   fps: float = 4., **how) -> dict:
-    """A clip of text -> a clip of latents. What `how` holds, unless None, goes to `generate`. If there
-    is an image embedding, make-a-video.pt reads that, and later stages hear the null prompt.
-    Differs: Make-A-Video's interpolation began as D^t; ours began as the captioned base."""
+    """A clip of text -> a clip of latents; `how` goes to `generate`, except None. If there is an image
+    embedding, make-a-video.pt reads that, and later stages hear the null prompt. Differs:
+    Make-A-Video's interpolation began as D^t; ours began as the captioned base."""
     how = {name: value for name, value in how.items() if value is not None}
     text, embedding = clip["text"], clip["text"].get("image_embedding")
     name = "base" if embedding is None else "make-a-video"
