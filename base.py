@@ -264,7 +264,7 @@ class MeanClip(nn.Module):
 
     Trained first, then frozen and shown to the U-Net: at high noise the mean is the MSE-optimal
     prediction. Position depends jointly on prompt, time and pixel, so the network multiplies them.
-    Motion rests on it: without it, 8 prompts fell from 96 to 38 % right. Differs: no paper has it."""
+    Motion rests on it: without it, 8 prompts fell from 96 to 38 % right. Differs: it is ours."""
 
     def __init__(self, context_dim: int, channels: int, dim: int = 128):
         super().__init__()
@@ -310,7 +310,7 @@ TINY_IMAGE = UNetConfig(temporal=(), gates=False, embeddings=())
 
 class UNetBlock(nn.Module):
     """One level: residual blocks, each followed by attention in space and in time; a resampler.
-    widths_in: channels into each block; skips: how many of them come from a skip connection."""
+    widths_in: channels into each residual block; skips: how many of these a skip brings."""
 
     def __init__(self, c: UNetConfig, widths_in: list, width: int, attentions: int,
                  skips: tuple = (), resampler: str = ""):
@@ -508,7 +508,7 @@ class Diffusion:
         return (weight * error.float().pow(2)).flatten(1).mean(1)
 
     def loss_weight(self, t, like):
-        """2 alpha sigma for v, and what equals it for other targets, (B, 1, ...). Otherwise both ends
+        """2 alpha sigma for v, and its equal for other targets, (B, 1, ...). Without it, both ends
         dominate: unpredictable detail at low noise, an invisible clip at high noise.
         Differs: Imagen Video (Eq. 2) takes the error of eps, alpha^2 times v's."""
         alpha, sigma = self.alpha_sigma(t, like)
@@ -601,14 +601,13 @@ class Diffusion:
 def teacher_paths(teacher: int, student: int, shift: float) -> torch.Tensor:
     """The teacher's timesteps, one row per step of the student, (student, K + 1)."""
     timesteps = torch.tensor(sampling_timesteps(teacher, shift) + [-1])
-    once = teacher == student == 1  # a one-step student may teach another network
-    if not once and (teacher % student or teacher <= student or len(timesteps) != teacher + 1):
+    if teacher % student or len(timesteps) != teacher + 1:
         raise UserError(f"{student} steps cannot each stand for several of {teacher}")
     return timesteps.unfold(0, teacher // student + 1, teacher // student)
 
 
 def dynamic_threshold(x):
-    """clamp(x, -s, s) / s, where s is a percentile of |x|, at least 1, and the same for all frames of
+    """clamp(x, -s, s) / s, where s is a percentile of |x|, at least 1; one s for all frames of
     a video, against flicker. (B, T, C, H, W)                                Imagen Video 2.6.2"""
     rank = math.ceil(.995 * x[0].numel())  # as in Imagen (2205.11487); torch.quantile stops at 2^24
     s = torch.stack([video.abs().float().flatten().kthvalue(rank).values for video in x])
@@ -674,7 +673,7 @@ def fast_autocast(device):
 # The base model
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
-    """(B,). batch: latents and noise (B, T, 4, h, w), context (B, L, D), fps and t (B,)."""
+    """Per video, (B,). batch: latents, noise (B, T, 4, h, w), context (B, L, D), fps and t (B,)."""
     def predict(z, t):
         return unet(z, t, batch["context"], batch["fps"])
     x, t = batch["latents"], batch["t"]
@@ -683,7 +682,7 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
 
 def distillation_loss(unet: UNet, diffusion: Diffusion, batch: dict, teacher: UNet,
                       guidance: float = 2.) -> torch.Tensor:
-    """(B,). batch: as for `loss`, null_context, and path (B, K + 1), the same for all. The student,
+    """Per video, (B,). batch: as for `loss`, null_context, path (B, K + 1), all alike. The student,
     unguided, learns what the guided teacher does. Differs: Imagen Video distils guidance first,
     then halves the steps again and again; here both happen at once."""
     text = batch["context"], batch["null_context"], batch["fps"]
@@ -717,8 +716,8 @@ def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int = 16, fps
              side: int = 8, guidance=2., steps: int = 24, sampler: str | None = None,
              shift: float | None = None, gamma: float = 0., seed: int = 0, label: str = ""):
     """Latents of one video per prompt, (B, T, 4, side, side). text: tokens (B, L, D), null_tokens
-    (1, L, D). guidance: a function of t, or a scale, for clips used in an interval. Clips default to
-    the ancestral sampler: its fresh noise lets later steps correct errors of motion."""
+    (1, L, D). guidance: a scale, for clips only inside an interval, or a function of t. Clips take
+    the ancestral sampler by default: fresh noise lets later steps correct errors of motion."""
     device, B = next(unet.parameters()).device, len(text["tokens"])
     sampler = sampler or ("ancestral" if frames > 1 else "dpmpp")
     if frames > 1 and not callable(guidance):
@@ -741,8 +740,6 @@ COMMANDS = {"text": 'python text.py "a red star moving left" -o text.pt',
             "pixels": "python vae.py decode base.pt -o pixels.pt"}
 SD_ID = "stable-diffusion-1"  # all 1.x folders share one text encoder and one latent space
 SD_PARTS = {"base": "unet", "image": "unet", "text": "text_encoder"}
-SD_NOISE = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": .012,
-            "rescale_betas_zero_snr": False}
 
 
 class UserError(Exception):
@@ -778,7 +775,7 @@ def command_line(doc: str, argv=None, seed: bool = True) -> argparse.ArgumentPar
     parser.add_argument("--weights", default=WEIGHTS, help="a folder of weights [weights/]")
     if seed:
         parser.add_argument("--seed", type=int, default=0, help="video i starts from seed + i [0]")
-    argv = map(str, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     parser.set_defaults(command=shlex.join([doc.split()[0], *argv]))
     return parser
 
@@ -882,7 +879,7 @@ def save_checkpoint(path, config: dict, model: nn.Module, **made_by):
 
 
 def load_checkpoint(weights, name: str, stage: str = "") -> dict:
-    """What save_checkpoint wrote for a stage (by default NAME), from the file `weights` or NAME.pt in
+    """What save_checkpoint wrote for a stage (by default NAME): the file `weights`, or NAME.pt in
     that folder; or the part of a Stable Diffusion 1.x folder."""
     stage = stage or name
     path = Path(weights) if Path(weights).is_file() else Path(weights) / f"{name}.pt"
@@ -927,37 +924,28 @@ def load_state(model: nn.Module, state: dict, path, may_lack=lambda name: False)
     wrong = [name for name, tensor in state.items() if shapes.pop(name, None) != tensor.shape]
     wrong += [name for name in shapes if not may_lack(name)]
     if wrong:
-        raise UserError(f"{path} does not fit the model: {wrong[0]}, {len(wrong)} in all; of Stable "
-                        "Diffusion only 1.x does, but not LCM or inpainting")
+        raise UserError(f"{path} does not fit the model: {wrong[0]}, {len(wrong)} in all (of Stable "
+                        "Diffusion only 1.x does, without LCM or inpainting)")
     model.load_state_dict(state, strict=False)
     return model
 
 
-def stable_diffusion_unet(config: dict, weights) -> tuple[UNetConfig, Diffusion]:
-    """What a Stable Diffusion folder's unet/config.json and scheduler_config.json say."""
-    file = Path(weights) / "scheduler/scheduler_config.json"
-    noise = SD_NOISE | {"prediction_type": "epsilon"}
-    noise |= json.loads(file.read_bytes()) if file.is_file() else {}
-    target = noise["prediction_type"].removesuffix("_prediction")
-    if target not in ("epsilon", "v", "sample") or not SD_NOISE.items() <= noise.items():
-        raise UserError(f"{file}: only {SD_NOISE} of epsilon, v_prediction or sample are read")
-    unet = UNetConfig(channels=config["block_out_channels"], layers=config["layers_per_block"],
-                      attention=tuple("CrossAttn" in kind for kind in config["down_block_types"]),
-                      heads=config["attention_head_dim"], context_dim=config["cross_attention_dim"],
-                      groups=config["norm_num_groups"], temporal=("attention", "conv"))
-    return unet, Diffusion("scaled_linear", target)
-
-
 def load(weights=WEIGHTS, device="cpu", name: str = "base", stage: str = "", **changes):
-    """The U-Net of a stage or of a Stable Diffusion folder, its Diffusion, and its made_by. `changes`
+    """The U-Net of a stage or a Stable Diffusion folder, its Diffusion, and its made_by. `changes`
     to its config may add temporal layers."""
     checkpoint = load_checkpoint(weights, name, stage)
     s, made_by = checkpoint["config"], checkpoint["made_by"]
     if "unet" in s:
         config, diffusion = UNetConfig(**s["unet"]), Diffusion(**s["diffusion"])
-    else:
-        config, diffusion = stable_diffusion_unet(s, weights)
-        made_by["side"] = s["sample_size"]
+    else:  # Stable Diffusion's config.json
+        file = Path(weights) / "scheduler/scheduler_config.json"
+        scheduler = json.loads(file.read_bytes()) if file.is_file() else {}
+        target = scheduler.get("prediction_type", "epsilon").removesuffix("_prediction")
+        diffusion, made_by["side"] = Diffusion("scaled_linear", target), s["sample_size"]
+        config = UNetConfig(channels=s["block_out_channels"], layers=s["layers_per_block"],
+                            attention=tuple("CrossAttn" in kind for kind in s["down_block_types"]),
+                            heads=s["attention_head_dim"], context_dim=s["cross_attention_dim"],
+                            groups=s["norm_num_groups"], temporal=("attention", "conv"))
     unet = UNet(replace(config, **changes))
     load_state(unet, checkpoint["model"], weights, UNet.is_inflation)
     return unet.to(device, memory_format=torch.channels_last).eval(), diffusion, made_by
@@ -965,8 +953,8 @@ def load(weights=WEIGHTS, device="cpu", name: str = "base", stage: str = "", **c
 
 def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
                   fps: float = 4., **how) -> dict:
-    """A clip of text -> a clip of latents; `how` goes to `generate`, except None. If there is an image
-    embedding, make-a-video.pt reads that, and later stages hear the null prompt. Differs:
+    """A clip of text -> a clip of latents. `how` goes to `generate`, except what is None. An image
+    embedding goes to make-a-video.pt, and later stages then hear the null prompt. Differs:
     Make-A-Video's interpolation began as D^t; ours began as the captioned base."""
     how = {name: value for name, value in how.items() if value is not None}
     text, embedding = clip["text"], clip["text"].get("image_embedding")
