@@ -839,7 +839,8 @@ def load_clip(path, kind: str) -> dict:
     problem = f"holds {clip['kind']}, not {kind}"
     try:
         assert clip["kind"] == kind
-        problem = "needs finite (B, T, C, H, W), tokens (B, L, D), null_tokens (1, L, D), B prompts"
+        problem = ("needs finite data (B, T, C, H, W), tokens (B, L, D) and null_tokens (1, L, D), "
+                   "and B prompts")
         data, text, B = clip["data"], clip["text"], len(clip["prompts"])
         if kind != "text":
             assert data.ndim == 5 and len(data) == B and (data.shape[2] == 3) == (kind == "pixels")
@@ -848,7 +849,6 @@ def load_clip(path, kind: str) -> dict:
             assert text["tokens"].ndim == 3 and len(text["tokens"]) == B
             assert text["null_tokens"].shape == (1, *text["tokens"].shape[1:])
         assert all(x.isfinite().all() for x in (data, *(text or {}).values()) if x is not None)
-        clip["history"] = [*clip["history"]]
     except Exception as error:  # whatever a foreign file holds
         raise UserError(f"{path} {problem}; make one with `{COMMANDS[kind]}`") from error
     return clip
