@@ -26,9 +26,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-# Read when torch is loaded, so our modules import base first. Without the first, OpenMP's threads spin
-# at barriers: beside a busy process the first command took three times as long.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Read when torch is loaded, so our modules import base first.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # a third of the time beside a busy process
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what mps lacks, the CPU does
 
 import torch
@@ -44,8 +43,8 @@ from tqdm import tqdm
 
 def sinusoid(position: torch.Tensor, dim: int) -> torch.Tensor:
     """[cos, sin] of positions (N,) at dim/2 frequencies from 1 down to about 1/10000. (N, dim)"""
-    half = torch.arange(dim // 2, device=position.device)
-    frequency = torch.exp(-math.log(10000) * half / (dim // 2))
+    index = torch.arange(dim // 2, device=position.device)
+    frequency = torch.exp(-math.log(10000) * index / (dim // 2))
     angle = position.float()[:, None] * frequency  # (N, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
@@ -60,8 +59,8 @@ def zero_module(layer: nn.Module) -> nn.Module:
 class PseudoConv3d(nn.Conv2d):
     """Conv_P3D(h) = Conv1D( Conv2D(h) o T ) o T, o T swaps space and time    Make-A-Video, Eq. 2
 
-    Stable Diffusion's 3 x 3 convolution, then one over frames that starts as the identity.
-    Differs: the paper does so with every 2-D convolution; here only those of residual blocks do."""
+    Stable Diffusion's 3 x 3 convolution, then one over frames, the identity at first.
+    Differs: the paper extends all 2-D convolutions; here only those of residual blocks."""
 
     def __init__(self, in_channels: int, out_channels: int, temporal: bool):
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -90,7 +89,7 @@ def attend(q, k, v, is_causal: bool = False):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, N, C) to itself, or to a context (B, L, D). -> (B, N, C)"""
+    """Multi-head attention of x (B, N, C) to itself or to a context (B, L, D). -> (B, N, C)"""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
         super().__init__()
@@ -115,9 +114,10 @@ class TransformerBlock(nn.Module):
         self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads)
         if context_dim:
             self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, context_dim)
-        self.norm3, self.ff, geglu = nn.LayerNorm(dim), nn.Module(), nn.Module()
-        geglu.proj = nn.Linear(dim, 8 * dim)
-        self.ff.net = nn.ModuleList([geglu, nn.Identity(), nn.Linear(4 * dim, dim)])
+        self.norm3 = nn.LayerNorm(dim)
+        geglu = nn.ModuleDict({"proj": nn.Linear(dim, 8 * dim)})
+        net = nn.ModuleList([geglu, nn.Identity(), nn.Linear(4 * dim, dim)])
+        self.ff = nn.ModuleDict({"net": net})
 
     def forward(self, x, context=None):  # (B*T, H*W, C), (B, L, D)
         x = x + self.attn1(self.norm1(x))
@@ -129,8 +129,8 @@ class TransformerBlock(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """RMS norm of every position over its own channels, (N, C, H, W). It is local: a network that is
-    trained on windows sees the same on whole frames, where GroupNorm takes other statistics."""
+    """RMS norm of every pixel over its channels, (N, C, H, W). Unlike GroupNorm it is local, so a
+    network trained on windows computes the same on whole frames."""
 
     def __init__(self, channels: int, eps: float):
         super().__init__()
@@ -139,7 +139,7 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        x = x.permute(0, 2, 3, 1).float()  # (N, H, W, C); bf16 takes a CPU twice as long
+        x = x.permute(0, 2, 3, 1).float()  # (N, H, W, C); on a CPU bf16 takes twice as long
         x = F.rms_norm(x, self.weight.shape, self.weight, self.eps) + self.bias
         return x.permute(0, 3, 1, 2)
 
@@ -166,8 +166,8 @@ class SpatialTransformer(nn.Module):
 
 
 class TemporalAttention(nn.Module):
-    """ATTN1D of Make-A-Video, Eq. 3: every position attends over the frames. Residual, the output
-    projection zero at first. Differs: the paper names no positions; these are sinusoids."""
+    """ATTN1D of Make-A-Video, Eq. 3: every pixel attends over the frames. Residual, with an output
+    projection that starts at zero. Differs: the paper names no positions; these are sinusoids."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -187,8 +187,8 @@ class TemporalAttention(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two pseudo-3D convolutions, with the timestep embedding added in between. Norms take their
-    statistics per frame, so that frames see each other only through temporal layers."""
+    """Two pseudo-3D convolutions; the timestep embedding is added in between. Norms are per frame,
+    so frames see each other only through temporal layers."""
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int | None = None,
                  groups: int = 8, eps: float = 1e-5, temporal: bool = False):
@@ -225,10 +225,10 @@ def upsample(channels: int) -> nn.Module:
 class AttentionGate(nn.Module):
     """alpha = sigmoid(psi(relu(W_x x + W_g g))), skip <- alpha skip    Attention U-Net, Eqs. 1-2
 
-    With emb_dim the gate also reads the embedding of timestep and image, and starts open, at .95.
-    Differs: the video papers have no gates. In 1804.03999 alpha is on g's coarser grid. Without
-    emb_dim alpha is doubled, so that a fresh gate is the identity: the older form, in base.pt and
-    interpolate.pt. In these and in make-a-video.pt the deepest gate, up_blocks.0.gates.0, has closed."""
+    With emb_dim the gate also reads the embedding of timestep and image, and alpha starts at .95.
+    Without it (base.pt, interpolate.pt) alpha is doubled and starts at 1. In these two and in
+    make-a-video.pt the deepest gate, up_blocks.0.gates.0, has closed.
+    Differs: the video papers have no gates. In 1804.03999 alpha is on g's coarser grid."""
 
     def __init__(self, skip_channels: int, gating_channels: int, emb_dim: int | None = None):
         super().__init__()
@@ -262,10 +262,9 @@ class TimestepEmbedding(nn.Module):
 class MeanClip(nn.Module):
     """The mean of all training clips of a prompt, (B, L, D), fps (B,) -> (B, T, C, H, W).
 
-    Regressed first, then frozen and shown to the U-Net: at high noise it is the MSE-optimal
-    prediction. Where a thing is depends jointly on prompt, time and pixel, so the network is given
-    their product. Motion rests on it: without it, eight prompts fell from 96 to 38 % right.
-    Differs: it is in no paper; in Imagen Video attention relates words, time and place."""
+    Trained first, then frozen and shown to the U-Net: at high noise the mean is the MSE-optimal
+    prediction. Position depends jointly on prompt, time and pixel, so the network multiplies them.
+    Motion rests on it: without it, 8 prompts fell from 96 to 38 % right. Differs: it is ours."""
 
     def __init__(self, context_dim: int, channels: int, dim: int = 128):
         super().__init__()
@@ -276,10 +275,11 @@ class MeanClip(nn.Module):
 
     def forward(self, context, fps, T: int, H: int, W: int):
         seconds = torch.arange(T, device=fps.device) / fps[:, None]  # (B, T)
-        time = self.time_proj(sinusoid(4 * seconds.flatten(), 64)).unflatten(0, seconds.shape)
+        time = self.time_proj(sinusoid(4 * seconds.flatten(), 64))  # (B*T, D')
+        time = time.unflatten(0, seconds.shape)  # (B, T, D')
         y, x = (sinusoid(8 * (torch.arange(n, device=fps.device) + .5) / n, 32) for n in (H, W))
         place = torch.cat([y[:, None].expand(H, W, 32), x.expand(H, W, 32)], dim=-1)  # (H, W, 64)
-        text = self.text_proj(self.norm(context[:, -1]))[:, None]  # CLIP is causal: it saw all
+        text = self.text_proj(self.norm(context[:, -1]))[:, None]  # (B, 1, D'); CLIP is causal
         h = (time * (1 + 4 * text))[:, :, None, None]  # (B, T, 1, 1, D')
         h = h * (1 + 4 * self.place_proj(place))  # (B, T, H, W, D')
         h = self.linear_1(h) + self.fps_proj(sinusoid(fps, 64))[:, None, None, None]
@@ -297,35 +297,33 @@ class UNetConfig:
     layers: int = 1                  # residual blocks per level, and one more on the way up
     attention: tuple = (True, True)  # which levels attend
     heads: int = 4
-    context_dim: int | None = 128    # width of the text tokens; None: no text
-    groups: int = 8                  # of GroupNorm; 0: ChannelNorm, which is local
+    context_dim: int | None = 128    # width of the text tokens, or None
+    groups: int = 8                  # of GroupNorm; 0: ChannelNorm
     temporal: tuple = ("mean_clip", "attention", "conv")  # what an image model, (), lacks
     gates: bool = True               # attention gates on the skips
-    patch_size: int = 1              # patches folded into channels: makes 256 px affordable
+    patch_size: int = 1              # patches become channels, which makes 256 px affordable
     embeddings: tuple = ("fps",)     # added to the timestep's: "fps", "level", "text", "image"
 
 
 TINY_IMAGE = UNetConfig(temporal=(), gates=False, embeddings=())
-SD15 = UNetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False),
-                  heads=8, context_dim=768, groups=32)
 
 
 class UNetBlock(nn.Module):
     """One level: residual blocks, each followed by attention in space and in time; a resampler.
-    widths_in: channels into each block; skips: how many of these come from the skip connection."""
+    widths_in: channels into each residual block; skips: how many of these a skip brings."""
 
     def __init__(self, c: UNetConfig, widths_in: list, width: int, attentions: int,
                  skips: tuple = (), resampler: str = ""):
         super().__init__()
-        over_time = "conv" in c.temporal
+        emb_dim, over_time = 4 * c.channels[0], "conv" in c.temporal
         self.resnets = nn.ModuleList(
-            ResnetBlock(w, width, 4 * c.channels[0], c.groups, temporal=over_time) for w in widths_in)
+            ResnetBlock(w, width, emb_dim, c.groups, temporal=over_time) for w in widths_in)
         self.attentions = nn.ModuleList(
             SpatialTransformer(width, c.heads, c.context_dim, c.groups) for _ in range(attentions))
         self.temporal_attentions = nn.ModuleList(
             TemporalAttention(width, c.heads) for _ in self.attentions if "attention" in c.temporal)
         self.gates = nn.ModuleList(
-            AttentionGate(skip, w - skip, 4 * c.channels[0] if "image" in c.embeddings else None)
+            AttentionGate(skip, w - skip, emb_dim if "image" in c.embeddings else None)
             for skip, w in zip(skips, widths_in) if c.gates)
         self.downsamplers = nn.ModuleList([downsample(width)] if resampler == "down" else [])
         self.upsamplers = nn.ModuleList([upsample(width)] if resampler == "up" else [])
@@ -343,10 +341,9 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """A noisy video (B, T, C, H, W) -> the diffusion's target, (B, T, C', H, W).
-
-    Differs: Make-A-Video tells the frame rate to base and interpolation, Imagen Video to none; here
-    every space-time network is told."""
+    """A noisy video (B, T, C, H, W) -> the diffusion's target, (B, T, C', H, W). Differs: every
+    space-time network is told the frame rate; in Make-A-Video base and interpolation, in Imagen
+    Video none."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -370,17 +367,18 @@ class UNet(nn.Module):
             conv = nn.Conv2d(c.out_channels * patch, width, 3, padding=1)
             self.mean_clip_conv = zero_module(conv)
 
-        widths = [width, *c.channels]  # of what enters each level from above, and leaves it
+        skip_widths = [width]  # a stack, like the skips in `forward`
         self.down_blocks = nn.ModuleList()
-        for i, (above, out) in enumerate(pairwise(widths)):
-            widths_in = [above] + [out] * (c.layers - 1)
+        for i, out in enumerate(c.channels):
+            widths_in = [skip_widths[-1]] + [out] * (c.layers - 1)
             self.down_blocks.append(UNetBlock(c, widths_in, out, c.layers * c.attention[i],
                                               resampler="down" if i < last else ""))
+            skip_widths += [out] * (c.layers + (i < last))
         self.mid_block = UNetBlock(c, [out, out], out, int(any(c.attention)))
         self.up_blocks = nn.ModuleList()
         for i in range(last, -1, -1):
-            above, below, out = widths[i], out, widths[i + 1]
-            skips = [out] * c.layers + [above]
+            below, out = out, c.channels[i]
+            skips = [skip_widths.pop() for _ in range(c.layers + 1)]
             widths_in = [w + s for w, s in zip([below] + [out] * c.layers, skips)]
             self.up_blocks.append(UNetBlock(c, widths_in, out, (c.layers + 1) * c.attention[i],
                                             skips, resampler="up" if i else ""))
@@ -389,12 +387,12 @@ class UNet(nn.Module):
 
     @staticmethod
     def is_inflation(name: str) -> bool:
-        """Does this parameter belong to a layer that an image model does not have?"""
+        """Does this parameter belong to a layer that an image model lacks?"""
         return any(part in name for part in
                    ("temporal", "fps_embedding", "gates", "mean_clip", "image_"))
 
     def patchify(self, video):
-        """(B, T, C, H, W) -> (B*T, p*p*C, H/p, W/p), p the patch size. H and W are padded to fit."""
+        """(B, T, C, H, W) -> (B*T, p*p*C, H/p, W/p), p the patch size; H and W padded to fit."""
         frames, (H, W) = video.flatten(0, 1), video.shape[-2:]
         stride = self.config.patch_size * 2 ** (len(self.config.channels) - 1)
         frames = F.pad(frames, (0, -W % stride, 0, -H % stride), mode="replicate")
@@ -402,19 +400,19 @@ class UNet(nn.Module):
         return frames.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x, t, context=None, fps=None, level=None, cond=None):
-        """t, fps, level (B,); cond (B, T, C", H, W), further input channels. context: the text's tokens
-        (B, L, D). With "image" in embeddings: one CLIP embedding (B, 1, D), zeros for none; it is added
-        to the timestep's and becomes four tokens to attend to.           unCLIP (2204.06125), 2.1"""
+        """t, fps, level (B,); cond (B, T, C", H, W), further input channels; context (B, L, D), text
+        tokens. With "image" in embeddings context is one CLIP embedding (B, 1, D), or zeros: added
+        to the timestep's, and turned into four tokens to attend to.     unCLIP (2204.06125), 2.1"""
         B, T, _, H, W = x.shape
+        embeddings, tokens = self.config.embeddings, context
         emb = self.time_embedding(t)  # (B, E)
-        if "level" in self.config.embeddings:
+        if "level" in embeddings:
             emb = emb + self.level_embedding(100 * level)  # sinusoids barely differ within 0...1
-        if "text" in self.config.embeddings:
+        if "text" in embeddings:
             emb = emb + self.text_embedding(context[:, -1])  # the last token has seen all others
-        if "fps" in self.config.embeddings and T > 1:  # a picture has no frame rate
+        if "fps" in embeddings and T > 1:  # a picture has no frame rate
             emb = emb + self.fps_embedding(fps)
-        tokens = context
-        if "image" in self.config.embeddings:
+        if "image" in embeddings:
             emb = emb + self.image_embedding(context[:, 0])
             tokens = self.image_tokens(context[:, 0]).unflatten(1, (4, -1))  # (B, 4, D)
         emb = emb.repeat_interleave(T, 0)  # (B*T, E)
@@ -428,7 +426,7 @@ class UNet(nn.Module):
         x = x if cond is None else torch.cat([x, cond], dim=2)
         x = self.conv_in(self.patchify(x))  # (B*T, C, H/p, W/p)
         if "mean_clip" in self.config.temporal and T > 1:
-            with torch.no_grad():  # trained first, and then no further
+            with torch.no_grad():  # frozen
                 mean = self.mean_clip(context, fps, T, H, W)  # (B, T, C', H, W)
             x = x + self.mean_clip_conv(self.patchify(mean))
         skips = [x]
@@ -452,22 +450,22 @@ class UNet(nn.Module):
 # Diffusion: z_t = alpha_t x + sigma_t eps, alpha^2 + sigma^2 = 1, alpha_bar = alpha^2.
 
 def shift_noise(u: float, shift: float) -> float:
-    """u in 0...1 is a place in the cosine schedule, 1 is pure noise; returns the place whose
+    """u is a place in the cosine schedule, from 0, clean, to 1, pure noise. Returns the place whose
     sigma / alpha is `shift` times as large.             simple diffusion (2301.11093), section 3.1
 
-    Sixteen noisy frames of one scene carry more signal than one; shifting the schedule by
-    sqrt(frames) compensates. Differs: Imagen Video's schedule is not shifted."""
+    Sixteen noisy frames of one scene carry more signal than one; a shift of sqrt(frames)
+    compensates. Differs: Imagen Video's schedule is not shifted."""
     return 2 / math.pi * math.atan(shift * math.tan(math.pi / 2 * u))
 
 
 def sampling_timesteps(steps: int, shift: float = 1.) -> list:
-    """At most `steps` timesteps from 999 down, "trailing": the last step ends at no noise."""
+    """At most `steps` timesteps, from 999 down; the step after the last leads to clean data."""
     u = [shift_noise(1 - i / steps, shift) for i in range(steps)]
-    return list(dict.fromkeys(max(0, round(1000 * x) - 1) for x in u))  # equal ones count once
+    return list(dict.fromkeys(max(0, round(1000 * x) - 1) for x in u))  # without repeats
 
 
 class Diffusion:
-    """1000 noise levels t = 0 ... 999, the network's target, and the steps back from noise.
+    """1000 noise levels t = 0 ... 999 (-1 is clean), the network's target, and the steps back.
 
     schedule: "cosine" (Imagen Video 2.1) or "scaled_linear" (Stable Diffusion)
     target: "v" (Imagen Video 2.4), "epsilon" (Stable Diffusion) or "sample", the clean x
@@ -475,16 +473,16 @@ class Diffusion:
 
     def __init__(self, schedule: str = "cosine", target: str = "v"):
         self.schedule, self.target = schedule, target
-        if schedule == "cosine":  # alpha = cos(pi t / 2), mid-step, so that neither end is reached
+        if schedule == "cosine":  # alpha = cos(pi t / 2), at the middle of each step
             t = (torch.arange(1000, dtype=torch.float64) + .5) / 1000
             alpha_bar = torch.cos(math.pi / 2 * t) ** 2
         else:
             beta = torch.linspace(.00085 ** .5, .012 ** .5, 1000, dtype=torch.float64) ** 2
             alpha_bar = torch.cumprod(1 - beta, 0)
-        self.alpha_bar = torch.cat([alpha_bar, torch.ones(1, dtype=torch.float64)])  # [-1]: clean
+        self.alpha_bar = torch.cat([alpha_bar, torch.ones(1, dtype=torch.float64)])  # [-1] is clean
 
     def alpha_sigma(self, t, like):
-        """fp32 alpha_t and sigma_t of timesteps (B,), to multiply `like` (B, ...); t = -1 is clean."""
+        """alpha_t and sigma_t of timesteps (B,), in fp32, (B, 1, ...) where like is (B, ...)."""
         alpha_bar = self.alpha_bar[t.cpu()].view(-1, *[1] * (like.ndim - 1))
         return tuple(x.sqrt().to(like.device, torch.float32) for x in (alpha_bar, 1 - alpha_bar))
 
@@ -510,22 +508,21 @@ class Diffusion:
         return (weight * error.float().pow(2)).flatten(1).mean(1)
 
     def loss_weight(self, t, like):
-        """2 alpha sigma for v, and what equals that for the other targets. (B, 1, ...)
-
-        The v-loss is dominated by both ends: unpredictable detail at low noise, an invisible clip
-        at high noise. Differs: Imagen Video (Eq. 2) takes the error of eps, alpha^2 times v's."""
+        """2 alpha sigma for v, and its equal for other targets, (B, 1, ...). Without it, both ends
+        dominate: unpredictable detail at low noise, an invisible clip at high noise.
+        Differs: Imagen Video (Eq. 2) takes the error of eps, alpha^2 times v's."""
         alpha, sigma = self.alpha_sigma(t, like)
         return 2 * alpha * sigma / {"v": 1, "epsilon": alpha, "sample": sigma}[self.target] ** 2
 
     def ddim_step(self, z, x, t, s):
-        """z_s = alpha_s x + (sigma_s / sigma_t) (z_t - alpha_t x)       DDIM (2010.02502), Eq. 12"""
+        """z_s = alpha_s x + (sigma_s / sigma_t) (z_t - alpha_t x)      DDIM (2010.02502), Eq. 12"""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
         return alpha_s * x + sigma_s / sigma_t * (z - alpha_t * x)
 
     def ancestral_step(self, z, x, t, s, gamma: float, noise):
-        """z_s = r (alpha_s / alpha_t) z_t + (1 - r) alpha_s x + sqrt(lower^(1-gamma) upper^gamma) eps
+        """z_s = r alpha_s / alpha_t z_t + (1 - r) alpha_s x + sqrt(lower^(1-gamma) upper^gamma) eps
 
-        Imagen Video, Eqs. 3-4; r = e^(lambda_t - lambda_s); lower and upper bound the variance."""
+        r = e^(lambda_t - lambda_s); lower and upper bound the variance.   Imagen Video, Eqs. 3-4"""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
         r = (alpha_t * sigma_s / (sigma_t * alpha_s)) ** 2
         lower, upper = (1 - r) * sigma_s ** 2, (1 - r) * sigma_t ** 2
@@ -535,14 +532,14 @@ class Diffusion:
     def stochastic_step(self, z, x, t, s, r, noise):
         """z_s = (alpha_s / alpha_r) z_r + sqrt(sigma_s^2 - (alpha_s sigma_r / alpha_r)^2) eps
 
-        Imagen Video 2.7, for students: DDIM two strides down, to r; noise takes z one back, to s."""
+        For students: DDIM over two steps to r, then noise, one step back to s.   Imagen Video 2.7"""
         (alpha_s, sigma_s), (alpha_r, sigma_r) = self.alpha_sigma(s, z), self.alpha_sigma(r, z)
         slope = alpha_s / alpha_r
         z_r = self.ddim_step(z, x, t, r)
         return slope * z_r + (sigma_s ** 2 - (slope * sigma_r) ** 2).sqrt() * noise
 
     def dpmpp_step(self, z, x, t, s, x_last, t_last):
-        """z_s = (sigma_s / sigma_t) z_t - alpha_s (e^-h - 1) D     DPM-Solver++ (2211.01095), Alg. 2
+        """z_s = (sigma_s / sigma_t) z_t - alpha_s (e^-h - 1) D    DPM-Solver++ (2211.01095), Alg. 2
 
         D extrapolates x from the last step; h is the step in log(alpha / sigma)."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
@@ -556,8 +553,8 @@ class Diffusion:
     def distillation_target(self, predict, z, path):
         """x = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)
 
-        Progressive distillation (2202.00512): one DDIM step with this x leads where the teacher's K
-        steps lead, through the timesteps path (B, K + 1)."""
+        One DDIM step with this x leads where the teacher's K steps lead, through the timesteps
+        path (B, K + 1).                                   Progressive distillation (2202.00512)"""
         z_s = z
         for t, s in pairwise(path.unbind(1)):
             z_s = self.ddim_step(z_s, self.to_x(predict(z_s, t), z_s, t), t, s)
@@ -566,9 +563,8 @@ class Diffusion:
         return (z_s - sigma_s / sigma_t * z) / (alpha_s - sigma_s / sigma_t * alpha_t)
 
     def distillation_loss(self, student, teacher, x, noise, path, taught=None):
-        """Squared error of a student's x per video, (B,): its one step is to lead where K of its
-        teacher's do. Both are predict(z, t); path (B, K + 1), timesteps from t down. Where `taught`
-        (B,) is false, the truth teaches.                        2202.00512; Imagen Video 2.7"""
+        """Squared error of a student's x per video, (B,). student, teacher: predict(z, t). path: as
+        above. Where `taught` (B,) is false, the target is the true x.           Imagen Video 2.7"""
         t = path[:, 0]
         z = self.add_noise(x, noise, t)  # (B, T, C, H, W)
         with torch.no_grad():
@@ -580,10 +576,11 @@ class Diffusion:
     @torch.no_grad()
     def sample(self, predict, z, steps: int = 16, sampler: str = "dpmpp", shift: float = 1.,
                gamma: float = 0., step_noise=None, threshold: bool = False, label: str = ""):
-        """From noise z (B, ...) to clean data in at most `steps` calls of predict(z, t). shift: see
-        shift_noise. gamma: of the sampler "ancestral"; it and "stochastic" use step_noise(i), the noise
-        of step i = 1, 2, ..., like z. threshold: for pixels under guidance. label: of a progress bar."""
-        steps, x_last, t_last = list(pairwise(sampling_timesteps(steps, shift) + [-1])), None, None
+        """From noise z (B, ...) to clean data in at most `steps` calls of predict(z, t). sampler:
+        "ddim", "dpmpp", "ancestral" (with gamma) or "stochastic"; the latter two add step_noise(i),
+        like z, in step i = 1, 2, ... threshold: for guided pixels. label: of a progress bar."""
+        steps = list(pairwise(sampling_timesteps(steps, shift) + [-1]))
+        x_last, t_last = None, None
         for i, step in enumerate(tqdm(steps, desc=label, disable=not label, leave=False), start=1):
             t, s = (torch.full((len(z),), n, device=z.device) for n in step)
             x = self.to_x(predict(z, t), z, t)
@@ -595,25 +592,24 @@ class Diffusion:
             elif sampler == "ancestral":
                 z = self.ancestral_step(z, x, t, s, gamma, step_noise(i).to(z))
             elif sampler == "stochastic":
-                r = torch.full_like(t, steps[i][1])  # where the next step leads
+                r = torch.full_like(t, steps[i][1])  # the end of the next step
                 z = self.stochastic_step(z, x, t, s, r, step_noise(i).to(z))
             else:
                 z = self.ddim_step(z, x, t, s)
 
 
 def teacher_paths(teacher: int, student: int, shift: float) -> torch.Tensor:
-    """The teacher's timesteps, a row for each step of the student: (student, K + 1); -1 is clean."""
+    """The teacher's timesteps, one row per step of the student, (student, K + 1)."""
     timesteps = torch.tensor(sampling_timesteps(teacher, shift) + [-1])
-    once = teacher == student == 1  # a one-step student teaches its texture to another network
-    if not once and (teacher % student or teacher <= student or len(timesteps) != teacher + 1):
+    if teacher % student or len(timesteps) != teacher + 1:
         raise UserError(f"{student} steps cannot each stand for several of {teacher}")
     return timesteps.unfold(0, teacher // student + 1, teacher // student)
 
 
 def dynamic_threshold(x):
-    """clamp(x, -s, s) / s, s a percentile of |x|, at least 1. One s for all frames of a video
-    (B, T, C, H, W), so that none flickers.                                  Imagen Video 2.6.2"""
-    rank = math.ceil(.995 * x[0].numel())  # Imagen's (2205.11487); torch.quantile stops at 2^24
+    """clamp(x, -s, s) / s, where s is a percentile of |x|, at least 1; one s for all frames of
+    a video, against flicker. (B, T, C, H, W)                                Imagen Video 2.6.2"""
+    rank = math.ceil(.995 * x[0].numel())  # as in Imagen (2205.11487); torch.quantile stops at 2^24
     s = torch.stack([video.abs().float().flatten().kthvalue(rank).values for video in x])
     s = s.clamp(min=1).view(-1, *[1] * (x.ndim - 1)).to(x)  # (B, 1, 1, 1, 1)
     return x.clamp(-s, s) / s
@@ -622,34 +618,31 @@ def dynamic_threshold(x):
 # ------------------------------------------------------------------------------------------------
 # Guidance
 
-GUIDANCE_INTERVAL = (-2.78, 0.)  # of log-SNR: sigma / alpha from 4 down to 1
-
-
 def interval_guidance(diffusion: Diffusion, high: float):
-    """A guidance scale as a function of t: high inside GUIDANCE_INTERVAL, at most 1 outside, where
-    guidance bends outlines and costs a second call.               Limited interval (2404.07724)"""
+    """A guidance scale as a function of t: `high` while sigma / alpha is from 4 to 1; otherwise,
+    where guidance bends outlines, at most 1.                     Limited interval (2404.07724)"""
     def scale(t: int) -> float:
         log_snr = torch.logit(diffusion.alpha_bar[t])  # log(alpha^2 / sigma^2)
-        inside = GUIDANCE_INTERVAL[0] <= log_snr < GUIDANCE_INTERVAL[1]
-        return high if inside else min(high, 1.)
+        return high if -2.78 <= log_snr < 0 else min(high, 1.)
     return scale
 
 
 def oscillating_guidance(high: float, low: float, steps: int, shift: float = 1.):
-    """A guidance scale as a function of t: high for half of the steps, then low and high in turn,
-    for text alignment early without saturation late; steps and shift as in Diffusion.sample. The
-    paper does not say how long the first phase is.                          Imagen Video 2.6.2"""
+    """A guidance scale as a function of t: high for half of the steps (the paper does not say how
+    many), then low and high in turn. steps, shift: as in Diffusion.sample.  Imagen Video 2.6.2"""
     timesteps = sampling_timesteps(steps, shift)
     second = timesteps[(len(timesteps) + 1) // 2:]  # low, high, low, ...
     return lambda t: low if t in second[::2] else high
 
 
 def classifier_free_guidance(unet: UNet, context, null_context, fps, scale, cond=None, level=None):
-    """predict(z, t) = null + s (text - null), Imagen Video's Eq. 5 with s = 1 + w. scale: s, or a
-    function of t. context (B, L, D), null_context (1, L, D), cond (B, T, C", H, W), fps (B,) or
-    one for all."""
+    """predict(z, t) = null + s (text - null)                     Imagen Video, Eq. 5; s = 1 + w
+
+    scale: s, or a function of t. context (B, L, D), null_context (1, L, D), cond (B, T, C", H, W),
+    level (B,), fps (B,) or one float for all."""
     def twice(x):
         return None if x is None else torch.cat([x, x])
+
     def predict(z, t):
         s = scale(int(t[0])) if callable(scale) else scale
         rate = torch.full((len(z),), fps, device=z.device) if isinstance(fps, float) else fps
@@ -665,24 +658,22 @@ def classifier_free_guidance(unet: UNet, context, null_context, fps, scale, cond
 
 
 def has_fast_bf16(device) -> bool:
-    """Does the device multiply bf16 natively? A CPU that does not is faster in fp32."""
+    """Does the device multiply bf16 natively?"""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(f"{unit}_bf16") for unit in ("amx", "avx512"))
 
 
 def fast_autocast(device):
-    """bf16 where it is fast, else fp32; on CUDA fp16, except in training. Nobody has run it, or mps."""
-    device, bf16 = torch.device(device).type, has_fast_bf16(device)
-    fp16 = device == "cuda" and not torch.is_grad_enabled()
-    return torch.autocast(device, torch.bfloat16 if bf16 else torch.float16, enabled=bf16 or fp16)
+    """bf16 where it is fast, else fp32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_fast_bf16(device))
 
 
 # ------------------------------------------------------------------------------------------------
 # The base model
 
 def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
-    """(B,). batch: latents and noise (B, T, 4, h, w), context (B, L, D), fps and t (B,)."""
+    """Per video, (B,). batch: latents, noise (B, T, 4, h, w), context (B, L, D), fps and t (B,)."""
     def predict(z, t):
         return unet(z, t, batch["context"], batch["fps"])
     x, t = batch["latents"], batch["t"]
@@ -691,25 +682,26 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
 
 def distillation_loss(unet: UNet, diffusion: Diffusion, batch: dict, teacher: UNet,
                       guidance: float = 2.) -> torch.Tensor:
-    """(B,). batch: as for `loss`, null_context, and path (B, K + 1), the same for all. The student is told
-    nothing of the guidance that it takes up. Differs: Imagen Video distils guidance first, then halves
-    the steps again and again; here both are done at once."""
+    """Per video, (B,). batch: as for `loss`, null_context, path (B, K + 1), all alike. The student,
+    unguided, learns what the guided teacher does. Differs: Imagen Video distils guidance first,
+    then halves the steps again and again; here both happen at once."""
     text = batch["context"], batch["null_context"], batch["fps"]
     student = classifier_free_guidance(unet, *text, 1.)
     guided = classifier_free_guidance(teacher, *text, interval_guidance(diffusion, guidance))
-    return diffusion.distillation_loss(student, guided, batch["latents"], batch["noise"], batch["path"])
+    x, noise = batch["latents"], batch["noise"]
+    return diffusion.distillation_loss(student, guided, x, noise, batch["path"])
 
 
 def mean_clip_loss(mean_clip: MeanClip, batch: dict) -> torch.Tensor:
-    """Squared error per video, (B,): least where the prediction is the mean. batch as in `loss`."""
+    """Squared error per video, (B,); its minimum is the mean. batch as in `loss`."""
     x = batch["latents"]
     mean = mean_clip(batch["context"], batch["fps"], x.shape[1], *x.shape[3:])
     return (mean - x).float().pow(2).flatten(1).mean(1)
 
 
 def initial_noise(shape: tuple, seed: int, stage: str, index: int = 0) -> torch.Tensor:
-    """Standard normal (B, ...), on the CPU. Video i is a function of (seed + i, stage, index) only,
-    whatever else is made; index counts steps, or frames."""
+    """Standard normal (B, ...), on the CPU. Video i depends only on (seed + i, stage, index); index
+    counts steps, or frames."""
     def video(i):
         key = hashlib.sha256(f"{stage} {seed + i} {index}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
@@ -717,21 +709,22 @@ def initial_noise(shape: tuple, seed: int, stage: str, index: int = 0) -> torch.
     return torch.stack([video(i) for i in range(shape[0])])
 
 
-STEPS = 24  # 48 are no better: see the model card
-STUDENT = {"guidance": 1., "sampler": "stochastic", "shift": 2.}  # how distilled weights are sampled
+STUDENT = {"guidance": 1., "sampler": "stochastic", "shift": 2.}  # how to sample distilled weights
 
 
 def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int = 16, fps: float = 4.,
-             side: int = 8, guidance=2., steps: int = STEPS, sampler: str | None = None,
+             side: int = 8, guidance=2., steps: int = 24, sampler: str | None = None,
              shift: float | None = None, gamma: float = 0., seed: int = 0, label: str = ""):
     """Latents of one video per prompt, (B, T, 4, side, side). text: tokens (B, L, D), null_tokens
-    (1, L, D). guidance: a scale, for clips in GUIDANCE_INTERVAL, or a function of t. Clips take the
-    ancestral sampler: fresh noise lets later steps correct early errors of motion; images have none."""
+    (1, L, D). guidance: a scale, for clips only inside an interval, or a function of t. Clips take
+    the ancestral sampler by default: fresh noise lets later steps correct errors of motion."""
     device, B = next(unet.parameters()).device, len(text["tokens"])
     sampler = sampler or ("ancestral" if frames > 1 else "dpmpp")
     if frames > 1 and not callable(guidance):
         guidance = interval_guidance(diffusion, guidance)
-    predict = classifier_free_guidance(unet, text["tokens"], text["null_tokens"], float(fps), guidance)
+    tokens, null = text["tokens"], text["null_tokens"]
+    predict = classifier_free_guidance(unet, tokens, null, float(fps), guidance)
+
     def step_noise(i):  # (B, T, 4, side, side)
         return initial_noise((B, frames, unet.config.out_channels, side, side), seed, "base", i)
     return diffusion.sample(predict, step_noise(0).to(device), steps, sampler,
@@ -746,9 +739,7 @@ COMMANDS = {"text": 'python text.py "a red star moving left" -o text.pt',
             "latents": "python base.py text.pt -o base.pt",
             "pixels": "python vae.py decode base.pt -o pixels.pt"}
 SD_ID = "stable-diffusion-1"  # all 1.x folders share one text encoder and one latent space
-SD_PARTS = {"base": "unet", "image": "unet", "text": "text_encoder", "vae": "vae"}
-SD_NOISE = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": .012,
-            "rescale_betas_zero_snr": False}
+SD_PARTS = {"base": "unet", "image": "unet", "text": "text_encoder"}
 
 
 class UserError(Exception):
@@ -769,7 +760,7 @@ def run(main):
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number above zero."""
+    """An argparse type."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -784,13 +775,13 @@ def command_line(doc: str, argv=None, seed: bool = True) -> argparse.ArgumentPar
     parser.add_argument("--weights", default=WEIGHTS, help="a folder of weights [weights/]")
     if seed:
         parser.add_argument("--seed", type=int, default=0, help="video i starts from seed + i [0]")
-    argv = map(str, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     parser.set_defaults(command=shlex.join([doc.split()[0], *argv]))
     return parser
 
 
 def check_output(path, *suffixes: str):
-    """Refuse an unknown kind of file before time is spent on it. Makes its folder."""
+    """Refuse an unknown kind of file before any work is done. Makes the file's folder."""
     if Path(path).suffix.lower() not in suffixes:
         raise UserError(f"{path}: unknown extension; use one of {' '.join(suffixes)}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -798,7 +789,7 @@ def check_output(path, *suffixes: str):
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary path, renamed to `path` when all went well: no file is half written."""
+    """Yield a temporary path, renamed to `path` at the end: no file is half written."""
     temporary = Path(path).with_name(f".{os.getpid()}-{Path(path).name[-40:]}")
     try:
         yield temporary
@@ -814,7 +805,7 @@ def save_pt(path, content: dict):
 
 
 def load_pt(path, remedy: str = "") -> dict:
-    """The dict of a .pt or .safetensors file. weights_only: it never runs code."""
+    """The dict in a .pt or .safetensors file. weights_only: it never runs code."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file{remedy}")
@@ -823,24 +814,20 @@ def load_pt(path, remedy: str = "") -> dict:
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever a foreign file provokes
-        is_pointer = path.stat().st_size < 1000 and b"git-lfs" in path.read_bytes()
-        problem = "is a Git-LFS pointer: `git lfs pull`" if is_pointer else "is damaged or foreign"
-        raise UserError(f"{path} {problem}{remedy}") from error
+        raise UserError(f"{path} is damaged, foreign or a Git-LFS pointer{remedy}") from error
 
 
-def new_clip(kind: str, data=None, text=None, prompts=(), fps: float = 1., seed=None, history=(),
-             encoder=None, vae=None, image_encoder=None) -> dict:
-    """What a .pt file between stages holds. kind is "text", "latents" (float (B, T, 4, h, w)) or
-    "pixels" (uint8 (B, T, 3, H, W)); text is tokens (B, L, D) and null_tokens (1, L, D), or None
-    without a prompt, and may have an image_embedding (B, E); encoder, vae and image_encoder are the
-    ids of what made tokens, latents and embedding."""
-    return {"kind": kind, "data": data, "text": text, "prompts": list(prompts), "fps": float(fps),
-            "seed": seed, "history": list(history), "encoder": encoder, "vae": vae,
-            "image_encoder": image_encoder}
+def new_clip(kind: str, data=None, text=None, prompts=(), fps: float = 1., **more) -> dict:
+    """What a .pt file between stages holds. kind: "text", "latents" (data is float (B, T, 4, h, w))
+    or "pixels" (uint8 (B, T, 3, H, W)). text: tokens (B, L, D), null_tokens (1, L, D), perhaps an
+    image_embedding (B, E). encoder, vae, image_encoder: ids of what made tokens, latents and that."""
+    clip = {"kind": kind, "data": data, "text": text, "prompts": list(prompts), "fps": float(fps)}
+    origin = {"seed": None, "history": [], "encoder": None, "vae": None, "image_encoder": None}
+    return clip | origin | more
 
 
 def save_clip(path, clip: dict, command: str):
-    """Write a clip and say so; its history gains the command line."""
+    """Write a clip, with one more line of history, and print its name and shape."""
     save_pt(path, clip | {"history": clip["history"] + [command]})
     shape = tuple(clip["text"]["tokens"].shape if clip["data"] is None else clip["data"].shape)
     print(f"{path}: {clip['kind']} {shape}")
@@ -862,7 +849,6 @@ def load_clip(path, kind: str) -> dict:
             assert text["tokens"].ndim == 3 and len(text["tokens"]) == B
             assert text["null_tokens"].shape == (1, *text["tokens"].shape[1:])
         assert all(x.isfinite().all() for x in (data, *(text or {}).values()) if x is not None)
-        clip["history"] = [*clip["history"]]
     except Exception as error:  # whatever a foreign file holds
         raise UserError(f"{path} {problem}; make one with `{COMMANDS[kind]}`") from error
     return clip
@@ -873,7 +859,7 @@ def check_ids(clip: dict, made_by: dict, width: int | None = None):
     for key, name in (("encoder", "text"), ("image_encoder", "image_encoder"), ("vae", "vae")):
         ours = made_by.get(name)
         if ours and clip[key] not in (None, ours):
-            raise UserError(f"this clip is of {key} {clip[key]}, the weights of {ours}: make another")
+            raise UserError(f"the clip is of {key} {clip[key]}, the weights of {ours}: make another")
     if width and clip["text"]["tokens"].shape[-1] != width:
         raise UserError(f"the weights need tokens {width} wide: make them anew with text.py")
 
@@ -893,15 +879,16 @@ def save_checkpoint(path, config: dict, model: nn.Module, **made_by):
 
 
 def load_checkpoint(weights, name: str, stage: str = "") -> dict:
-    """What save_checkpoint wrote for a stage (NAME, if not given), in weights/NAME.pt or in the file
-    `weights`; or NAME's part of a Stable Diffusion 1.x folder."""
-    path, folder = Path(weights) / f"{name}.pt", Path(weights) / SD_PARTS.get(name, name)
-    if folder.is_dir() and not path.is_file():
-        return load_stable_diffusion(folder)
-    path, stage = Path(weights) if Path(weights).is_file() else path, stage or name
+    """What save_checkpoint wrote for a stage (by default NAME): the file `weights`, or NAME.pt in
+    that folder; or the part of a Stable Diffusion 1.x folder."""
+    stage = stage or name
+    path = Path(weights) if Path(weights).is_file() else Path(weights) / f"{name}.pt"
+    part = Path(weights) / SD_PARTS.get(name, name)
+    if part.is_dir() and not path.is_file():
+        return load_stable_diffusion(part)
     train = stage + " --captions none" * name.startswith("make-a-video")
-    remedy = (f"; train it with `python train.py {train} --weights {path.parent}`, or use a folder of Stable "
-              "Diffusion 1.x (unet/, vae/, text_encoder/, tokenizer/; not one file of it, nor a hub's name)")
+    remedy = (f"; train it with `python train.py {train} --weights {path.parent}`, or use a folder "
+              "of Stable Diffusion 1.x, not one file of it, nor a hub's name")
     checkpoint = load_pt(path, remedy)
     held = checkpoint.get("made_by", {}).get("stage", "something else")
     if held != stage:
@@ -911,55 +898,54 @@ def load_checkpoint(weights, name: str, stage: str = "") -> dict:
 
 def load_stable_diffusion(folder: Path) -> dict:
     """A checkpoint from unet/, vae/ or text_encoder/, whose config is config.json."""
-    names = [f"*model{kind}{suffix}" for kind in ("", "-*-of-*", ".fp16*", ".non_ema*")
-             for suffix in (".safetensors", ".bin")]
-    files = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
-    if not files:
+    for pattern in ("*model.safetensors", "*model.bin", "*.safetensors", "*.bin"):  # shards last
+        files = sorted(folder.glob(pattern), reverse=True)  # .non_ema, then .fp16, which replaces it
+        if files:
+            break
+    else:
         raise UserError(f"{folder} holds no weights")
     old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # 2022
     state = {}
-    for name, tensor in (item for file in files for item in load_pt(file).items()):
-        for old, new in old_names.items():
-            name = name.replace(f".{old}.", f".{new}.")
-        if folder.name == "text_encoder" and not name.startswith("text_model."):  # transformers 5
-            name = f"text_model.{name}"
-        if not name.endswith("position_ids"):
-            state[name] = tensor
+    for file in files:
+        for name, tensor in load_pt(file).items():
+            for old, new in old_names.items():
+                name = name.replace(f".{old}.", f".{new}.")
+            if folder.name == "text_encoder" and not name.startswith("text_model."):
+                name = f"text_model.{name}"  # transformers 5 leaves it out
+            if not name.endswith("position_ids"):
+                state[name] = tensor
     config = json.loads((folder / "config.json").read_bytes())
     return {"config": config, "model": state, "made_by": {"vae": SD_ID, "text": SD_ID}}
 
 
 def load_state(model: nn.Module, state: dict, path, may_lack=lambda name: False) -> nn.Module:
-    """load_state_dict; only parameters that `may_lack` allows may be missing from the state."""
+    """load_state_dict; the state may lack only parameters that `may_lack` allows."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = [name for name, tensor in state.items() if shapes.pop(name, None) != tensor.shape]
     wrong += [name for name in shapes if not may_lack(name)]
     if wrong:
-        raise UserError(f"{path} does not fit the model: {wrong[0]}, {len(wrong)} in all")
+        raise UserError(f"{path} does not fit the model: {wrong[0]}, {len(wrong)} in all (of Stable "
+                        "Diffusion only 1.x does, without LCM or inpainting)")
     model.load_state_dict(state, strict=False)
     return model
 
 
 def load(weights=WEIGHTS, device="cpu", name: str = "base", stage: str = "", **changes):
-    """The U-Net of a stage or of a Stable Diffusion folder, its Diffusion, and its made_by. Layers
-    that an image model lacks start as the identity; `changes` to the config add them."""
+    """The U-Net of a stage or a Stable Diffusion folder, its Diffusion, and its made_by. `changes`
+    to its config may add temporal layers."""
     checkpoint = load_checkpoint(weights, name, stage)
     s, made_by = checkpoint["config"], checkpoint["made_by"]
     if "unet" in s:
         config, diffusion = UNetConfig(**s["unet"]), Diffusion(**s["diffusion"])
-    else:  # Stable Diffusion's
+    else:  # Stable Diffusion's config.json
         file = Path(weights) / "scheduler/scheduler_config.json"
-        noise = SD_NOISE | {"prediction_type": "epsilon"}
-        noise |= json.loads(file.read_bytes()) if file.is_file() else {}
-        target = noise["prediction_type"].removesuffix("_prediction")
-        if target not in ("epsilon", "v", "sample") or not SD_NOISE.items() <= noise.items():
-            raise UserError(f"{file}: only {SD_NOISE} of epsilon, v_prediction or sample are read")
+        scheduler = json.loads(file.read_bytes()) if file.is_file() else {}
+        target = scheduler.get("prediction_type", "epsilon").removesuffix("_prediction")
         diffusion, made_by["side"] = Diffusion("scaled_linear", target), s["sample_size"]
         config = UNetConfig(channels=s["block_out_channels"], layers=s["layers_per_block"],
                             attention=tuple("CrossAttn" in kind for kind in s["down_block_types"]),
                             heads=s["attention_head_dim"], context_dim=s["cross_attention_dim"],
                             groups=s["norm_num_groups"], temporal=("attention", "conv"))
-        weights = f"{weights} (if not Stable Diffusion 1.x, but 2, XL, LCM or for inpainting)"
     unet = UNet(replace(config, **changes))
     load_state(unet, checkpoint["model"], weights, UNet.is_inflation)
     return unet.to(device, memory_format=torch.channels_last).eval(), diffusion, made_by
@@ -967,23 +953,25 @@ def load(weights=WEIGHTS, device="cpu", name: str = "base", stage: str = "", **c
 
 def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
                   fps: float = 4., **how) -> dict:
-    """A clip of text -> a clip of latents; `how` goes to `generate`. An image embedding in it goes to
-    make-a-video.pt; no later stage then hears the prompt. Differs: Make-A-Video's interpolation began
-    as D^t; ours began as the captioned base, and hears the null prompt."""
+    """A clip of text -> a clip of latents. `how` goes to `generate`, except what is None. An image
+    embedding goes to make-a-video.pt, and later stages then hear the null prompt. Differs:
+    Make-A-Video's interpolation began as D^t; ours began as the captioned base."""
+    how = {name: value for name, value in how.items() if value is not None}
     text, embedding = clip["text"], clip["text"].get("image_embedding")
     name = "base" if embedding is None else "make-a-video"
     unet, diffusion, made_by = load(weights, device, name, "base")
     check_ids(clip, made_by, unet.config.context_dim)
     if ("image" in unet.config.embeddings) != (embedding is not None):
-        raise UserError("make-a-video.pt, and no other, reads an image embedding; make one with "
-                        f"`{COMMANDS['text']} --prior`")
-    told = text
+        raise UserError("only make-a-video.pt reads an image embedding; text.py --prior makes one")
+    condition = text
     if embedding is not None:
-        told = {"tokens": embedding[:, None], "null_tokens": torch.zeros_like(embedding[:1, None])}
+        tokens = embedding[:, None]  # (B, 1, E)
+        condition = {"tokens": tokens, "null_tokens": torch.zeros_like(tokens[:1])}
         text = text | {"tokens": text["null_tokens"].expand_as(text["tokens"])}
     if "distill" in made_by:
         how = STUDENT | {"steps": made_by["distill"][1]} | how
-    z = generate(unet, diffusion, told, frames, fps, made_by["side"], seed=seed, label=name, **how)
+    z = generate(unet, diffusion, condition, frames, fps, made_by["side"], seed=seed, label=name,
+                 **how)
     return clip | {"kind": "latents", "data": z, "text": text, "fps": fps, "seed": seed,
                    "vae": made_by["vae"]}
 
@@ -994,7 +982,7 @@ def main(argv=None):
     parser.add_argument("-o", "--out", default="base.pt", help="latents to write [base.pt]")
     parser.add_argument("--frames", type=positive, default=16, help="1 makes a picture [16]")
     parser.add_argument("--fps", type=float, default=4., help="trained on 4 to 30 [4]")
-    parser.add_argument("--steps", type=positive, help=f"[{STEPS}; a student's own]")
+    parser.add_argument("--steps", type=positive, help="[24; a student's own]")
     parser.add_argument("--guidance", type=float, help="scale; 1 is none [2; students: 1]")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral", "stochastic"),
                         help="[ancestral, or dpmpp for a picture; students: stochastic]")
@@ -1002,9 +990,9 @@ def main(argv=None):
     check_output(args.out, ".pt")
     if not 0 < args.fps < math.inf:
         raise UserError(f"{args.fps} frames per second make no clip")
-    asked = {key: vars(args)[key] for key in ("steps", "guidance", "sampler")}
     clip = generate_clip(load_clip(args.text, "text"), args.weights, args.device, args.seed,
-                         args.frames, args.fps, **{k: v for k, v in asked.items() if v is not None})
+                         args.frames, args.fps, steps=args.steps, guidance=args.guidance,
+                         sampler=args.sampler)
     save_clip(args.out, clip, args.command)
 
 
