@@ -30,9 +30,7 @@ def make_a_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, fr
     Differs: all stages of the paper are in pixels. Without `prior`, D^t reads the prompt itself and
     was trained on captioned clips."""
     where, how = (weights, device, seed), {} if guidance is None else {"guidance": guidance}
-    clip = text.encode_clip(prompts, weights, device)
-    if prior:
-        clip = text.with_prior(clip, *where)
+    clip = text.encode_clip(prompts, *where, prior)
     yield "text", clip  # tokens (B, L, D), and from P an image embedding (B, E)
     if image:
         clip = animate_clip(clip, image, *where, **how)

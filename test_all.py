@@ -418,6 +418,8 @@ def test_text_is_causal_and_every_word_of_the_world_is_one_token():
     ids, start = text.tokenize(tokenizer, [*words, ""], 4), tokenizer.get_vocab_size() - 2
     assert (ids[:, 0] == start).all() and (ids[:-1, 2:] > start).all() and ids[-1, 1] > start
     assert len(ids[:-1, 1].unique()) == len(words) and words <= set(facts["words"])
+    grown, _ = text.grow_tokenizer(*text.learn_tokenizer(["a star"]), ["a heart", "r2d2"])
+    assert "heart</w>" in grown and not any("</w>" in token[:-4] for token in grown)  # "2</w>d" is no word
 
 
 def test_contrastive_loss_is_symmetric_and_equal_captions_all_count():
@@ -1644,7 +1646,7 @@ def test_a_network_told_an_embedding_starts_as_the_image_model_with_open_gates()
 
 
 def test_another_embedding_makes_another_video_and_tokens_none(trained, tmp_path):
-    clip = text.with_prior(text.encode_clip(["a red star growing"], trained), trained)
+    clip = text.encode_clip(["a red star growing"], trained, prior=True)
     other = clip | {"text": clip["text"] | {"tokens": clip["text"]["tokens"] + 1}}
     turned = clip | {"text": clip["text"] | {"image_embedding": -clip["text"]["image_embedding"]}}
     made, same, new = (base.generate_clip(c, trained, frames=2, steps=2) for c in (clip, other, turned))
@@ -2107,7 +2109,7 @@ def evaluate_fidelity():
 
 
 def by_prior(clip: dict, factors: list, i: int) -> dict:
-    return text.with_prior(clip, *where(i))
+    return text.encode_clip(clip["prompts"], *where(i), prior=True)
 
 
 def by_truth(clip: dict, factors: list, i: int) -> dict:
