@@ -22,8 +22,8 @@ from pathlib import Path
 
 import vae
 from base import (SD_ID, WEIGHTS, Diffusion, TimestepEmbedding, UserError, attend, check_output,
-                  classifier_free_guidance, command_line, initial_noise, load_checkpoint, load_state,
-                  new_clip, run, save_clip, tensors_id, warn)
+                  classifier_free_guidance, command_line, initial_noise, load_checkpoint,
+                  load_state, new_clip, run, save_clip, tensors_id, warn)
 
 import torch
 import torch.nn as nn
@@ -39,11 +39,11 @@ WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{
 # Byte-pair encoding as CLIP does it: over bytes, and "</w>" marks the end of a word.
 
 def build_tokenizer(vocab: dict, merges: list) -> Tokenizer:
-    """CLIP's tokenizer for a vocabulary {token: id} and merges: pairs (a, b), in files also "a b"."""
+    """CLIP's tokenizer. vocab: {token: id}; merges: pairs (a, b), or in some files "a b"."""
     pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
     tokenizer = Tokenizer(models.BPE(vocab, pairs, end_of_word_suffix="</w>", unk_token=END))
-    spaces = normalizers.Replace(Regex(r"\s+"), " ")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -99,7 +99,7 @@ def read_tokenizer(folder: Path) -> dict:
 
 def tokenize(tokenizer: Tokenizer, prompts: list, context: int) -> torch.Tensor:
     """Ids (B, context): start, the prompt, then ends. A longer prompt is cut, with a warning.
-    Differs: CLIP cleans prompts with ftfy, which also mends ligatures, wide letters and mojibake."""
+    Differs: CLIP's ftfy also splits ligatures, narrows full-width forms and mends mojibake."""
     start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
     rows = []
     for prompt in prompts:
@@ -156,7 +156,8 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.layer_norm1, self.self_attn = nn.LayerNorm(width), SelfAttention(width, heads, causal)
         self.layer_norm2 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width),
+                                  "fc2": nn.Linear(4 * width, width)})
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
@@ -219,22 +220,17 @@ class CLIP(nn.Module):
         self.visual_projection = nn.Linear(config.vision_width, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))
 
-    def project_images(self, pixels):  # (N, 3, H, W) -> (N, E)
-        return self.visual_projection(self.vision_model(pixels)).float()
-
-    def project_captions(self, ids):  # (M, L) -> (M, E)
-        return self.text_projection(self.text_model(ids)[1]).float()
-
     def similarity(self, pixels, ids):
         """Scaled cosines (N, M) of N images (N, 3, H, W) with M captions (M, L)."""
-        images = F.normalize(self.project_images(pixels), dim=-1)  # (N, E)
-        captions = F.normalize(self.project_captions(ids), dim=-1)  # (M, E)
+        images = self.visual_projection(self.vision_model(pixels)).float()  # (N, E)
+        captions = self.text_projection(self.text_model(ids)[1]).float()  # (M, E)
+        images, captions = F.normalize(images, dim=-1), F.normalize(captions, dim=-1)
         return self.logit_scale.exp().clamp(max=100) * images @ captions.T
 
     def language_loss(self, ids):
-        """Cross-entropy of each next token, and of all words of the caption from its last state, which
-        tells "left" from "right"; no next token does. (M, L) -> (M,)
-        Differs: CLIP has no such loss. Captions of stills name no motion; others, without images, do."""
+        """Cross-entropy of each next token, plus that of all words of a caption from its last state,
+        which tells "left" from "right"; the same tokens follow both. (M, L) -> (M,)
+        Differs: CLIP has no such loss. Here it teaches motion, from captions without images."""
         embeddings = self.text_model.embeddings.token_embedding.weight  # (V, D)
         position = torch.arange(ids.shape[1], device=ids.device)  # (L,)
         end = ids.argmax(1, keepdim=True)  # (M, 1): where the first end stands
@@ -273,8 +269,8 @@ class PriorConfig:
 
 
 class Prior(nn.Module):
-    """unCLIP, 2.2: a causal transformer over a prompt's tokens and CLIP embedding, the timestep, the
-    noisy image embedding and a learned query, whose output is the clean image embedding."""
+    """unCLIP, 2.2: a causal transformer over a prompt's tokens and CLIP embedding, the timestep,
+    the noisy image embedding and a learned query, whose output is the clean image embedding."""
 
     def __init__(self, c: PriorConfig):
         super().__init__()
@@ -304,9 +300,9 @@ def prior_loss(prior: Prior, diffusion: Diffusion, batch: dict) -> torch.Tensor:
 
 @torch.inference_mode()
 def sample_prior(prior: Prior, diffusion: Diffusion, context, null_context, seed: int = 0):
-    """An image embedding (B, D) for each prompt. context (B, L + 1, D), null_context (1, L + 1, D).
-    Differs: unCLIP guides P, draws two and keeps the one nearer to the text. Ours drops captions in
-    training too, but is not guided: its scale is 1."""
+    """An image embedding of norm sqrt(D) for each context (B, L + 1, D), (B, D). null_context is
+    (1, L + 1, D). Differs: unCLIP draws two and keeps the one nearer to the text; it also guides P.
+    Ours is trained for that, but not guided yet: the scale is 1."""
     z = initial_noise((len(context), prior.config.width), seed, "prior").to(context.device)
     predict = classifier_free_guidance(prior, context, null_context, fps=None, scale=1.)
     return unit_variance(diffusion.sample(predict, z, 16, "ddim")).cpu()
@@ -316,7 +312,7 @@ def sample_prior(prior: Prior, diffusion: Diffusion, context, null_context, seed
 # Loading, encoding, the command line. A model is a CLIP; a clip is the dict of base.new_clip.
 
 def load(weights=WEIGHTS, device="cpu"):
-    """CLIP, its tokenizer, and a dict: id of the text half, image_id, words it was trained on. A
+    """CLIP, its tokenizer, and facts: the ids of both halves, and the words it was trained on. A
     Stable Diffusion folder has only the text half."""
     checkpoint = load_checkpoint(weights, "text", "clip")
     s, state = checkpoint["config"], checkpoint["model"]
@@ -334,19 +330,20 @@ def load(weights=WEIGHTS, device="cpu"):
 
 
 def encoder_id(checkpoint: dict) -> str:
-    """Of the text half. It keeps its id when it grows, since old prompts keep their tokens."""
+    """The id of the text half. It outlives new words, since old prompts keep their tokens."""
     return checkpoint["config"].get("id") or tensors_id(checkpoint["model"], ("text_model.",))
 
 
 def grow(path, captions: list) -> tuple[CLIP, dict]:
-    """A trained CLIP with a token for each new word of captions, to be trained further, and its config.
-    Of the text half only new embeddings will learn, as in textual inversion (2208.01618), so old
-    prompts keep their tokens to the bit. The image half learns too: train P and D^t anew."""
+    """A trained CLIP with a token for each new word of captions, to train further, and its config.
+    As in textual inversion (2208.01618), only new embeddings of the text half learn, so that old
+    prompts keep their tokens to the bit. The image half learns too: train P and D^t anew after."""
     checkpoint = load_checkpoint(path, "clip")
     config, state = checkpoint["config"], checkpoint["model"]
     name = "text_model.embeddings.token_embedding.weight"
     old, rows = config["tokenizer"]["vocab"], state[name]  # {token: id}, (V, D)
-    typical = rows[[old[w + "</w>"] for w in config["words"] if w + "</w>" in old]].mean(0)  # (D,)
+    known = [old[word + "</w>"] for word in config["words"] if word + "</w>" in old]
+    typical = rows[known].mean(0)  # (D,)
     vocab, merges = grow_tokenizer(**config["tokenizer"], captions=captions)
     new = [token not in old for token in vocab]
     rows = torch.stack([rows[old[token]] if token in old else typical for token in vocab])
@@ -355,14 +352,14 @@ def grow(path, captions: list) -> tuple[CLIP, dict]:
                        "tokenizer": {"vocab": vocab, "merges": merges},
                        "words": sorted({*config["words"], *words_of(captions)})}
     model = load_state(CLIP(CLIPConfig(**config["clip"])), state | {name: rows}, path)
-    model.text_model.requires_grad_(False)
+    model.text_model.requires_grad_(False)  # except new rows of the embedding
     embedding = model.get_parameter(name).requires_grad_(True)
     embedding.register_hook(lambda grad: grad * torch.tensor(new, device=grad.device)[:, None])
     return model, config
 
 
 def unit_variance(x):
-    """Vectors (N, D) at norm sqrt(D)."""
+    """Vectors (N, D), scaled to norm sqrt(D)."""
     return F.normalize(x.float(), dim=-1) * math.sqrt(x.shape[-1])
 
 
@@ -378,18 +375,18 @@ def encode(model: CLIP, tokenizer: Tokenizer, prompts: list) -> dict:
 def encode_for_prior(model: CLIP, tokenizer: Tokenizer, prompts: list) -> torch.Tensor:
     """What P reads of prompts: their tokens, then their CLIP embedding, (B, L + 1, D)."""
     ids = tokenize(tokenizer, prompts, model.config.context).to(model.logit_scale.device)  # (B, L)
-    embedding = unit_variance(model.project_captions(ids))  # (B, D)
-    return torch.cat([model.text_model(ids)[0], embedding[:, None]], dim=1)
+    tokens, last = model.text_model(ids)  # (B, L, D), (B, D)
+    return torch.cat([tokens, unit_variance(model.text_projection(last))[:, None]], dim=1)
 
 
 @torch.inference_mode()
 def embed_images(model: CLIP, images) -> torch.Tensor:
-    """uint8 images (N, 3, H, W) -> CLIP embeddings (N, E)."""
+    """uint8 images (N, 3, H, W) -> CLIP embeddings (N, E) of norm sqrt(E)."""
     side, device = model.config.image_size, model.logit_scale.device
     parts = []
     for part in images.split(256):
         pixels = F.interpolate(vae.to_float(part.to(device)), (side, side), mode="area")
-        parts.append(unit_variance(model.project_images(pixels)).cpu())
+        parts.append(unit_variance(model.visual_projection(model.vision_model(pixels))).cpu())
     return torch.cat(parts)
 
 
@@ -397,28 +394,30 @@ def load_prior(weights, device, image_id: str) -> Prior:
     """P, which makes image embeddings of the CLIP with this id."""
     checkpoint = load_checkpoint(weights, "prior")
     if checkpoint["made_by"]["image_encoder"] != image_id:
-        raise UserError("prior.pt stands on another CLIP; train it anew with `python train.py prior`")
+        raise UserError("prior.pt is of another CLIP; train it anew with `python train.py prior`")
     prior = Prior(PriorConfig(**checkpoint["config"]))
     return load_state(prior, checkpoint["model"], "prior.pt").to(device).eval()
 
 
-def encode_clip(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, prior: bool = False) -> dict:
+def encode_clip(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0,
+                prior: bool = False) -> dict:
     """Prompts -> a clip of text. With `prior`, P adds image embeddings; only P needs the seed."""
     model, tokenizer, facts = load(weights, device)
     warn_unknown(prompts, facts["words"])
-    text, image_encoder = encode(model, tokenizer, prompts), None
+    clip = new_clip("text", text=encode(model, tokenizer, prompts), prompts=prompts,
+                    encoder=facts["id"])
     if prior:
-        image_encoder = facts["image_id"]
-        P = load_prior(weights, device, image_encoder)
+        clip["image_encoder"] = facts["image_id"]
+        P, diffusion = load_prior(weights, device, facts["image_id"]), Diffusion(target="sample")
         context = encode_for_prior(model, tokenizer, [*prompts, ""])  # (B + 1, L + 1, D)
-        text["image_embedding"] = sample_prior(
-            P, Diffusion(target="sample"), context[:-1], context[-1:], seed)  # (B, E)
-    return new_clip("text", text=text, prompts=prompts, encoder=facts["id"], image_encoder=image_encoder)
+        embedding = sample_prior(P, diffusion, context[:-1], context[-1:], seed)  # (B, E)
+        clip["text"]["image_embedding"] = embedding
+    return clip
 
 
 def clip_of_image(path, weights=WEIGHTS, device="cpu") -> dict:
-    """A clip of text without a prompt, with the embedding of a picture, for a video of what it shows,
-    or the mean of a video's, for a variation of it (Make-A-Video, Fig. 4)."""
+    """A clip of text without a prompt, with the image embedding of a picture, for a video of what
+    it shows, or the mean of a video's frames, for a variation of it (Make-A-Video, Fig. 4)."""
     model, tokenizer, facts = load(weights, device)
     frames = torch.stack([frame for frame, _ in vae.read_frames(path, model.config.image_size)])
     mean = unit_variance(embed_images(model, frames).mean(0, keepdim=True))  # (1, E)
@@ -427,7 +426,7 @@ def clip_of_image(path, weights=WEIGHTS, device="cpu") -> dict:
 
 
 def with_text(clip: dict, weights=WEIGHTS, device="cpu") -> dict:
-    """Gives a clip that came without a prompt the empty one."""
+    """The clip; if it has no prompt, with the tokens of the empty one."""
     if clip["text"] is not None:
         return clip
     empty = encode_clip([""] * len(clip["data"]), weights, device)

@@ -191,7 +191,7 @@ def decode_video(vae: AutoencoderKL, latents, label: str = ""):
 IMAGES, VIDEOS = (".png", ".jpg", ".jpeg"), (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi")
 WRITTEN = (".mp4", ".gif", ".png")
 BT709, PQ, HLG = 1, 16, 18  # FFmpeg's numbers of colour spaces and curves
-REFORMATTER = av.video.reformatter.VideoReformatter()  # keeps its table for HDR, which takes seconds
+REFORMATTER = av.video.reformatter.VideoReformatter()  # keeps a table that HDR takes seconds for
 
 
 def decode_stream(file, stream):
@@ -234,9 +234,10 @@ def as_shown(frames, side: int | None, header: float = 1., aspect: float = 1.):
     if scale > 1:
         raise ValueError(f"{W:g} x {H:g} pixels; {side} x {side} are needed")
     pixels, sdr = head.format.name, {}
-    if head.color_trc in (PQ, HLG):
+    if head.color_trc in (PQ, HLG):  # HDR
         pixels, sdr = "gbrp", {"dst_color_trc": BT709, "dst_color_primaries": BT709}
-    steps = [f"buffer=video_size={head.width}x{head.height}:pix_fmt={pixels}:time_base={head.time_base}"]
+    size = f"{head.width}x{head.height}"
+    steps = [f"buffer=video_size={size}:pix_fmt={pixels}:time_base={head.time_base}"]
     if head.interlaced_frame:
         steps += ["bwdif=send_frame:deint=interlaced"]
     if head.format.has_palette or any(part.is_alpha for part in head.format.components):
@@ -270,7 +271,7 @@ def read_frames(path, side: int | None = None):
         with av.open(f"file:{path}") as file:
             if not file.streams.video:
                 raise ValueError("it holds no video")
-            stream = max(file.streams.video, key=lambda s: s.disposition & 1)  # the default, or first
+            stream = max(file.streams.video, key=lambda s: s.disposition & 1)  # default or first
             yield from as_shown(decode_stream(file, stream), side, float(stream.average_rate or 1),
                                 float(stream.sample_aspect_ratio or 1))
     except Exception as error:  # pillow and av raise anything
