@@ -142,7 +142,8 @@ def load(weights=WEIGHTS, device="cpu"):
     s, state = checkpoint["config"], checkpoint["model"]
     if "block_out_channels" in s:  # Stable Diffusion's
         config = VAEConfig(s["block_out_channels"], s["layers_per_block"], s["latent_channels"],
-                           s["norm_num_groups"], s.get("scaling_factor", SD15.scaling_factor))
+                           s.get("norm_num_groups", SD15.groups),
+                           s.get("scaling_factor", SD15.scaling_factor))
         vae_id = base.SD_ID
     else:
         config, vae_id = VAEConfig(**s), base.tensors_id(state, ("encoder.", "quant_conv."))
