@@ -26,7 +26,7 @@ def make_a_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, fr
     Differs: all stages of the paper are in pixels. Without `prior`, D^t reads the prompt itself and
     was trained on captioned clips. `how` goes to base.generate_clip."""
     where = weights, device, seed
-    yield "text", (clip := encode(prompts, *where, prior))  # P
+    yield "text", (clip := text.encode_clip(prompts, *where, prior))  # P
     yield "base", (clip := keyframes(clip, *where, frames, image, **how))  # D^t: (B, 16, 4, 8, 8)
     if frames > 1:
         clip = fill_clip(clip, *where, skip=5)
@@ -42,7 +42,7 @@ def imagen_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, fr
 
     Differs: the base is in latents; SSR is x 2, x 2, x 3, not x 2, x 4, x 4; one TSR runs twice."""
     where = weights, device, seed
-    yield "text", (clip := encode(prompts, *where, prior))
+    yield "text", (clip := text.encode_clip(prompts, *where, prior))
     yield "base", (clip := keyframes(clip, *where, frames, image, **how))  # (B, 16, 4, 8, 8)
     yield "decode", (clip := vae.decode_clip(clip, weights, device))  # (B, 16, 3, 64, 64)
     yield "tsr-32", (clip := double_clip(clip, TSR["tsr-32"], *where))  # (B, 32, 3, 64, 64)
@@ -51,12 +51,6 @@ def imagen_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, fr
     yield "tsr-64", (clip := double_clip(clip, TSR["tsr-128"], *where))  # (B, 64, 3, 256, 256)
     yield "tsr-128", (clip := double_clip(clip, TSR["tsr-128"], *where))  # (B, 128, 3, 256, 256)
     yield "ssr-768", (clip := upscale_clip(clip, STAGES["ssr-768"], *where))  # (B, 128, 3, 768, 768)
-
-
-def encode(prompts, weights, device, seed, prior) -> dict:
-    """Tokens (B, L, D), and from P an image embedding (B, E)."""
-    clip = text.encode_clip(prompts, weights, device)
-    return text.with_prior(clip, weights, device, seed) if prior else clip
 
 
 def keyframes(clip, weights, device, seed, frames, image, **how) -> dict:

@@ -1,20 +1,17 @@
-"""text.py - from a prompt to the tokens that tell later stages what to draw.
+"""text.py - from a prompt to the tokens that later stages read.
 
-CLIP (2103.00020): a causal text transformer and an image transformer, trained to agree on which caption
-belongs to which image. Stable Diffusion reads the text half's last hidden states; so do our stages.
+CLIP (2103.00020): a text and an image transformer learn which caption belongs to which image. As in
+Stable Diffusion, later stages read the text half's last hidden states.
+Make-A-Video's P (2209.14792, 3.1; unCLIP, 2204.06125) turns a prompt into the CLIP embedding of an
+image, for a video network that reads no words.
 
-Make-A-Video's P turns a prompt into the CLIP embedding of an image (2209.14792, 3.1; unCLIP, 2204.06125).
-
-    in    one or more prompts; or a picture or video, with --image
-    out   text.pt   tokens (B, L, D), and those of the empty prompt, for guidance; with --prior or --image
-                    an image_embedding (B, E), for a video network that knows no words
+    in    prompts; or a picture or video, with --image
+    out   text.pt   tokens (B, L, D), and those of the empty prompt, for guidance; with --prior or
+                    --image, an image_embedding (B, E)
 
     python text.py "a red star moving left" "a blue ring bouncing on sand" -o text.pt
 
-Layers bear the names of Hugging Face's CLIPModel, whose text half is in Stable Diffusion's folder.
-Differs: captions of stills name no motion at first, so the text half also learns from captions without images: to predict
-the next token, and to name all words of a caption from its last state. The latter keeps "left" far
-from "right": no next token ever tells these two apart.
+Layers bear the names of Hugging Face's CLIPModel.
 """
 import html
 import json
@@ -23,11 +20,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from base import (SD_ID, WEIGHTS, Diffusion, TimestepEmbedding, UserError, attend, check_output,
-                  classifier_free_guidance, command_line, initial_noise, load_checkpoint, load_state,
-                  new_clip, run, save_clip, tensors_id, warn)
-
 import vae
+from base import (SD_ID, WEIGHTS, Diffusion, TimestepEmbedding, UserError, attend, check_output,
+                  classifier_free_guidance, command_line, initial_noise, load_checkpoint,
+                  load_state, new_clip, run, save_clip, tensors_id, warn)
 
 import torch
 import torch.nn as nn
@@ -43,62 +39,61 @@ WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{
 # Byte-pair encoding as CLIP does it: over bytes, and "</w>" marks the end of a word.
 
 def build_tokenizer(vocab: dict, merges: list) -> Tokenizer:
-    """CLIP's tokenizer for a vocabulary {token: id} and a list of merges (pairs)."""
-    tokenizer = Tokenizer(models.BPE(vocab, [tuple(pair) for pair in merges],
-                                     end_of_word_suffix="</w>", unk_token=END))
-    spaces = normalizers.Replace(Regex(r"\s+"), " ")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    """CLIP's tokenizer. vocab: {token: id}; merges: pairs (a, b), or in some files "a b"."""
+    pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
+    tokenizer = Tokenizer(models.BPE(vocab, pairs, end_of_word_suffix="</w>", unk_token=END))
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.add_special_tokens([token for token in (START, END) if token in vocab])
+    tokenizer.add_special_tokens([START, END])
     return tokenizer
 
 
+def number(tokens: list) -> dict:
+    """{token: id} in this order, without repetitions."""
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+
+
 def learn_tokenizer(captions: list) -> tuple[dict, list]:
-    """Vocabulary and merges in which every word of a small world's captions is one token.
-    Ids are laid out as CLIP's: bytes, bytes that end a word, merges, start, end."""
-    learner = build_tokenizer({END: 0}, [])
+    """A vocabulary and merges that make one token of every word of a small world's captions.
+    Ids are in CLIP's order: bytes, bytes that end a word, merges, start, end."""
+    learner = build_tokenizer({START: 0, END: 1}, [])
     learner.train_from_iterator(captions, trainers.BpeTrainer(
         vocab_size=2000, end_of_word_suffix="</w>", show_progress=False, special_tokens=[END]))
-    merges = read_merges(json.loads(learner.to_str())["model"])
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = alphabet + [byte + "</w>" for byte in alphabet]
-    tokens += ["".join(pair) for pair in merges] + [START, END]
-    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
+    merges = json.loads(learner.to_str())["model"]["merges"]  # pairs
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
+    return number(tokens), merges
+
+
+def grow_tokenizer(vocab: dict, merges: list, captions: list) -> tuple[dict, list]:
+    """Appends to both until every word of captions is one token. Start and end stay last."""
+    tokens, merges = [token for token in vocab if token not in (START, END)], list(merges)
+    for word in words_of(captions):
+        tokenizer = build_tokenizer(number([*tokens, START, END]), merges)
+        left = "</w>"
+        for piece in tokenizer.encode(word, add_special_tokens=False).tokens:
+            if not left.endswith("</w>"):  # to CLIP, "r2d2" is four words
+                merges.append([left, piece])
+                piece = left + piece
+                tokens.append(piece)
+            left = piece
+    return number([*tokens, START, END]), merges
 
 
 def words_of(captions) -> list:
     return sorted({word for line in captions for word in re.findall(r"\w+", line.lower())})
 
 
-def grow_tokenizer(vocab: dict, merges: list, captions: list) -> tuple[dict, list]:
-    """The same with every word of captions as one token. Known tokens keep their merges, and their
-    order; start and end stay last."""
-    tokens, merges = [token for token in vocab if token not in (START, END)], list(merges)
-    for word in words_of(captions):
-        tokenizer = build_tokenizer({token: i for i, token in enumerate([*tokens, START, END])}, merges)
-        first, *others = tokenizer.encode(word, add_special_tokens=False).tokens
-        for piece in others:
-            merges.append([first, piece])
-            first += piece
-            tokens.append(first)
-    tokens = [*dict.fromkeys(tokens), START, END]
-    return {token: i for i, token in enumerate(tokens)}, merges
-
-
-def read_merges(model: dict) -> list:
-    """The merges of a tokenizer.json, written as "a b" or as ["a", "b"], as pairs."""
-    return [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]
-
-
 def read_tokenizer(folder: Path) -> dict:
     """CLIP's own vocabulary and merges: tokenizer.json, or vocab.json and merges.txt."""
     if (folder / "tokenizer.json").is_file():
         model = json.loads((folder / "tokenizer.json").read_bytes())["model"]
-        return {"vocab": model["vocab"], "merges": read_merges(model)}
+        return {"vocab": model["vocab"], "merges": model["merges"]}
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [line.split() for line in lines if line and not line.startswith("#version")]
+    merges = [line for line in lines if line and not line.startswith("#version")]
     return {"vocab": json.loads((folder / "vocab.json").read_bytes()), "merges": merges}
 
 
@@ -118,7 +113,7 @@ def tokenize(tokenizer: Tokenizer, prompts: list, context: int) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# The model
+# CLIP
 
 @dataclass
 class CLIPConfig:
@@ -131,7 +126,7 @@ class CLIPConfig:
     patch_size: int = 8
     vision_width: int = 128
     vision_layers: int = 3
-    projection_dim: int = 128   # of the space where images and captions meet
+    projection_dim: int = 128
 
 
 SD15 = CLIPConfig(vocab_size=49408, context=77, width=768, layers=12, heads=12, image_size=224,
@@ -139,7 +134,7 @@ SD15 = CLIPConfig(vocab_size=49408, context=77, width=768, layers=12, heads=12, 
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over (B, L, D). Causal for text: nothing after a word changes it."""
+    """Multi-head attention over (B, L, D)."""
 
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
@@ -160,8 +155,9 @@ class EncoderLayer(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.layer_norm1, self.self_attn = nn.LayerNorm(width), SelfAttention(width, heads, causal)
-        self.layer_norm2, self.mlp = nn.LayerNorm(width), nn.Module()
-        self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.layer_norm2 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width),
+                                  "fc2": nn.Linear(4 * width, width)})
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
@@ -170,9 +166,8 @@ class EncoderLayer(nn.Module):
 
 
 def encoder(width: int, heads: int, layers: int, causal: bool) -> nn.Module:
-    module = nn.Module()
-    module.layers = nn.Sequential(*(EncoderLayer(width, heads, causal) for _ in range(layers)))
-    return module
+    blocks = (EncoderLayer(width, heads, causal) for _ in range(layers))
+    return nn.ModuleDict({"layers": nn.Sequential(*blocks)})
 
 
 class TextTransformer(nn.Module):
@@ -180,17 +175,15 @@ class TextTransformer(nn.Module):
 
     def __init__(self, c: CLIPConfig):
         super().__init__()
-        self.embeddings = nn.Module()
-        self.embeddings.token_embedding = nn.Embedding(c.vocab_size, c.width)
-        self.embeddings.position_embedding = nn.Embedding(c.context, c.width)
+        self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(c.vocab_size, c.width),
+                                         "position_embedding": nn.Embedding(c.context, c.width)})
         self.encoder = encoder(c.width, c.heads, c.layers, causal=True)
         self.final_layer_norm = nn.LayerNorm(c.width)
         nn.init.normal_(self.embeddings.token_embedding.weight, std=.1)  # also an output layer
         nn.init.normal_(self.embeddings.position_embedding.weight, std=.05)
 
     def forward(self, ids):
-        position = self.embeddings.position_embedding.weight[:ids.shape[1]]
-        x = self.embeddings.token_embedding(ids) + position
+        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight
         tokens = self.final_layer_norm(self.encoder.layers(x))  # (B, L, D)
         first_end = ids.argmax(1)  # end has the largest id
         return tokens, tokens[torch.arange(len(ids)), first_end]
@@ -227,23 +220,20 @@ class CLIP(nn.Module):
         self.visual_projection = nn.Linear(config.vision_width, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))
 
-    def embed_images(self, pixels):  # (N, 3, H, W) -> unit vectors (N, E)
-        return F.normalize(self.visual_projection(self.vision_model(pixels)).float(), dim=-1)
-
-    def embed_captions(self, ids):  # (M, L) -> unit vectors (M, E)
-        return F.normalize(self.text_projection(self.text_model(ids)[1]).float(), dim=-1)
-
     def similarity(self, pixels, ids):
-        """Scaled cosines of N images (N, 3, H, W) with M captions (M, L). (N, M)"""
-        scale = self.logit_scale.exp().clamp(max=100)
-        return scale * self.embed_images(pixels) @ self.embed_captions(ids).T
+        """Scaled cosines (N, M) of N images (N, 3, H, W) with M captions (M, L)."""
+        images = self.visual_projection(self.vision_model(pixels)).float()  # (N, E)
+        captions = self.text_projection(self.text_model(ids)[1]).float()  # (M, E)
+        images, captions = F.normalize(images, dim=-1), F.normalize(captions, dim=-1)
+        return self.logit_scale.exp().clamp(max=100) * images @ captions.T
 
     def language_loss(self, ids):
-        """Cross-entropy of the next token, up to the first end; plus that of naming all words of the
-        caption from its last state. (M, L) -> (M,)"""
+        """Cross-entropy of each next token, plus that of all words of a caption from its last state,
+        which tells "left" from "right"; the same tokens follow both. (M, L) -> (M,)
+        Differs: CLIP has no such loss. Here it teaches motion, from captions without images."""
         embeddings = self.text_model.embeddings.token_embedding.weight  # (V, D)
-        position = torch.arange(ids.shape[1], device=ids.device)
-        length = ids.argmax(1, keepdim=True)  # (M, 1): where the first end stands
+        position = torch.arange(ids.shape[1], device=ids.device)  # (L,)
+        end = ids.argmax(1, keepdim=True)  # (M, 1): where the first end stands
         tokens, last = (states.float() for states in self.text_model(ids))  # (M, L, D), (M, D)
         logits = (tokens[:, :-1] @ embeddings.T).transpose(1, 2)  # (M, V, L - 1)
         next_token = F.cross_entropy(logits, ids[:, 1:], reduction="none")  # (M, L - 1)
@@ -251,26 +241,24 @@ class CLIP(nn.Module):
 
         def mean(losses, counts):
             return (losses * counts).sum(1) / counts.sum(1).clamp(min=1)  # the null prompt: 0 words
-        words = (position > 0) & (position < length)
-        return mean(next_token, position[:-1] < length) + mean(recall, words)
+        words = (position > 0) & (position < end)
+        return mean(next_token, position[:-1] < end) + mean(recall, words)
 
 
-def loss(clip: CLIP, batch: dict) -> torch.Tensor:
+def loss(model: CLIP, batch: dict) -> torch.Tensor:
     """Symmetric contrastive loss (CLIP, Fig. 3) plus the language loss, (N,). batch: pixels
     (N, 3, H, W), ids (N, L) of their captions, motion_ids (N, L) of captions without images.
-
-    Differs: in so small a world several images share a caption, and all of them count as right."""
-    logits, ids = clip.similarity(batch["pixels"], batch["ids"]), batch["ids"]
+    Differs: several images of so small a world share a caption, and all of them count as right."""
+    logits, ids = model.similarity(batch["pixels"], batch["ids"]), batch["ids"]
     same = (ids[:, None] == ids[None]).all(-1).float()  # (N, N)
     target = same / same.sum(1, keepdim=True)
     of_images = F.cross_entropy(logits, target, reduction="none")
     of_captions = F.cross_entropy(logits.T, target, reduction="none")
-    return (of_images + of_captions) / 2 + clip.language_loss(batch["motion_ids"])
+    return (of_images + of_captions) / 2 + model.language_loss(batch["motion_ids"])
 
 
 # ------------------------------------------------------------------------------------------------
-# Make-A-Video's P: from a prompt to the CLIP embedding of an image that shows it. It is trained on
-# captioned stills, and never sees a video.
+# Make-A-Video's P. It is trained on captioned stills, and never sees a video.
 
 @dataclass
 class PriorConfig:
@@ -281,9 +269,8 @@ class PriorConfig:
 
 
 class Prior(nn.Module):
-    """The diffusion prior of unCLIP (2204.06125), 2.2: a causal transformer over the prompt's tokens
-    and CLIP embedding, the timestep, the noisy image embedding and a learned query, whose output is
-    the clean image embedding."""
+    """unCLIP, 2.2: a causal transformer over a prompt's tokens and CLIP embedding, the timestep,
+    the noisy image embedding and a learned query, whose output is the clean image embedding."""
 
     def __init__(self, c: PriorConfig):
         super().__init__()
@@ -305,29 +292,28 @@ class Prior(nn.Module):
 
 def prior_loss(prior: Prior, diffusion: Diffusion, batch: dict) -> torch.Tensor:
     """|f(z_t, t, y) - z_i|^2, (B,). batch: image embeddings `latents` and noise (B, D), t (B,), and
-    context (B, L + 1, D) of a caption or, for one in ten, of none.             unCLIP, 2.2"""
+    context (B, L + 1, D) of a caption or, for one in ten, of none.                  unCLIP, 2.2"""
     def predict(z, t):
         return prior(z, t, batch["context"])
     return diffusion.loss(predict, batch["latents"], batch["noise"], batch["t"])
 
 
 @torch.inference_mode()
-def sample_prior(prior: Prior, diffusion: Diffusion, context, null_context, guidance: float = 1.,
-                 seed: int = 0):
-    """An image embedding of norm sqrt(D) for each prompt, (B, D). context (B, L + 1, D), null_context
-    (1, L + 1, D). Differs: unCLIP draws two and keeps the one that is nearer to the text."""
+def sample_prior(prior: Prior, diffusion: Diffusion, context, null_context, seed: int = 0):
+    """An image embedding of norm sqrt(D) for each context (B, L + 1, D), (B, D). null_context is
+    (1, L + 1, D). Differs: unCLIP draws two and keeps the one nearer to the text; it also guides P.
+    Ours is trained for that, but not guided yet: the scale is 1."""
     z = initial_noise((len(context), prior.config.width), seed, "prior").to(context.device)
-    predict = classifier_free_guidance(prior, context, null_context, None, guidance)
-    x = diffusion.sample(predict, z, 16, "ddim")
-    return (F.normalize(x.float(), dim=-1) * math.sqrt(x.shape[1])).cpu()
+    predict = classifier_free_guidance(prior, context, null_context, fps=None, scale=1.)
+    return unit_variance(diffusion.sample(predict, z, 16, "ddim")).cpu()
 
 
 # ------------------------------------------------------------------------------------------------
-# Loading, encoding, the command line
+# Loading, encoding, the command line. A model is a CLIP; a clip is the dict of base.new_clip.
 
 def load(weights=WEIGHTS, device="cpu"):
-    """CLIP, its tokenizer, and what is known of it: {"id": str, "words": the words it was trained on}.
-    A Stable Diffusion folder has only the text half."""
+    """CLIP, its tokenizer, and facts: the ids of both halves, and the words it was trained on. A
+    Stable Diffusion folder has only the text half."""
     checkpoint = load_checkpoint(weights, "text", "clip")
     s, state = checkpoint["config"], checkpoint["model"]
     if "clip" in s:
@@ -339,102 +325,108 @@ def load(weights=WEIGHTS, device="cpu"):
                             s["num_hidden_layers"], s["num_attention_heads"], vision_layers=0)
         tokenizer = read_tokenizer(Path(weights) / "tokenizer")
         facts = {"id": SD_ID, "image_id": None, "words": []}
-        if config.vocab_size > len(tokenizer["vocab"]):
-            raise UserError(f"{weights} has tokens of textual inversion, which are not read")
-    clip = load_state(CLIP(config), state, weights, lambda name: not name.startswith("text_model"))
-    return clip.to(device).eval(), build_tokenizer(**tokenizer), facts
+    model = load_state(CLIP(config), state, weights, lambda name: not name.startswith("text_model"))
+    return model.to(device).eval(), build_tokenizer(**tokenizer), facts
 
 
-def encoder_id(weights: dict) -> str:
-    """Of the text half; one that has grown keeps its id, since old prompts keep their tokens."""
-    return weights["config"].get("id") or tensors_id(weights["model"], ("text_model.",))
+def encoder_id(checkpoint: dict) -> str:
+    """The id of the text half. It outlives new words, since old prompts keep their tokens."""
+    return checkpoint["config"].get("id") or tensors_id(checkpoint["model"], ("text_model.",))
 
 
 def grow(path, captions: list) -> tuple[CLIP, dict]:
-    """A trained CLIP with a token for each new word of captions, to be trained further, and its config.
-    Only the embeddings of new tokens, the projections and the image half are left to training: prompts
-    without new words keep their tokens to the bit, so what was trained on these stays valid; P and
-    what is told image embeddings do not. As textual inversion (2208.01618), but by captions and stills."""
-    weights = load_checkpoint(path, "clip")
-    config, name = weights["config"], "text_model.embeddings.token_embedding.weight"
-    old, rows = config["tokenizer"]["vocab"], weights["model"][name]
+    """A trained CLIP with a token for each new word of captions, to train further, and its config.
+    As in textual inversion (2208.01618), only new embeddings of the text half learn, so that old
+    prompts keep their tokens to the bit. The image half learns too: train P and D^t anew after."""
+    checkpoint = load_checkpoint(path, "clip")
+    config, state = checkpoint["config"], checkpoint["model"]
+    name = "text_model.embeddings.token_embedding.weight"
+    old, rows = config["tokenizer"]["vocab"], state[name]  # {token: id}, (V, D)
+    known = [old[word + "</w>"] for word in config["words"] if word + "</w>" in old]
+    typical = rows[known].mean(0)  # (D,)
     vocab, merges = grow_tokenizer(**config["tokenizer"], captions=captions)
-    typical = torch.stack([rows[old[w + "</w>"]] for w in config["words"] if w + "</w>" in old]).mean(0)
-    rows = torch.stack([rows[old[token]] if token in old else typical for token in vocab])  # (V, D)
     new = [token not in old for token in vocab]
-    config = config | {"clip": config["clip"] | {"vocab_size": len(vocab)}, "id": encoder_id(weights),
-                       "tokenizer": {"vocab": vocab, "merges": merges}, "new": new,
+    rows = torch.stack([rows[old[token]] if token in old else typical for token in vocab])
+    config = config | {"clip": config["clip"] | {"vocab_size": len(vocab)},
+                       "id": encoder_id(checkpoint), "new": new,
+                       "tokenizer": {"vocab": vocab, "merges": merges},
                        "words": sorted({*config["words"], *words_of(captions)})}
-    clip = load_state(CLIP(CLIPConfig(**config["clip"])), weights["model"] | {name: rows}, path)
-    clip.text_model.requires_grad_(False)
-    embedding = clip.get_parameter(name).requires_grad_(True)
+    model = load_state(CLIP(CLIPConfig(**config["clip"])), state | {name: rows}, path)
+    model.text_model.requires_grad_(False)  # except new rows of the embedding
+    embedding = model.get_parameter(name).requires_grad_(True)
     embedding.register_hook(lambda grad: grad * torch.tensor(new, device=grad.device)[:, None])
-    return clip, config
+    return model, config
+
+
+def unit_variance(x):
+    """Vectors (N, D), scaled to norm sqrt(D)."""
+    return F.normalize(x.float(), dim=-1) * math.sqrt(x.shape[-1])
 
 
 @torch.inference_mode()
-def encode(clip: CLIP, tokenizer: Tokenizer, prompts: list) -> dict:
-    """tokens (B, L, D) of the prompts and null_tokens (1, L, D) of the empty one, on the CPU."""
-    ids = tokenize(tokenizer, [*prompts, ""], clip.config.context)  # (B + 1, L)
-    tokens = clip.text_model(ids.to(clip.logit_scale.device))[0].cpu()  # (B + 1, L, D)
-    return {"tokens": tokens[:-1].clone(), "null_tokens": tokens[-1:].clone()}
+def encode(model: CLIP, tokenizer: Tokenizer, prompts: list) -> dict:
+    """tokens (B, L, D) of the prompts and null_tokens (1, L, D) of the empty one."""
+    ids = tokenize(tokenizer, [*prompts, ""], model.config.context)  # (B + 1, L)
+    tokens = model.text_model(ids.to(model.logit_scale.device))[0].cpu()  # (B + 1, L, D)
+    return {"tokens": tokens[:-1], "null_tokens": tokens[-1:]}
 
 
 @torch.inference_mode()
-def encode_for_prior(clip: CLIP, tokenizer: Tokenizer, prompts: list) -> torch.Tensor:
+def encode_for_prior(model: CLIP, tokenizer: Tokenizer, prompts: list) -> torch.Tensor:
     """What P reads of prompts: their tokens, then their CLIP embedding, (B, L + 1, D)."""
-    ids = tokenize(tokenizer, prompts, clip.config.context).to(clip.logit_scale.device)  # (B, L)
-    embedding = math.sqrt(clip.config.projection_dim) * clip.embed_captions(ids)  # (B, D)
-    return torch.cat([clip.text_model(ids)[0], embedding[:, None]], dim=1)
+    ids = tokenize(tokenizer, prompts, model.config.context).to(model.logit_scale.device)  # (B, L)
+    tokens, last = model.text_model(ids)  # (B, L, D), (B, D)
+    return torch.cat([tokens, unit_variance(model.text_projection(last))[:, None]], dim=1)
 
 
 @torch.inference_mode()
-def embed_images(clip: CLIP, images) -> torch.Tensor:
-    """uint8 images (N, 3, H, W) -> CLIP embeddings of norm sqrt(E), so of unit variance, (N, E)."""
-    side, device = clip.config.image_size, clip.logit_scale.device
+def embed_images(model: CLIP, images) -> torch.Tensor:
+    """uint8 images (N, 3, H, W) -> CLIP embeddings (N, E) of norm sqrt(E)."""
+    side, device = model.config.image_size, model.logit_scale.device
     parts = []
     for part in images.split(256):
-        pixels = F.interpolate(part.to(device) / 127.5 - 1, (side, side), mode="area")
-        parts.append(clip.embed_images(pixels).cpu())
-    return math.sqrt(clip.config.projection_dim) * torch.cat(parts)
+        pixels = F.interpolate(vae.to_float(part.to(device)), (side, side), mode="area")
+        parts.append(unit_variance(model.visual_projection(model.vision_model(pixels))).cpu())
+    return torch.cat(parts)
 
 
-def encode_clip(prompts: list, weights=WEIGHTS, device="cpu") -> dict:
-    """A new clip of text, by the text encoder in a folder of weights."""
-    clip, tokenizer, facts = load(weights, device)
-    warn_unknown(prompts, facts["words"])
-    return new_clip("text", text=encode(clip, tokenizer, prompts), prompts=prompts,
-                    encoder=facts["id"])
+def load_prior(weights, device, image_id: str) -> Prior:
+    """P, which makes image embeddings of the CLIP with this id."""
+    checkpoint = load_checkpoint(weights, "prior")
+    if checkpoint["made_by"]["image_encoder"] != image_id:
+        raise UserError("prior.pt is of another CLIP; train it anew with `python train.py prior`")
+    prior = Prior(PriorConfig(**checkpoint["config"]))
+    return load_state(prior, checkpoint["model"], "prior.pt").to(device).eval()
 
 
-def with_prior(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0) -> dict:
-    """A clip of text, with the image embeddings that P makes of its prompts."""
+def encode_clip(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0,
+                prior: bool = False) -> dict:
+    """Prompts -> a clip of text. With `prior`, P adds image embeddings; only P needs the seed."""
     model, tokenizer, facts = load(weights, device)
-    saved = load_checkpoint(weights, "prior")
-    if saved["made_by"]["image_encoder"] != facts["image_id"]:
-        raise UserError("prior.pt stands on another CLIP; train it anew with `python train.py prior`")
-    prior = load_state(Prior(PriorConfig(**saved["config"])), saved["model"], "prior.pt").to(device).eval()
-    context = encode_for_prior(model, tokenizer, [*clip["prompts"], ""])  # (B + 1, L + 1, D)
-    e = sample_prior(prior, Diffusion(target="sample"), context[:-1], context[-1:], seed=seed)
-    return clip | {"text": clip["text"] | {"image_embedding": e}, "image_encoder": facts["image_id"]}
+    warn_unknown(prompts, facts["words"])
+    clip = new_clip("text", text=encode(model, tokenizer, prompts), prompts=prompts,
+                    encoder=facts["id"])
+    if prior:
+        clip["image_encoder"] = facts["image_id"]
+        P, diffusion = load_prior(weights, device, facts["image_id"]), Diffusion(target="sample")
+        context = encode_for_prior(model, tokenizer, [*prompts, ""])  # (B + 1, L + 1, D)
+        embedding = sample_prior(P, diffusion, context[:-1], context[-1:], seed)  # (B, E)
+        clip["text"]["image_embedding"] = embedding
+    return clip
 
 
 def clip_of_image(path, weights=WEIGHTS, device="cpu") -> dict:
-    """A clip of text without a prompt, with the embedding of a picture, or the mean of a video's
-    frames. make-a-video.pt makes a video "about" a picture, or a variation of a video
-    (Make-A-Video, Fig. 4)."""
+    """A clip of text without a prompt, with the image embedding of a picture, for a video of what
+    it shows, or the mean of a video's frames, for a variation of it (Make-A-Video, Fig. 4)."""
     model, tokenizer, facts = load(weights, device)
-    if facts["image_id"] is None:
-        raise UserError(f"{weights} has only the text half of CLIP")
     frames = torch.stack([frame for frame, _ in vae.read_frames(path, model.config.image_size)])
-    mean = embed_images(model, frames).mean(0, keepdim=True)  # (1, E), of the middle square
-    mean = F.normalize(mean, dim=-1) * math.sqrt(mean.shape[1])
-    return new_clip("text", text=encode(model, tokenizer, [""]) | {"image_embedding": mean}, prompts=[""],
-                    encoder=facts["id"], image_encoder=facts["image_id"])
+    mean = unit_variance(embed_images(model, frames).mean(0, keepdim=True))  # (1, E)
+    return new_clip("text", text=encode(model, tokenizer, [""]) | {"image_embedding": mean},
+                    prompts=[""], encoder=facts["id"], image_encoder=facts["image_id"])
 
 
 def with_text(clip: dict, weights=WEIGHTS, device="cpu") -> dict:
-    """A clip that came without a prompt, with the empty one."""
+    """The clip; if it has no prompt, with the tokens of the empty one."""
     if clip["text"] is not None:
         return clip
     empty = encode_clip([""] * len(clip["data"]), weights, device)
@@ -442,7 +434,7 @@ def with_text(clip: dict, weights=WEIGHTS, device="cpu") -> dict:
 
 
 def warn_unknown(prompts: list, words: list, cure: str = ""):
-    """Name the words of prompts that the text encoder was never trained on."""
+    """Names the words that the text encoder was never trained on."""
     unknown = set(words_of(prompts)) - set(words)
     if words and unknown:
         warn(f"the text encoder was never trained on: {', '.join(sorted(unknown))}{cure}")
@@ -452,10 +444,10 @@ def main(argv=None):
     parser = command_line(__doc__, argv)
     parser.add_argument("prompts", nargs="*", help="what to show, one prompt per video")
     parser.add_argument("-o", "--out", default="text.pt", help="tokens to write [text.pt]")
-    parser.add_argument("--prior", action="store_true", help="add the image embedding that P makes of "
-                        "each prompt, for make-a-video.pt [off]")
-    parser.add_argument("--image", metavar="FILE", help="instead of prompts: the embedding of a picture, "
-                        "or of a video, which gives a variation of it")
+    parser.add_argument("--prior", action="store_true",
+                        help="add image embeddings by P, for make-a-video.pt [off]")
+    parser.add_argument("--image", metavar="FILE",
+                        help="instead of prompts: embed a picture, or a video to vary")
     args = parser.parse_args(argv)
     check_output(args.out, ".pt")
     if bool(args.prompts) == bool(args.image):
@@ -463,8 +455,7 @@ def main(argv=None):
     if args.image:
         clip = clip_of_image(args.image, args.weights, args.device)
     else:
-        clip = encode_clip(args.prompts, args.weights, args.device)
-        clip = with_prior(clip, args.weights, args.device, args.seed) if args.prior else clip
+        clip = encode_clip(args.prompts, args.weights, args.device, args.seed, args.prior)
     save_clip(args.out, clip, args.command)
 
 

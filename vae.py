@@ -1,7 +1,7 @@
 """vae.py - the autoencoder between pixels and latents, and video files in and out.
 
-Latent diffusion (2112.10752), section 3.1, compresses images before any diffusion, here eightfold
-per side. Frames are coded one by one.
+Latent diffusion (2112.10752), 3.1: images are compressed before any diffusion, here eightfold per
+side. Frames are coded one by one.
 
     python vae.py encode clip.mp4 -o z.pt     any video or image -> latents (1, T, 4, H/8, W/8)
     python vae.py decode z.pt -o video.mp4    latents -> .mp4, .gif, contact sheet .png, or .pt
@@ -44,7 +44,7 @@ SD15 = VAEConfig(channels=(128, 256, 512, 512), layers=2, groups=32, scaling_fac
 
 
 class MidAttention(Attention):
-    """One head over all positions of a frame, with its own norm and residual."""
+    """One head over all positions of a frame, with norm and residual."""
 
     def __init__(self, dim: int, groups: int):
         super().__init__(dim, heads=1, bias=True)
@@ -56,7 +56,7 @@ class MidAttention(Attention):
 
 
 class Block(nn.Module):
-    """Residual blocks from each width to the next, attention after the first, a resampler."""
+    """Residual blocks from each width to the next; attention after the first; a resampler."""
 
     def __init__(self, widths: list, groups: int, attention=False, down=None, up=None):
         super().__init__()
@@ -78,7 +78,8 @@ class Coder(nn.Module):
 
     def __init__(self, c: VAEConfig, encodes: bool):
         super().__init__()
-        n, widths = c.latent_channels, c.channels if encodes else c.channels[::-1]
+        n = c.latent_channels
+        widths = c.channels if encodes else c.channels[::-1]
         self.conv_in = nn.Conv2d(3 if encodes else n, widths[0], 3, padding=1)
         self.mid_block = Block([c.channels[-1]] * 3, c.groups, attention=True)
         self.conv_norm_out = nn.GroupNorm(c.groups, widths[-1], eps=1e-6)
@@ -99,7 +100,7 @@ class Coder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Stable Diffusion's autoencoder: pixels in -1...1, raw (unscaled) latents."""
+    """Stable Diffusion's autoencoder of pixels in -1...1; its latents are not yet scaled."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -108,7 +109,7 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * n, 2 * n, 1)
         self.post_quant_conv = nn.Conv2d(n, n, 1)
 
-    def encode(self, pixels):  # (N, 3, H, W)
+    def encode(self, pixels):  # (N, 3, H, W) -> mean and log variance
         mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)  # (N, 4, h, w)
         return mean, logvar.clamp(-30, 20)
 
@@ -118,7 +119,7 @@ class AutoencoderKL(nn.Module):
 
 def loss(vae: AutoencoderKL, batch: dict):
     """Reconstruction plus KL (N,). batch: pixels (N, 3, H, W), noise (N, 4, h, w). A pixel counts
-    more the further it is from its image's mean colour, else small objects drown in their ground.
+    more the further it is from its image's mean colour, or small objects would be lost.
     Differs: the authors use L1, a perceptual and an adversarial loss, and a KL that weighs
     thousands of times less."""
     x = batch["pixels"]
@@ -160,7 +161,7 @@ def to_uint8(pixels):  # float -1...1 -> uint8 0...255
 
 @torch.inference_mode()
 def in_chunks(function, vae: AutoencoderKL, video, chunk: int, label: str):
-    """function over the frames of a video (B, T, C, h, w), about `chunk` pixels at once."""
+    """function of the frames of a video (B, T, C, h, w), about `chunk` pixels at once."""
     device, results = next(vae.parameters()).device, []
     parts = video.flatten(0, 1).split(max(1, chunk // video[0, 0, 0].numel()))  # (N, C, h, w)
     with base.fast_autocast(device):
@@ -171,8 +172,8 @@ def in_chunks(function, vae: AutoencoderKL, video, chunk: int, label: str):
 
 
 def encode_video(vae: AutoencoderKL, video, label: str = ""):
-    """uint8 (B, T, 3, H, W) -> scaled latents (B, T, 4, h, w), the mean of each frame's posterior.
-    Differs: latent diffusion samples the posterior. A label shows a progress bar."""
+    """uint8 (B, T, 3, H, W) -> scaled latents (B, T, 4, h, w). A label shows a progress bar.
+    Differs: latent diffusion samples each posterior; this is its mean."""
     def encode(pixels):
         return vae.encode(to_float(pixels))[0].float() * vae.config.scaling_factor
     return in_chunks(encode, vae, video, CHUNK, label)
@@ -186,15 +187,15 @@ def decode_video(vae: AutoencoderKL, latents, label: str = ""):
 
 
 # ------------------------------------------------------------------------------------------------
-# Files that people look at, always uint8
+# Image and video files, always uint8
 
 IMAGES, VIDEOS = (".png", ".jpg", ".jpeg"), (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi")
 WRITTEN = (".mp4", ".gif", ".png")
-BT709, PQ, HLG = 1, 16, 18  # FFmpeg's numbers
-REFORMATTER = av.video.reformatter.VideoReformatter()  # kept: its table for HDR takes seconds
+BT709, PQ, HLG = 1, 16, 18  # FFmpeg's numbers of colour spaces and curves
+REFORMATTER = av.video.reformatter.VideoReformatter()  # keeps a table that HDR takes seconds for
 
 
-def decode(file, stream):
+def decode_stream(file, stream):
     """The frames of a stream, with the times at which players show them."""
     decoder, container, end = stream.codec_context, file.format.name, 0
     if stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own decoders of webm drop alpha
@@ -213,27 +214,36 @@ def decode(file, stream):
                 yield frame
 
 
+def frame_rate(frames: list, header: float) -> float:
+    """The header's rate, if the frames keep it within 2 %; else that of their usual distance,
+    without pauses."""
+    times = [frame.pts for frame in frames] + [frames[-1].pts + frames[-1].duration]
+    gaps = np.diff(times) * float(frames[0].time_base)  # seconds
+    gaps = gaps[gaps > 0]
+    if not len(gaps):
+        return header
+    median = np.quantile(gaps, .5, method="lower")
+    usual = gaps[abs(np.log(gaps / median)) < .4].mean()
+    return header if abs(usual * header - 1) < .02 else float(1 / usual)
+
+
 def as_shown(frames, side: int | None, header: float = 1., aspect: float = 1.):
-    """See read_frames. The rate is the header's if the first frames keep it within 2 %, else
-    that of their usual distance, without pauses. aspect: W / H of a pixel."""
+    """See read_frames. header: the file's frames per second; aspect: W / H of its pixels."""
     first = list(islice(frames, 32))
     if not first:
         raise ValueError("it holds no frames")
-    head, end = first[0], first[-1].pts + first[-1].duration
-    gaps = np.diff([*(frame.pts for frame in first), end]) * float(head.time_base)
-    gaps = gaps[gaps > 0] if max(gaps) > 0 else np.array([1 / header])
-    usual = gaps[abs(np.log(gaps / np.quantile(gaps, .5, method="lower"))) < .4].mean()
-    fps = header if abs(usual * header - 1) < .02 else float(1 / usual)
-    size, W, H = (head.width, head.height), head.width * aspect, head.height
+    head, fps = first[0], frame_rate(first, header)
+    W, H = head.width * aspect, head.height
     scale = side / min(W, H) if side else 1
     if scale > 1:
         raise ValueError(f"{W:g} x {H:g} pixels; {side} x {side} are needed")
     pixels, sdr = head.format.name, {}
-    if head.color_trc in (PQ, HLG):
+    if head.color_trc in (PQ, HLG):  # HDR
         pixels, sdr = "gbrp", {"dst_color_trc": BT709, "dst_color_primaries": BT709}
-    buffer = "buffer=video_size={}x{}:pix_fmt={}:time_base={}"
-    steps = [buffer.format(*size, pixels, head.time_base)]
-    steps += ["bwdif=send_frame:deint=interlaced"] * head.interlaced_frame
+    size = f"{head.width}x{head.height}"
+    steps = [f"buffer=video_size={size}:pix_fmt={pixels}:time_base={head.time_base}"]
+    if head.interlaced_frame:
+        steps += ["bwdif=send_frame:deint=interlaced"]
     if head.format.has_palette or any(part.is_alpha for part in head.format.components):
         steps += ["format=gbrapf32le", "premultiply=inplace=1"]  # what is hidden is black
     flags = "flags=bicubic+accurate_rnd+full_chroma_int"
@@ -243,8 +253,8 @@ def as_shown(frames, side: int | None, header: float = 1., aspect: float = 1.):
     graph.link_nodes(*(graph.add(*step.split("=", 1)) for step in steps)).configure()
     for frame in chain(first, frames, [None]):
         if frame:  # the last one's duration counts; in live files it is too short
-            frame.duration = max(frame.duration, round(usual / frame.time_base))
-            frame = REFORMATTER.reformat(frame, *size, pixels, **sdr)
+            frame.duration = max(frame.duration, round(1 / fps / frame.time_base))
+            frame = REFORMATTER.reformat(frame, head.width, head.height, pixels, **sdr)
         graph.push(frame)
         with suppress(BlockingIOError, EOFError):
             while True:
@@ -263,19 +273,19 @@ def read_frames(path, side: int | None = None):
             frame = av.VideoFrame.from_ndarray(rgba, "rgba")
             frame.pts, frame.duration, frame.time_base = 0, 1, Fraction(1)
             yield from as_shown(iter([frame]), side)
-        else:
-            with av.open(f"file:{path}") as file:
-                if not file.streams.video:
-                    raise ValueError("it holds no video")
-                stream = max(file.streams.video, key=lambda s: s.disposition & 1)  # or the first
-                yield from as_shown(decode(file, stream), side, float(stream.average_rate or 1),
-                                    float(stream.sample_aspect_ratio or 1))
+            return
+        with av.open(f"file:{path}") as file:
+            if not file.streams.video:
+                raise ValueError("it holds no video")
+            stream = max(file.streams.video, key=lambda s: s.disposition & 1)  # default or first
+            yield from as_shown(decode_stream(file, stream), side, float(stream.average_rate or 1),
+                                float(stream.sample_aspect_ratio or 1))
     except Exception as error:  # pillow and av raise anything
         raise UserError(f"{path} cannot be read: {str(error) or repr(error)}") from error
 
 
 def read_video(path):
-    """A file's frames (T, 3, H, W), and their number per second (1 for an image)."""
+    """All of read_frames: (T, 3, H, W), and the frames per second."""
     frames, rates = zip(*read_frames(path))
     return torch.stack(frames), rates[0]
 
@@ -284,7 +294,7 @@ def contact_sheet(videos, columns: int = 16):
     """(B, T, 3, H, W) as one image (3, rows*H, columns*W); every video starts a new row."""
     B, T, C, H, W = videos.shape
     columns = min(columns, T)
-    videos = F.pad(videos, (0, 0, 0, 0, 0, 0, 0, -T % columns))
+    videos = F.pad(videos, (0, 0, 0, 0, 0, 0, 0, -T % columns))  # black frames end the last row
     grid = videos.reshape(-1, columns, C, H, W)  # (rows, columns, 3, H, W)
     return grid.permute(2, 0, 3, 1, 4).reshape(C, -1, columns * W)
 
@@ -296,11 +306,11 @@ def write_image(path, image):
 
 
 def write_video(path, video, fps: float):
-    """Write (T, 3, H, W) as .mp4, or as .gif, which counts time in 1/100 s."""
+    """Write (T, 3, H, W) as .mp4 or .gif, which counts time in 1/100 s."""
     frames = video.permute(0, 2, 3, 1).numpy()  # (T, H, W, 3)
     with base.atomic(path) as temporary:
         if Path(path).suffix.lower() == ".gif":
-            duration = 10 * min(6000, max(2, round(100 / fps)))  # ms
+            duration = 10 * max(2, round(100 / fps))  # ms
             iio.imwrite(temporary, frames, duration=duration, loop=0)
             return
         H, W = frames.shape[1:3]  # the codec takes only even sides
@@ -320,19 +330,19 @@ def write_video(path, video, fps: float):
 def write_videos(path, videos, fps: float) -> list:
     """Write (B, T, 3, H, W) as one sheet .png, or as .mp4 or .gif: several as file-0, file-1 ...
     Returns the paths."""
-    path, paths = Path(path), [Path(path)]
+    path = Path(path)
     if path.suffix.lower() == ".png":
         write_image(path, contact_sheet(videos))
-        return paths
-    if len(videos) > 1:
-        paths = [path.with_stem(f"{path.stem}-{i}") for i in range(len(videos))]
+        return [path]
+    several = len(videos) > 1
+    paths = [path.with_stem(f"{path.stem}-{i}") if several else path for i in range(len(videos))]
     for one, video in zip(paths, videos):
         write_video(one, video, fps)
     return paths
 
 
 def write_clip(path, clip: dict, command: str):
-    """Write a clip as a .pt, or its pixels as files to look at, and say so."""
+    """Write a clip as a .pt, or its pixels as files to look at."""
     if Path(path).suffix.lower() == ".pt":
         base.save_clip(path, clip, command)
     else:
@@ -340,12 +350,12 @@ def write_clip(path, clip: dict, command: str):
 
 
 def encode_clip(path, weights=WEIGHTS, device="cpu") -> dict:
-    """Any video or image, cut to multiples of 8 pixels -> a clip of latents."""
+    """Any video or image -> a clip of latents. Its sides are cut to multiples of 8."""
     vae, vae_id = load(weights, device)
-    (video, fps), stride = read_video(path), vae.config.factor
-    H, W = (side - side % stride for side in video.shape[-2:])
+    video, fps = read_video(path)
+    H, W = (side - side % vae.config.factor for side in video.shape[-2:])
     if not H * W:
-        raise UserError(f"{path} is smaller than {stride} x {stride}")
+        raise UserError(f"{path} is smaller than {vae.config.factor} pixels")
     z = encode_video(vae, video[None, ..., :H, :W], "vae encode")
     return base.new_clip("latents", z, prompts=[Path(path).stem], fps=fps, vae=vae_id)
 
