@@ -665,8 +665,10 @@ def has_fast_bf16(device) -> bool:
 
 
 def fast_autocast(device):
-    """bf16 where it is fast, else fp32."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_fast_bf16(device))
+    """bf16 where it is fast, else fp32; on CUDA cards without bf16, fp16 to sample (never run)."""
+    device, bf16 = torch.device(device).type, has_fast_bf16(device)
+    fp16 = device == "cuda" and not torch.is_grad_enabled()
+    return torch.autocast(device, torch.bfloat16 if bf16 else torch.float16, enabled=bf16 or fp16)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -739,6 +741,8 @@ COMMANDS = {"text": 'python text.py "a red star moving left" -o text.pt',
             "latents": "python base.py text.pt -o base.pt",
             "pixels": "python vae.py decode base.pt -o pixels.pt"}
 SD_ID = "stable-diffusion-1"  # all 1.x folders share one text encoder and one latent space
+SD_NOISE = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": .012,
+            "rescale_betas_zero_snr": False}
 SD_PARTS = {"base": "unet", "image": "unet", "text": "text_encoder"}
 
 
@@ -849,6 +853,7 @@ def load_clip(path, kind: str) -> dict:
             assert text["tokens"].ndim == 3 and len(text["tokens"]) == B
             assert text["null_tokens"].shape == (1, *text["tokens"].shape[1:])
         assert all(x.isfinite().all() for x in (data, *(text or {}).values()) if x is not None)
+        assert isinstance(clip["history"], list)
     except Exception as error:  # whatever a foreign file holds
         raise UserError(f"{path} {problem}; make one with `{COMMANDS[kind]}`") from error
     return clip
@@ -941,6 +946,9 @@ def load(weights=WEIGHTS, device="cpu", name: str = "base", stage: str = "", **c
         file = Path(weights) / "scheduler/scheduler_config.json"
         scheduler = json.loads(file.read_bytes()) if file.is_file() else {}
         target = scheduler.get("prediction_type", "epsilon").removesuffix("_prediction")
+        if not SD_NOISE.items() <= (SD_NOISE | scheduler).items() or target not in (
+                "epsilon", "v", "sample"):
+            raise UserError(f"{file}: only {SD_NOISE} of epsilon, v_prediction or sample are read")
         diffusion, made_by["side"] = Diffusion("scaled_linear", target), s["sample_size"]
         config = UNetConfig(channels=s["block_out_channels"], layers=s["layers_per_block"],
                             attention=tuple("CrossAttn" in kind for kind in s["down_block_types"]),

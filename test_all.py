@@ -453,13 +453,17 @@ def test_long_prompts_and_unknown_words_are_named(tmp_path, capsys):
 
 def test_contrastive_loss_is_symmetric_and_equal_captions_all_count():
     def loss(logits, ids):
-        judge = Namespace(similarity=lambda *a: torch.tensor(logits), language_loss=torch.tensor)
+        judge = Namespace(similarity=lambda *a: torch.tensor(logits), language_loss=torch.tensor,
+                          text_model=lambda ids: (None, None))
         batch = {"pixels": 0, "ids": torch.tensor(ids), "motion_ids": [0., 1.]}
         return text.loss(judge, batch).tolist()
     e = [math.log(1 + math.exp(n)) for n in (-2, 7, -11)]  # of one image or caption
     assert loss([[2., 0.], [9., 11.]], [[1, 2], [1, 3]]) == pytest.approx(
         [(e[0] + e[1]) / 2, (e[0] + e[2]) / 2 + 1])
     assert loss([[9., 9.], [9., 9.]], [[1, 2], [1, 2]]) == pytest.approx([.69315, 1.69315], 1e-4)
+    judge = Namespace(similarity=lambda *a: torch.tensor([[2., 0., 2.]]))  # of all captions, the last is right
+    batch = {"pixels": 0, "states": 0, "row": torch.tensor([2])}
+    assert text.locked_loss(judge, batch).item() == pytest.approx(math.log(2 + math.exp(-2)))
 
 
 def test_language_loss_is_of_next_tokens_and_of_all_words_from_the_last():
@@ -1457,7 +1461,7 @@ def test_minutes_are_shared_among_stages(tmp_path, monkeypatch):
     patch_all(monkeypatch, RUNS=tmp_path,
               train=lambda name, args, steps, limit: trained.append((args.amount, limit)))
     train.main("all --minutes 60".split())
-    assert len(trained) == len(train.PREPARE) and trained[0] == pytest.approx((.1, 9))
+    assert len(trained) == len(train.PREPARE) and trained[0] == pytest.approx((.1, 15.6))
     assert sum(limit for _, limit in trained) == pytest.approx(60)
     train.main("base --minutes 60".split())
     assert trained[-1] == (1 / 3, 60)

@@ -220,10 +220,10 @@ class CLIP(nn.Module):
         self.visual_projection = nn.Linear(config.vision_width, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / .07)))
 
-    def similarity(self, pixels, ids):
-        """Scaled cosines (N, M) of N images (N, 3, H, W) with M captions (M, L)."""
+    def similarity(self, pixels, states):
+        """Scaled cosines (N, M) of images (N, 3, H, W) with captions of last states (M, D)."""
         images = self.visual_projection(self.vision_model(pixels)).float()  # (N, E)
-        captions = self.text_projection(self.text_model(ids)[1]).float()  # (M, E)
+        captions = self.text_projection(states).float()  # (M, E)
         images, captions = F.normalize(images, dim=-1), F.normalize(captions, dim=-1)
         return self.logit_scale.exp().clamp(max=100) * images @ captions.T
 
@@ -249,12 +249,21 @@ def loss(model: CLIP, batch: dict) -> torch.Tensor:
     """Symmetric contrastive loss (CLIP, Fig. 3) plus the language loss, (N,). batch: pixels
     (N, 3, H, W), ids (N, L) of their captions, motion_ids (N, L) of captions without images.
     Differs: several images of so small a world share a caption, and all of them count as right."""
-    logits, ids = model.similarity(batch["pixels"], batch["ids"]), batch["ids"]
+    ids = batch["ids"]
+    logits = model.similarity(batch["pixels"], model.text_model(ids)[1])  # (N, N)
     same = (ids[:, None] == ids[None]).all(-1).float()  # (N, N)
     target = same / same.sum(1, keepdim=True)
     of_images = F.cross_entropy(logits, target, reduction="none")
     of_captions = F.cross_entropy(logits.T, target, reduction="none")
     return (of_images + of_captions) / 2 + model.language_loss(batch["motion_ids"])
+
+
+def locked_loss(model: CLIP, batch: dict) -> torch.Tensor:
+    """Cross-entropy of an image's caption among all M captions of the data, (N,), when the text half
+    learns no more: as LiT (2111.07991), which takes those of the batch. Of these too few differ only
+    in the shape, and it was not learnt. batch: pixels (N, 3, H, W), states (M, D), row (N,) in it."""
+    logits = model.similarity(batch["pixels"], batch["states"])  # (N, M)
+    return F.cross_entropy(logits, batch["row"], reduction="none")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -325,6 +334,8 @@ def load(weights=WEIGHTS, device="cpu"):
                             s["num_hidden_layers"], s["num_attention_heads"], vision_layers=0)
         tokenizer = read_tokenizer(Path(weights) / "tokenizer")
         facts = {"id": SD_ID, "image_id": None, "words": []}
+        if config.vocab_size > len(tokenizer["vocab"]):
+            raise UserError(f"{weights} has tokens of textual inversion, which are not read")
     model = load_state(CLIP(config), state, weights, lambda name: not name.startswith("text_model"))
     return model.to(device).eval(), build_tokenizer(**tokenizer), facts
 

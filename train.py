@@ -707,17 +707,26 @@ def prepare_clip(args) -> Setup:
     ids = text.tokenize(text.build_tokenizer(**config["tokenizer"]), every, model.config.context)
     embedding = model.text_model.embeddings.token_embedding.weight.detach().clone()
     motion_ids, ids = ids.split([len(captions), len(data["captions"])])  # (N, L) each
+    locked = args.freeze == "text"
+    if locked:
+        distinct, row = ids.unique(dim=0, return_inverse=True)  # (M, L), (N,)
+        with torch.no_grad():
+            states = model.text_model(distinct)[1]  # (M, D)
 
     def batch_of(step, samples):
         rngs, picks = draw(args, step, samples, len(ids))
+        batch = {"pixels": vae.to_float(data["pixels"][picks, 0]),
+                 "captions": [data["captions"][i] for i in picks]}
+        if locked:
+            return batch | {"states": states, "row": row[picks]}
         others = [rng.integers(len(motion_ids)) for rng in rngs]
-        return {"pixels": vae.to_float(data["pixels"][picks, 0]), "ids": ids[picks],
-                "motion_ids": motion_ids[others], "captions": [data["captions"][i] for i in picks]}
+        return batch | {"ids": ids[picks], "motion_ids": motion_ids[others]}
 
     def preview(model):  # images over the cosines of each with each caption
         rows = spread(data["captions"], 16)
         shown = data["pixels"][rows, 0]
-        logits = model.similarity(vae.to_float(shown).to(args.device), ids[rows].to(args.device))
+        states = model.text_model(ids[rows].to(args.device))[1]  # (16, D)
+        logits = model.similarity(vae.to_float(shown).to(args.device), states)
         return above_tiles(shown, (logits / model.logit_scale.exp()).T.cpu())
 
     def finish(model, config):  # known tokens stay to the bit, in spite of weight decay
@@ -725,7 +734,8 @@ def prepare_clip(args) -> Setup:
             rows = ~torch.tensor(config.pop("new"))
             model.text_model.embeddings.token_embedding.weight[rows] = embedding[rows].to(args.device)
         return config
-    return Setup(model, batch_of, text.loss, preview, config, finish=finish)
+    loss_of = text.locked_loss if locked else text.loss
+    return Setup(model, batch_of, loss_of, preview, config, finish=finish)
 
 
 def prepare_prior(args) -> Setup:
@@ -1278,7 +1288,9 @@ def main(argv=None):
     kept = sum(path.stat().st_size for path in files_of(RUNS / "cache", ".pt"))
     print(f"{RUNS / 'cache'} holds {kept / 1e9:.1f} GB, and may be deleted at any time")
     unit = args.minutes and args.minutes / sum(RECIPES[name].share for name in steps)
-    args.amount = min(1., unit / 6) if unit else .125 if args.with_world else 1.  # a whole world for ten hours
+    args.amount = .125 if args.with_world else 1.  # of the world
+    if unit:
+        args.amount = min(1., unit / 6)  # the whole world for ten hours
     if args.data != "world" and "vae" not in steps and "clip" not in steps:
         check_autoencoder(args)
     for name in steps:
