@@ -177,16 +177,14 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: StageConfig, small, fps: fl
 
     def noise(i):  # (1, 3, H, W); fps, because tsr-128 runs twice in a cascade
         return base.initial_noise((1, 3, H, W), seed, f"{stage.name} at {fps:g} fps", i)
+    shared = noise(0)
 
     def as_batch(frames):  # (T', C, H, W): one clip, or for SR_h a batch of pictures
         return frames[None] if stage.halo else frames[:, None]
 
     def denoise(first: int, last: int):  # frames first to last - 1
         frames = vae.to_float(as_batch(small[first:last])).to(device)  # (B, T', C, h, w)
-        if stage.shared_noise:
-            z = noise(0).expand(last - first, -1, -1, -1)
-        else:
-            z = torch.cat([noise(i) for i in range(first, last)])
+        z = torch.cat([shared if stage.shared_noise else noise(i) for i in range(first, last)])
         z = as_batch(z).to(device)  # (B, T', 3, H, W)
         predict = clean_predictor(unet, enlarge(frames, stage.scale, level), level.expand(len(z)),
                                   float(fps), context, null_context, guidance)
