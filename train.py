@@ -11,8 +11,8 @@ mean-clip; base, the same U-Net on video (Make-A-Video, 3.4); interpolate, base 
 frames; superres-low, -high; and Imagen Video's ssr-128, ssr-256, ssr-768, tsr-32, tsr-128.
 
 Sample i of step n is a pure function of (seed, n, i), so a run that was stopped reaches the very bits
-of one that was not. runs/STAGE/ gets log.csv (loss by quartile of t), preview.png, first_batch.png and
-checkpoint.pt.
+of one that was not. runs/STAGE/ gets checkpoint.pt, log.csv (loss by quartile of t), first_batch.png,
+and preview.png: what the trained network makes of that batch.
 """
 import copy
 import csv
@@ -306,7 +306,7 @@ def draw_still(rng, side: int):
 
 def draw_beginning(rng, side: int):
     """As draw_still, but three in four are the first frame of a training scene with its full caption.
-    So stills teach words of motion, as far as a still shows it."""
+    So stills teach words of motion. Differs: the papers take captions from the web."""
     if rng.random() < .25:
         return draw_still(rng, side)
     scene = draw_scene(rng, "train")
@@ -360,8 +360,8 @@ def read_table(path: Path):
 
 
 def read_captions(folder: Path) -> dict:
-    """{clip: caption} from a table, else from a .txt beside each clip. Names what has no partner, and
-    stops if that is more than a tenth."""
+    """{clip: caption} from captions.csv, metadata.csv or metadata.jsonl, else from a .txt beside each
+    clip. Names what has no partner, and stops if that is more than a tenth."""
     def plain(file):  # whichever slashes, case or kind of accents it is written with
         name = unicodedata.normalize("NFC", str(file)).strip().replace("\\", "/")
         return os.path.normpath(name).casefold()
@@ -401,7 +401,8 @@ def look(folder) -> list:
 
 def folder_clips(folder, frames: int, side: int):
     """Yields (pixels (1, frames, 3, side, side), [caption], fps (1,)), middle squares of all clips that
-    are long and large enough: every frame, every second, every fourth; or four stills per second."""
+    are long and large enough: every frame, every second, every fourth; or four stills per second.
+    Nothing is padded or enlarged."""
     for file, words, length, shorter, fps in look(folder):
         if length < frames or shorter < side:
             continue
@@ -482,15 +483,11 @@ def add_embeddings(args, data: dict, autoencoder, name: str) -> dict:
     def make():
         frames = vae.decode_video(autoencoder, data["latents"][:, :1], "decoding")[:, 0]
         return {"tokens": text.embed_images(clip, frames)}
-    name = f"{name}-{decoder_id(autoencoder)}-{known['image_id']}"
-    tokens = cached(name, make)["tokens"][:, None]  # (N, 1, E)
+    decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",))
+    tokens = cached(f"{name}-{decoder}-{known['image_id']}", make)["tokens"][:, None]  # (N, 1, E)
     return data | {"tokens": tokens, "rows": torch.arange(len(tokens)), "captions": [""] * len(tokens),
                    "null_tokens": torch.zeros_like(tokens[:1]),
                    "facts": data["facts"] | {"text": known["id"], "image_encoder": known["image_id"]}}
-
-
-def decoder_id(autoencoder) -> str:
-    return base.tensors_id(autoencoder.state_dict(), ("decoder.",))
 
 
 @dataclass
@@ -549,10 +546,12 @@ def pairs(args, name: str) -> dict:
     p = replace(p, count=math.ceil(args.amount * p.count))
     autoencoder, vae_id = vae.load(args.weights, args.device)
 
+    own = folder_pairs(args.folder, p, scale, args.seed) if args.folder else ()
+    key = 6 + list(PAIRS).index(name)
+    world = world_pairs(p, scale, key, args.seed) if args.world else ()
+
     def make():
-        rows, key = [], 6 + list(PAIRS).index(name)
-        own = folder_pairs(args.folder, p, scale, args.seed) if args.folder else ()
-        world = world_pairs(p, scale, key, args.seed) if args.world else ()
+        rows = []
         for small, large, centre, line, fps in chain(own, world):
             decoded, window = small, window_about(*centre, p.inner, p.side)
             if p.side == 64:
@@ -563,9 +562,8 @@ def pairs(args, name: str) -> dict:
         *tensors, captions = zip(*rows)
         keys = "small", "decoded", "pixels", "fps"
         return dict(zip(keys, map(torch.stack, tensors))) | {"captions": list(captions)}
-
-    made_by = p, decoder_id(autoencoder) if p.side == 64 else ""
-    data = cached(f"{name}-{digest(made_by)}-{data_id(args)}", make)
+    decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",)) if p.side == 64 else ""
+    data = cached(f"{name}-{digest((p, decoder))}-{data_id(args)}", make)
     return data | {"facts": {"vae": vae_id, "windows": p.count}}
 
 
@@ -574,7 +572,7 @@ def pairs(args, name: str) -> dict:
 # stills, 2 clips, 3 samples, 5 masks and windows of a folder's clips, 6 and up the world's pairs.
 
 def draw(args, step: int, samples, count: int) -> tuple[list, list]:
-    """The generator of each sample of a step, and which of `count` items the sample is."""
+    """The generator of each sample of a step, and which of `count` items it is."""
     rngs = [np.random.default_rng((args.seed, 3, step, i)) for i in samples]
     return rngs, [int(rng.integers(count)) for rng in rngs]
 
@@ -642,7 +640,7 @@ class Setup:
     model: torch.nn.Module
     batch_of: Callable       # (step, samples) -> tensors (N, ...), and "captions" to look at
     loss_of: Callable        # (model, batch) -> loss of each sample (N,)
-    preview: Callable        # (model) -> videos to look at: uint8 pixels or latents (B, T, C, H, W)
+    preview: Callable        # (model, batch) -> uint8 pixels or latents (B, T, C, H, W) to look at
     config: dict             # what the checkpoint says of the model
     facts: dict = field(default_factory=dict)  # ids of what it stands on, and more
     finish: Callable = lambda model, config: config  # (model, config) -> the config to ship
@@ -658,31 +656,21 @@ def unet_setup(model: UNet, diffusion: base.Diffusion, loss, batch_of, preview, 
     return Setup(model, batch_of, loss_of, preview, config, facts)
 
 
-def spread(captions: list, count: int) -> list:
-    """Rows of items to look at: of as many captions as there are, evenly from first to last."""
-    rows = sorted({words: i for i, words in enumerate(captions)}.values())
-    if len(rows) < count:
-        rows = range(len(captions))
-    return [rows[i * len(rows) // count] for i in range(count)]
+def generates(diffusion: base.Diffusion, data: dict, **how) -> Callable:
+    """A preview: what the model makes of the prompts of a batch."""
+    fps, side = data["fps"].min().item(), data["latents"].shape[-1]
 
-
-def text_of(data: dict, rows) -> dict:
-    """What items are told, as base.generate takes it."""
-    return {"tokens": data["tokens"][data["rows"][rows]], "null_tokens": data["null_tokens"]}
-
-
-def generates(diffusion: base.Diffusion, data: dict, count: int, **how) -> Callable:
-    """A preview: what the model makes of some captions."""
-    def preview(model):
-        text_emb, fps = text_of(data, spread(data["captions"], count)), data["fps"].min().item()
-        return base.generate(model, diffusion, text_emb, fps=fps, side=data["facts"]["side"], **how)
+    def preview(model, batch):
+        text_emb = {"tokens": batch["context"], "null_tokens": data["null_tokens"]}
+        return base.generate(model, diffusion, text_emb, fps=fps, side=side, **how)
     return preview
 
 
 def above_tiles(images, cosines) -> torch.Tensor:
-    """Images (N, 3, S, S) in a row above a matrix (N, N) as tiles, 0 black and 1 white: (1, 1, 3, H, W)"""
+    """Images (N, 3, S, S) above a matrix (N, N), 0 black and 1 white, as one picture (1, 1, 3, H, W)."""
+    images = vae.contact_sheet(vae.to_uint8(images)[None])
     tiles = (cosines.clamp(0, 1) * 255).byte().repeat_interleave(SIDE, 1).repeat_interleave(16, 0)
-    return torch.cat([vae.contact_sheet(images[None]), tiles.expand(3, -1, -1)], dim=1)[None, None]
+    return torch.cat([images, tiles.expand(3, -1, -1).to(images)], dim=1)[None, None]
 
 
 def check_parent(made_by: dict, facts: dict, path):
@@ -710,23 +698,20 @@ def prepare_vae(args) -> Setup:
     c = model.config
     latent_shape = c.latent_channels, SIDE // c.factor, SIDE // c.factor
 
-    def pixels(rows):
-        return vae.to_float(data["pixels"][rows, 0])  # (N, 3, side, side)
-
     def batch_of(step, samples):
         rngs, picks = draw(args, step, samples, len(data["pixels"]))
-        return {"pixels": pixels(picks), "noise": normal(rngs, latent_shape),
+        return {"pixels": vae.to_float(data["pixels"][picks, 0]), "noise": normal(rngs, latent_shape),
                 "captions": [data["captions"][i] for i in picks]}
 
-    def preview(model):  # originals above their reconstructions
-        originals = pixels(spread(data["captions"], 16))
-        made = model.decode(model.encode(originals.to(args.device))[0]).cpu()
-        return vae.to_uint8(torch.stack([originals, made]))
+    def preview(model, batch):  # originals above their reconstructions
+        made = model.decode(model.encode(batch["pixels"])[0])
+        return vae.to_uint8(torch.stack([batch["pixels"], made]))
 
     def finish(model, config):  # unit variance, measured: latent diffusion, appendix G
         if args.freeze == "encoder":
             return config
-        raw = [model.encode(chunk.to(args.device))[0] for chunk in pixels(slice(2048)).split(128)]
+        pixels = vae.to_float(data["pixels"][:2048, 0])  # (N, 3, side, side)
+        raw = [model.encode(chunk.to(args.device))[0] for chunk in pixels.split(128)]
         return config | {"scaling_factor": (1 / torch.cat(raw).std()).item()}
     return Setup(model, batch_of, vae.loss, preview, asdict(c), finish=finish)
 
@@ -763,12 +748,10 @@ def prepare_clip(args) -> Setup:
         others = [rng.integers(len(motion_ids)) for rng in rngs]
         return batch | {"ids": ids[picks], "motion_ids": motion_ids[others]}
 
-    def preview(model):  # images over the cosines of each with each caption
-        rows = spread(data["captions"], 16)
-        shown = data["pixels"][rows, 0]
-        states = model.text_model(ids[rows].to(args.device))[1]  # (16, D)
-        logits = model.similarity(vae.to_float(shown).to(args.device), states)
-        return above_tiles(shown, (logits / model.logit_scale.exp()).T.cpu())
+    def preview(model, batch):  # images over the cosines of each with each caption
+        last = batch["states"][batch["row"]] if locked else model.text_model(batch["ids"])[1]
+        cosines = model.similarity(batch["pixels"], last) / model.logit_scale.exp()
+        return above_tiles(batch["pixels"], cosines.T)
 
     def finish(model, config):  # known tokens stay to the bit, in spite of weight decay
         if args.init:
@@ -797,12 +780,10 @@ def prepare_prior(args) -> Setup:
         batch = diffusion_batch(args, data, step, samples, partial(shifted_timesteps, shift=1.))
         return batch | {"pixels": vae.to_float(data["pixels"][picks, 0])}  # to look at
 
-    def preview(model):  # images over the cosines of each with what P makes of each caption
-        rows = spread(data["captions"], 16)
-        context = text_of(data, rows)["tokens"].to(args.device)
-        made = text.sample_prior(model, diffusion, context, context[:1])  # (16, D)
-        cosines = F.cosine_similarity(made[:, None], data["latents"][None, rows], dim=-1)  # (16, 16)
-        return above_tiles(data["pixels"][rows, 0], cosines)
+    def preview(model, batch):  # images over the cosines of each with what P makes of each caption
+        made = text.sample_prior(model, diffusion, batch["context"], data["null_tokens"])  # (N, D)
+        truth = batch["latents"].cpu()
+        return above_tiles(batch["pixels"], F.cosine_similarity(made[:, None], truth[None], dim=-1))
     return Setup(model, batch_of, lambda model, batch: text.prior_loss(model, diffusion, batch),
                  preview, asdict(config), data["facts"])
 
@@ -821,18 +802,16 @@ def prepare_image(args) -> Setup:
                              out_channels=channels, **changes))
         diffusion = base.Diffusion()
     return unet_setup(model, diffusion, base.loss, partial(diffusion_batch, args, data),
-                      generates(diffusion, data, 32, frames=1), data["facts"])
+                      generates(diffusion, data, frames=1), data["facts"])
 
 
 def prepare_mean_clip(args) -> Setup:
     data = latents(args, "clips")
     config = {"context_dim": data["tokens"].shape[-1], "channels": data["latents"].shape[2]}
 
-    def preview(model):
-        tokens = text_of(data, spread(data["captions"], 6))["tokens"].to(args.device)
-        slowest = data["fps"].min().expand(len(tokens)).to(args.device)  # shows most motion
-        T, _, h, w = data["latents"].shape[1:]
-        return model(tokens, slowest, T, h, w).cpu()
+    def preview(model, batch):
+        T, _, h, w = batch["latents"].shape[1:]
+        return model(batch["context"], batch["fps"], T, h, w)
     return Setup(base.MeanClip(**config), partial(diffusion_batch, args, data), base.mean_clip_loss,
                  preview, config, data["facts"])
 
@@ -869,7 +848,7 @@ def prepare_base(args) -> Setup:
         if joint and step % 4 == 3:
             return diffusion_batch(args, joint, step, [4 * i + k for i in samples for k in range(4)])
         return diffusion_batch(args, data, step, samples, shifted_timesteps)
-    return unet_setup(model, diffusion, loss, batch_of, generates(diffusion, data, 6, **sampling),
+    return unet_setup(model, diffusion, loss, batch_of, generates(diffusion, data, **sampling),
                       data["facts"])
 
 
@@ -887,13 +866,10 @@ def prepare_interpolate(args) -> Setup:
         known = torch.stack([interpolate.random_known(rng) for rng in rngs])  # (N, T)
         return diffusion_batch(args, data, step, samples, shifted_timesteps) | {"known": known}
 
-    def preview(model):  # pairs of rows: the truth, and what every fifth frame of it becomes
-        known, videos = torch.arange(16) % 5 == 0, []
-        for row in spread(data["captions"], 4):
-            x = data["latents"][[row]].float()  # (1, 16, 4, h, w)
-            fps, text_emb = data["fps"][row].item(), text_of(data, [row])
-            videos += [x, interpolate.fill_timeline(model, diffusion, x, known, text_emb, fps)]
-        return torch.cat(videos)
+    def preview(model, batch):
+        text_emb = {"tokens": batch["context"], "null_tokens": data["null_tokens"]}
+        return interpolate.inpaint_window(model, diffusion, batch["latents"], batch["known"],
+                                          batch["noise"], text_emb, batch["fps"])
     return unet_setup(model, diffusion, interpolate.loss, batch_of, preview, data["facts"])
 
 
@@ -939,17 +915,13 @@ def prepare_pixels(args, name: str) -> Setup:
             batch["context"], batch["captions"] = drop_prompt(rngs, data, picks)
         return batch
 
-    def preview(model):  # a row for each of eight clips: what is given, ours, truth
-        rows, frame = [], int(is_tsr)
-        for i in spread(data["captions"], 8):
-            small, text_emb = data["decoded"][i], text_of(data, [i]) if reads_text else {}
-            if is_tsr:
-                small = interpolate.double(small[::2])  # (T, 6, s, s)
-            ours = superres.upscale(model, diffusion, stage, small, data["fps"][i].item(), 0,
-                                    text_emb.get("tokens"), text_emb.get("null_tokens"))
-            given = F.interpolate(small[:, :3], scale_factor=stage.scale)  # (T, 3, S, S)
-            rows.append(torch.stack([given[frame], ours[frame], data["pixels"][i][frame]]))
-        return torch.stack(rows)
+    def preview(model, batch):  # a row for each clip: what is given, ours, truth
+        large = superres.enlarge(batch["small"], stage.scale, batch["level"])
+        predict = superres.clean_predictor(model, large, batch["level"], batch["fps"],
+                                           batch.get("context"))
+        ours = diffusion.sample(predict, batch["noise"], stage.steps, "ddim", stage.shift)
+        videos = large[:, :, :3], ours, batch["pixels"]
+        return vae.to_uint8(torch.stack([video[:, int(is_tsr)] for video in videos], dim=1))
     return unet_setup(UNet(stage.unet), diffusion, loss, batch_of, preview, data["facts"])
 
 
@@ -1002,12 +974,16 @@ class Loss(torch.nn.Module):
         return self.loss_of(self.model, batch)  # (N,)
 
 
+def to_device(batch: dict, device) -> dict:
+    return {key: value.to(device) for key, value in batch.items() if key != "captions"}
+
+
 def take_step(step: int, parts: list, loss_of: torch.nn.Module, ema, optimizer, recipe, device):
     """One step of the optimizer and of the average, on the parts of a batch. Returns the loss and the
     noise level of each sample of this process, (N, 2)."""
     parameters, seen = list(loss_of.parameters()), []
     for batch in parts:
-        batch = {k: v.to(device) for k, v in batch.items() if k != "captions"}
+        batch = to_device(batch, device)
         with fast_autocast(device):
             losses = loss_of(batch)  # (N,)
         (losses.mean() / len(parts)).backward()
@@ -1065,8 +1041,8 @@ class Run:
 
 
 def origin_of(name: str, args, limit: float | None) -> dict:
-    """What a run is made from, as far as it is known before its data are prepared. "files" are dates of
-    the code and of the weights that it reads."""
+    """What a run is made from, as far as it is known before its data are prepared; "files" stands for
+    the dates of the code and of the weights that it reads."""
     earlier = list(PREPARE)[:list(PREPARE).index(name)]
     files = [*Path(__file__).parent.glob("*.py"), *(output_of(args, other) for other in earlier)]
     files += [Path(args.weights) / "image.pt"] if args.captions == "none" else []
@@ -1134,21 +1110,19 @@ def begin(name: str, args, recipe: Recipe, limit: float | None) -> Run | None:
 
 def write_sheet(path: Path, videos, args):
     """A picture of videos (B, T, C, H, W), uint8 pixels or latents: a row for each, or one of stills."""
-    if videos.shape[1] == 1:
-        videos = videos.transpose(0, 1)
     if videos.is_floating_point():
         autoencoder, _ = vae.load(args.weights, args.device)
         videos = vae.decode_video(autoencoder, videos)
-    vae.write_image(path, vae.contact_sheet(videos))
+    videos = videos.transpose(0, 1) if videos.shape[1] == 1 else videos
+    vae.write_image(path, vae.contact_sheet(videos.cpu()))
 
 
-def show_first_batch(run: Run, args):
-    """Up to eight samples and their captions: errors of range, order or caption show here."""
-    batch = run.setup.batch_of(0, range(min(8, run.recipe.batch)))
+def show_first_batch(run: Run, batch: dict, args):
+    """Samples and their captions: errors of range, order or caption show here."""
     videos = batch.get("latents")
     if "pixels" in batch:
         pixels = vae.to_uint8(batch["pixels"])
-        videos = pixels.view(len(pixels), -1, *pixels.shape[-3:])  # (8, T, 3, H, W)
+        videos = pixels.view(len(pixels), -1, *pixels.shape[-3:])  # (N, T, 3, H, W)
     write_sheet(run.folder / "first_batch.png", videos, args)
     (run.folder / "first_batch.txt").write_text("\n".join(batch["captions"]) + "\n", encoding="utf-8")
 
@@ -1165,8 +1139,8 @@ def write_log(run: Run, seen: torch.Tensor):
 
 
 @torch.inference_mode()
-def ship(name: str, run: Run, args):
-    """Write the averaged weights, the last checkpoint and a preview."""
+def ship(name: str, run: Run, batch: dict, args):
+    """Write the averaged weights, the last checkpoint, and what the weights make of a batch."""
     setup, ema = run.setup, run.parts["ema"]
     output, preview = output_of(args, name), run.folder / "preview.png"
     facts = setup.facts | ({"distill": args.distill} if args.distill else {})
@@ -1174,7 +1148,7 @@ def ship(name: str, run: Run, args):
                          steps=run.step, seed=args.seed, data=args.data,
                          minutes=round(run.minutes, 1), **facts)
     run.save()  # after the weights: where it is, they are
-    write_sheet(preview, setup.preview(ema), args)
+    write_sheet(preview, setup.preview(ema, to_device(batch, args.device)), args)
     print(f"{name}: {run.minutes:.1f} minutes, loss {run.loss:.4f}; wrote {output}; look at {preview}")
 
 
@@ -1196,7 +1170,8 @@ def train(name: str, args, steps: int | None = None, limit: float | None = None)
         loss_of = torch.compile(loss_of)
     if RANK == 0:
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe}")
-        show_first_batch(run, args)
+        first_batch = run.setup.batch_of(0, range(min(8, recipe.batch)))
+        show_first_batch(run, first_batch, args)
         if run.step == 0:
             (run.folder / "log.csv").write_text("step,minutes,loss,t<1/4,t<1/2,t<3/4,t<1\n")
     mine = np.array_split(range(RANK, recipe.batch, RANKS), args.accumulate)  # equal parts
@@ -1217,7 +1192,7 @@ def train(name: str, args, steps: int | None = None, limit: float | None = None)
             run.save()
             last_save = time.time()
     if RANK == 0:
-        ship(name, run, args)
+        ship(name, run, first_batch, args)
     if RANKS > 1:
         dist.barrier()  # the next stage reads what this one wrote
 
@@ -1252,12 +1227,15 @@ def plan(folder, stages: list) -> dict:
 def check_autoencoder(args):
     """Say how well the autoencoder shows a folder: no later stage can be better."""
     autoencoder, _ = vae.load(args.weights, args.device)
-    data = stills(args)
-    x = data["pixels"][spread(data["captions"], 32)]  # (32, 1, 3, side, side)
+    x = stills(args)["pixels"]  # (N, 1, 3, side, side)
+    x = x[::math.ceil(len(x) / 32)]
     shown = vae.decode_video(autoencoder, vae.encode_video(autoencoder, x))
     psnr = 10 * math.log10(255 ** 2 / (shown.float() - x).square().mean())
     print(f"the autoencoder shows these clips at {psnr:.1f} dB"
           + ", which is blurred: train vae on them first" * (psnr < 20))
+
+
+FREEZES = {"none": "", "spatial": "base", "encoder": "vae", "text": "clip"}  # what, and of which stage
 
 
 def read_flags(argv=None):
@@ -1267,8 +1245,8 @@ def read_flags(argv=None):
     flag("--data", default="world", help="'world', or a folder of clips [world]")
     flag("--with-world", action="store_true", help="as many of the world's own clips among them")
     flag("--init", metavar="FILE", help="train these weights of the stage further")
-    flag("--freeze", choices=("none", "spatial", "encoder", "text"), default="none", help="base: train "
-         "only temporal layers; vae: only the decoder; clip: only the image half [none]")
+    flag("--freeze", choices=FREEZES, default="none", help="base: all but temporal layers; vae: the "
+         "encoder; clip: the text half [none]")
     flag("--captions", choices=("all", "none"), default="all", help="none: image, mean-clip and base read "
          "the CLIP embedding of a frame instead, as in Make-A-Video [all]")
     flag("--steps", type=base.positive, help="[the recipe's]")
@@ -1292,10 +1270,9 @@ def read_flags(argv=None):
 
 def check_flags(args, stages: list):
     """Refuse what cannot work before the first stage is trained for hours."""
-    freezes = {"none": args.stage, "spatial": "base", "encoder": "vae", "text": "clip"}
     wrong = {"--init": args.init and args.stage == "all",
              "--with-world": args.with_world and not args.folder,
-             "--freeze": args.stage != freezes[args.freeze] or (
+             "--freeze": FREEZES[args.freeze] not in ("", args.stage) or (
                  args.freeze in ("encoder", "text") and not args.init),
              "--captions none": args.captions == "none" and not set(stages) <= UNCAPTIONED.keys(),
              "--distill": args.distill and not (
