@@ -1358,8 +1358,7 @@ def two_run(tmp_path, monkeypatch):
 
     def run(loss_of, argv: str = "", config=1, vae=1, **recipe):
         model = torch.nn.ParameterDict({"spatial": torch.zeros(1), "temporal": torch.zeros(1)})
-        setup = train.Setup(model, batch_of, loss_of, lambda *a: torch.zeros(1, 1, 3, 8, 8).byte(),
-                            {"diffusion": config}, {"vae": vae})
+        setup = train.Setup(model, batch_of, loss_of, {"diffusion": config}, {"vae": vae})
         recipe = train.Recipe(**{"steps": 1, "batch": 4, "lr": .01} | recipe)
         monkeypatch.setitem(train.PREPARE, "base", lambda args: setup)
         monkeypatch.setitem(train.RECIPES, "base", recipe)
@@ -1586,7 +1585,7 @@ def test_a_prior_reads_every_input():
 def test_prior_never_sees_a_clip_and_misses_one_prompt_in_ten(prepare, trained, monkeypatch):
     monkeypatch.setattr(train, "latents", pytest.fail)
     batch = prepare("prior")(0, range(400))
-    assert batch["pixels"].ndim == 4 and .06 < batch["captions"].count("") / 400 < .14
+    assert batch["latents"].shape == (400, 128) and .06 < batch["captions"].count("") / 400 < .14
     null = text.encode_clip([""], trained)["text"]["tokens"]
     silent = torch.isclose(batch["context"][:, :-1], null, atol=1e-4).flatten(1).all(1)
     assert silent.tolist() == [words == "" for words in batch["captions"]]

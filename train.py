@@ -11,8 +11,8 @@ mean-clip; base, the same U-Net on video (Make-A-Video, 3.4); interpolate, base 
 frames; superres-low, -high; and Imagen Video's ssr-128, ssr-256, ssr-768, tsr-32, tsr-128.
 
 Sample i of step n is a pure function of (seed, n, i), so a run that was stopped reaches the very bits
-of one that was not. runs/STAGE/ gets checkpoint.pt, log.csv (loss by quartile of t), first_batch.png,
-and preview.png: what the trained network makes of that batch.
+of one that was not. runs/STAGE/ gets checkpoint.pt, log.csv (loss by quartile of t), the captions and
+pictures of the first batch, and preview.png, what a network that makes pictures makes of that batch.
 """
 import copy
 import csv
@@ -249,8 +249,8 @@ def render(scene: dict, times, size: int = SIDE, window=None) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Data: of args.folder, of the toy world if args.world, or both. What is slow to make is kept in
-# runs/cache/.
+# Data: from a folder (args.folder), from the toy world (args.world), or from both. What is slow to make
+# is kept in runs/cache/.
 
 CLIP_KINDS = vae.VIDEOS + vae.IMAGES
 
@@ -545,7 +545,6 @@ def pairs(args, name: str) -> dict:
     p, scale = PAIRS[name], NETWORKS[name].scale
     p = replace(p, count=math.ceil(args.amount * p.count))
     autoencoder, vae_id = vae.load(args.weights, args.device)
-
     own = folder_pairs(args.folder, p, scale, args.seed) if args.folder else ()
     key = 6 + list(PAIRS).index(name)
     world = world_pairs(p, scale, key, args.seed) if args.world else ()
@@ -640,20 +639,20 @@ class Setup:
     model: torch.nn.Module
     batch_of: Callable       # (step, samples) -> tensors (N, ...), and "captions" to look at
     loss_of: Callable        # (model, batch) -> loss of each sample (N,)
-    preview: Callable        # (model, batch) -> uint8 pixels or latents (B, T, C, H, W) to look at
     config: dict             # what the checkpoint says of the model
     facts: dict = field(default_factory=dict)  # ids of what it stands on, and more
+    preview: Callable | None = None  # (model, batch) -> pixels uint8 or latents (B, T, C, H, W)
     finish: Callable = lambda model, config: config  # (model, config) -> the config to ship
 
 
-def unet_setup(model: UNet, diffusion: base.Diffusion, loss, batch_of, preview, facts: dict) -> Setup:
-    """The Setup of a U-Net, whose loss also takes its diffusion."""
+def unet_setup(model: UNet, diffusion: base.Diffusion, loss, batch_of, facts: dict, preview) -> Setup:
+    """The Setup of a U-Net with loss(model, diffusion, batch)."""
     config = {"unet": asdict(model.config),
               "diffusion": {"schedule": diffusion.schedule, "target": diffusion.target}}
 
     def loss_of(model, batch):
         return loss(model, diffusion, batch)
-    return Setup(model, batch_of, loss_of, preview, config, facts)
+    return Setup(model, batch_of, loss_of, config, facts, preview)
 
 
 def generates(diffusion: base.Diffusion, data: dict, **how) -> Callable:
@@ -664,13 +663,6 @@ def generates(diffusion: base.Diffusion, data: dict, **how) -> Callable:
         text_emb = {"tokens": batch["context"], "null_tokens": data["null_tokens"]}
         return base.generate(model, diffusion, text_emb, fps=fps, side=side, **how)
     return preview
-
-
-def above_tiles(images, cosines) -> torch.Tensor:
-    """Images (N, 3, S, S) above a matrix (N, N), 0 black and 1 white, as one picture (1, 1, 3, H, W)."""
-    images = vae.contact_sheet(vae.to_uint8(images)[None])
-    tiles = (cosines.clamp(0, 1) * 255).byte().repeat_interleave(SIDE, 1).repeat_interleave(16, 0)
-    return torch.cat([images, tiles.expand(3, -1, -1).to(images)], dim=1)[None, None]
 
 
 def check_parent(made_by: dict, facts: dict, path):
@@ -713,7 +705,7 @@ def prepare_vae(args) -> Setup:
         pixels = vae.to_float(data["pixels"][:2048, 0])  # (N, 3, side, side)
         raw = [model.encode(chunk.to(args.device))[0] for chunk in pixels.split(128)]
         return config | {"scaling_factor": (1 / torch.cat(raw).std()).item()}
-    return Setup(model, batch_of, vae.loss, preview, asdict(c), finish=finish)
+    return Setup(model, batch_of, vae.loss, asdict(c), {}, preview, finish)
 
 
 def prepare_clip(args) -> Setup:
@@ -748,19 +740,13 @@ def prepare_clip(args) -> Setup:
         others = [rng.integers(len(motion_ids)) for rng in rngs]
         return batch | {"ids": ids[picks], "motion_ids": motion_ids[others]}
 
-    def preview(model, batch):  # images over the cosines of each with each caption
-        last = batch["states"][batch["row"]] if locked else model.text_model(batch["ids"])[1]
-        cosines = model.similarity(batch["pixels"], last) / model.logit_scale.exp()
-        return above_tiles(batch["pixels"], cosines.T)
-
     def finish(model, config):  # known tokens stay to the bit, in spite of weight decay
         if args.init:
             old = ~torch.tensor(config.pop("new"))  # (V,)
             embedding = model.text_model.embeddings.token_embedding.weight
             embedding[old] = first_embedding[old].to(args.device)
         return config
-    return Setup(model, batch_of, text.locked_loss if locked else text.loss, preview, config,
-                 finish=finish)
+    return Setup(model, batch_of, text.locked_loss if locked else text.loss, config, finish=finish)
 
 
 def prepare_prior(args) -> Setup:
@@ -775,17 +761,11 @@ def prepare_prior(args) -> Setup:
     config = text.PriorConfig(*data["tokens"].shape[1:])
     model, diffusion = text.Prior(config), base.Diffusion(target="sample")
 
-    def batch_of(step, samples):
-        _, picks = draw(args, step, samples, len(data["pixels"]))
-        batch = diffusion_batch(args, data, step, samples, partial(shifted_timesteps, shift=1.))
-        return batch | {"pixels": vae.to_float(data["pixels"][picks, 0])}  # to look at
+    batch_of = partial(diffusion_batch, args, data, timesteps=partial(shifted_timesteps, shift=1.))
 
-    def preview(model, batch):  # images over the cosines of each with what P makes of each caption
-        made = text.sample_prior(model, diffusion, batch["context"], data["null_tokens"])  # (N, D)
-        truth = batch["latents"].cpu()
-        return above_tiles(batch["pixels"], F.cosine_similarity(made[:, None], truth[None], dim=-1))
-    return Setup(model, batch_of, lambda model, batch: text.prior_loss(model, diffusion, batch),
-                 preview, asdict(config), data["facts"])
+    def loss_of(model, batch):
+        return text.prior_loss(model, diffusion, batch)
+    return Setup(model, batch_of, loss_of, asdict(config), data["facts"])
 
 
 def prepare_image(args) -> Setup:
@@ -801,8 +781,8 @@ def prepare_image(args) -> Setup:
         model = UNet(replace(base.TINY_IMAGE, context_dim=data["tokens"].shape[-1], in_channels=channels,
                              out_channels=channels, **changes))
         diffusion = base.Diffusion()
-    return unet_setup(model, diffusion, base.loss, partial(diffusion_batch, args, data),
-                      generates(diffusion, data, frames=1), data["facts"])
+    return unet_setup(model, diffusion, base.loss, partial(diffusion_batch, args, data), data["facts"],
+                      generates(diffusion, data, frames=1))
 
 
 def prepare_mean_clip(args) -> Setup:
@@ -813,7 +793,7 @@ def prepare_mean_clip(args) -> Setup:
         T, _, h, w = batch["latents"].shape[1:]
         return model(batch["context"], batch["fps"], T, h, w)
     return Setup(base.MeanClip(**config), partial(diffusion_batch, args, data), base.mean_clip_loss,
-                 preview, config, data["facts"])
+                 config, data["facts"], preview)
 
 
 def prepare_base(args) -> Setup:
@@ -848,8 +828,8 @@ def prepare_base(args) -> Setup:
         if joint and step % 4 == 3:
             return diffusion_batch(args, joint, step, [4 * i + k for i in samples for k in range(4)])
         return diffusion_batch(args, data, step, samples, shifted_timesteps)
-    return unet_setup(model, diffusion, loss, batch_of, generates(diffusion, data, **sampling),
-                      data["facts"])
+    return unet_setup(model, diffusion, loss, batch_of, data["facts"],
+                      generates(diffusion, data, **sampling))
 
 
 def prepare_interpolate(args) -> Setup:
@@ -870,7 +850,7 @@ def prepare_interpolate(args) -> Setup:
         text_emb = {"tokens": batch["context"], "null_tokens": data["null_tokens"]}
         return interpolate.inpaint_window(model, diffusion, batch["latents"], batch["known"],
                                           batch["noise"], text_emb, batch["fps"])
-    return unet_setup(model, diffusion, interpolate.loss, batch_of, preview, data["facts"])
+    return unet_setup(model, diffusion, interpolate.loss, batch_of, data["facts"], preview)
 
 
 def prepare_pixels(args, name: str) -> Setup:
@@ -922,7 +902,7 @@ def prepare_pixels(args, name: str) -> Setup:
         ours = diffusion.sample(predict, batch["noise"], stage.steps, "ddim", stage.shift)
         videos = large[:, :, :3], ours, batch["pixels"]
         return vae.to_uint8(torch.stack([video[:, int(is_tsr)] for video in videos], dim=1))
-    return unet_setup(UNet(stage.unet), diffusion, loss, batch_of, preview, data["facts"])
+    return unet_setup(UNet(stage.unet), diffusion, loss, batch_of, data["facts"], preview)
 
 
 PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "prior": prepare_prior, "image": prepare_image,
@@ -1018,7 +998,7 @@ class Run:
     recipe: Recipe
     folder: Path             # of checkpoint, log and pictures
     origin: dict             # what it is made from; a checkpoint of another origin is refused
-    parts: dict              # model, optimizer, ema
+    parts: dict              # model, optimizer, ema: what else a checkpoint holds
     step: int = 0
     minutes: float = 0.
     loss: float = math.nan
@@ -1029,7 +1009,8 @@ class Run:
         save_pt(self.folder / "checkpoint.pt", parts | at | {"run": self.origin})
 
     def resume(self, state: dict):
-        then, now = state["run"] | {"files": 0, "steps": 0}, self.origin | {"files": 0, "steps": 0}
+        free = {"files": 0, "steps": 0}  # the config is compared, not the code; more steps are welcome
+        then, now = state["run"] | free, self.origin | free
         differing = [f"{key} (then {then.get(key)!s:.400}, now {now.get(key)!s:.400})"
                      for key in sorted(now | then) if then.get(key) != now.get(key)]
         if differing:
@@ -1074,7 +1055,7 @@ def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
 
 
 def begin(name: str, args, recipe: Recipe, limit: float | None) -> Run | None:
-    """The run of a stage, from where its checkpoint stands; None if it is finished."""
+    """Set up a stage, or go on from its checkpoint. None if it is finished."""
     begun, folder, output = time.time(), RUNS / args.name / name, output_of(args, name)
     checkpoint = folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
@@ -1123,7 +1104,8 @@ def show_first_batch(run: Run, batch: dict, args):
     if "pixels" in batch:
         pixels = vae.to_uint8(batch["pixels"])
         videos = pixels.view(len(pixels), -1, *pixels.shape[-3:])  # (N, T, 3, H, W)
-    write_sheet(run.folder / "first_batch.png", videos, args)
+    if videos.ndim == 5:  # P's are embeddings
+        write_sheet(run.folder / "first_batch.png", videos, args)
     (run.folder / "first_batch.txt").write_text("\n".join(batch["captions"]) + "\n", encoding="utf-8")
 
 
@@ -1141,15 +1123,16 @@ def write_log(run: Run, seen: torch.Tensor):
 @torch.inference_mode()
 def ship(name: str, run: Run, batch: dict, args):
     """Write the averaged weights, the last checkpoint, and what the weights make of a batch."""
-    setup, ema = run.setup, run.parts["ema"]
-    output, preview = output_of(args, name), run.folder / "preview.png"
+    setup, ema, output = run.setup, run.parts["ema"], output_of(args, name)
     facts = setup.facts | ({"distill": args.distill} if args.distill else {})
     base.save_checkpoint(output, setup.finish(ema, setup.config), ema, stage=name, command=args.command,
                          steps=run.step, seed=args.seed, data=args.data,
                          minutes=round(run.minutes, 1), **facts)
     run.save()  # after the weights: where it is, they are
-    write_sheet(preview, setup.preview(ema, to_device(batch, args.device)), args)
-    print(f"{name}: {run.minutes:.1f} minutes, loss {run.loss:.4f}; wrote {output}; look at {preview}")
+    if setup.preview:
+        videos = setup.preview(ema, to_device(batch, args.device))
+        write_sheet(run.folder / "preview.png", videos, args)
+    print(f"{name}: {run.minutes:.1f} minutes, loss {run.loss:.4f}; wrote {output}; look at {run.folder}")
 
 
 def train(name: str, args, steps: int | None = None, limit: float | None = None):
@@ -1161,15 +1144,16 @@ def train(name: str, args, steps: int | None = None, limit: float | None = None)
     run = begin(name, args, recipe, limit)
     if run is None:
         return print(f"{name}: already trained; --fresh starts over")
-    recipe, (model, optimizer, ema) = run.recipe, run.parts.values()
-    loss_of = Loss(model, run.setup.loss_of)
+    recipe, optimizer, ema = run.recipe, run.parts["optimizer"], run.parts["ema"]
+    loss_of = Loss(run.setup.model, run.setup.loss_of)
     if RANKS > 1:  # steps on stills leave the temporal layers unused
         loss_of = DistributedDataParallel(loss_of, find_unused_parameters=name == "base")
     if args.compile:
         torch.compiler.assume_constant_result(base.has_fast_bf16)  # which it cannot look into
         loss_of = torch.compile(loss_of)
     if RANK == 0:
-        print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe}")
+        size = sum(p.numel() for p in ema.parameters()) / 1e6
+        print(f"{name}: {size:.2f} M parameters, {recipe}")
         first_batch = run.setup.batch_of(0, range(min(8, recipe.batch)))
         show_first_batch(run, first_batch, args)
         if run.step == 0:
@@ -1201,8 +1185,8 @@ def train(name: str, args, steps: int | None = None, limit: float | None = None)
 # The command line
 
 def plan(folder, stages: list) -> dict:
-    """{stage: steps} of the stages that a folder of clips can train. Says what it holds, and what else
-    would be needed. Steps: a hundred passes over the windows, within the recipe."""
+    """{stage: steps} of the stages that a folder of clips can train: a hundred passes over the windows,
+    within the recipe. Prints what the folder holds, and what the others would need."""
     clips, steps = look(folder), {}
     print(f"{folder}: {len(clips)} clips, {sum(n / fps for *_, n, _, fps in clips):.0f} s; "
           f"{len(files_of(folder, *CLIP_KINDS)) - len(clips)} files cannot be read, "
@@ -1235,7 +1219,7 @@ def check_autoencoder(args):
           + ", which is blurred: train vae on them first" * (psnr < 20))
 
 
-FREEZES = {"none": "", "spatial": "base", "encoder": "vae", "text": "clip"}  # what, and of which stage
+FREEZES = {"none": "", "spatial": "base", "encoder": "vae", "text": "clip"}  # what: of which stage
 
 
 def read_flags(argv=None):
