@@ -11,8 +11,8 @@ mean-clip; base, the same U-Net on video (Make-A-Video, 3.4); interpolate, base 
 frames; superres-low, -high; and Imagen Video's ssr-128, ssr-256, ssr-768, tsr-32, tsr-128.
 
 Sample i of step n is a pure function of (seed, n, i), so a run that was stopped reaches the very bits
-of one that was not. runs/STAGE/ gets log.csv (loss by quartile of t), preview.png, first_batch.png and
-checkpoint.pt.
+of one that was not. runs/STAGE/ gets checkpoint.pt, log.csv (loss by quartile of t), the captions and
+pictures of the first batch, and preview.png, what a network that makes pictures makes of that batch.
 """
 import copy
 import csv
@@ -249,7 +249,11 @@ def render(scene: dict, times, size: int = SIDE, window=None) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Data. What is slow to make is made once and kept in runs/cache/.
+# Data: from a folder (args.folder), from the toy world (args.world), or from both. What is slow to make
+# is kept in runs/cache/.
+
+CLIP_KINDS = vae.VIDEOS + vae.IMAGES
+
 
 def digest(thing) -> str:
     """Eight letters for anything that its repr tells from others."""
@@ -267,57 +271,51 @@ def cached(name: str, make: Callable) -> dict:
     return load_pt(path)
 
 
+def files_of(folder, *kinds: str) -> list:
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
+
+
 @cache
 def world_id() -> str:
-    """Hash of how the toy world looks; invalidates the cache."""
+    """Hash of how the toy world looks."""
     clips = [draw_clip(np.random.default_rng(i), 16) for i in range(64)]
     grounds = [render_ground(name, 0, 128) for name in GROUNDS]
     return digest((DRAWN, [(255 * ground).byte().numpy().tobytes() for ground in grounds],
                    [(words, video.numpy().tobytes(), fps) for video, words, fps in clips]))
 
 
-CLIP_KINDS = vae.VIDEOS + vae.IMAGES
-
-
-def files_of(folder, *kinds: str) -> list:
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
-
-
 def folder_id(folder) -> str:
     """Hash of the names, sizes and dates of a folder's files."""
-    files = files_of(folder, *CLIP_KINDS, ".txt", ".csv", ".jsonl")
     return digest([(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
-                   for path in files])
+                   for path in files_of(folder, *CLIP_KINDS, ".txt", ".csv", ".jsonl")])
 
 
 def data_id(args) -> str:
-    """Hash of what a run learns from: a folder, so much of the world, or both."""
-    folder = None if args.data == "world" else folder_id(args.data)
-    world = (world_id(), args.amount, STILLS, CLIPS) if args.with_world or not folder else None
+    """Hash of all that a run learns from."""
+    folder = folder_id(args.folder) if args.folder else None
+    world = (world_id(), args.amount, STILLS, CLIPS) if args.world else None
     return digest((folder, world, SIDE, args.seed))
 
 
-def draw_still(rng: np.random.Generator, side: int = SIDE):
-    """One frame (1, 3, side, side) of a scene of any triple, since a still does not show how a thing
-    moves; caption; 1. Beginning and end come most often: what slides is at the border then."""
+def draw_still(rng, side: int):
+    """One frame (1, 3, side, side) of any triple, held out or not; its caption; 1. Beginning and end
+    come most often: what slides is at the border then."""
     scene = draw_scene(rng, "still")
     return render(scene, [SCENE_SECONDS * rng.beta(.25, .25)], side), caption(scene, still=True), 1.
 
 
-def draw_beginning(rng: np.random.Generator, side: int = SIDE):
-    """As draw_still; but three in four are the first frame of a training scene, and their captions name
-    the motion, as one would caption a photograph of what is about to move. So what words of motion mean
-    is learned from stills, as far as a still shows it. Differs: the papers take captions from the web."""
+def draw_beginning(rng, side: int):
+    """As draw_still, but three in four are the first frame of a training scene with its full caption.
+    So stills teach words of motion. Differs: the papers take captions from the web."""
     if rng.random() < .25:
         return draw_still(rng, side)
     scene = draw_scene(rng, "train")
     return render(scene, [0.], side), caption(scene), 1.
 
 
-def draw_clip(rng: np.random.Generator, side: int = SIDE):
-    """Sixteen frames (16, 3, side, side) of a training scene, its caption, and their rate. Half of all
-    clips run at 4 fps and show a whole scene, the others at up to 30 from a random start.
-
+def draw_clip(rng, side: int):
+    """Frames (16, 3, side, side) of a training scene, caption, fps. Half of all clips run at 4 fps and
+    show a whole scene, the others at up to 30 from a random start.
     Differs: Make-A-Video (3.4) draws 1 to 30 fps by a beta function, high rates first."""
     scene = draw_scene(rng, "train")
     fps = 4 * 7.5 ** max(0., rng.uniform(-1, 1))
@@ -325,12 +323,14 @@ def draw_clip(rng: np.random.Generator, side: int = SIDE):
     return render(scene, start + np.arange(16) / fps, side), caption(scene), fps
 
 
+DRAW = {"stills": (1, draw_still), "beginnings": (1, draw_beginning), "clips": (2, draw_clip)}
+
+
 def world_clips(kind: str, count: int, seed: int, side: int):
-    """Stills or clips of the world: yields groups of (pixels (n, T, 3, side, side), captions, fps)."""
-    key, make = {"clips": (2, draw_clip), "stills": (1, draw_still),
-                 "beginnings": (1, draw_beginning)}[kind]
-    for group in trange(0, count, 64, desc=f"rendering {kind}"):
-        rngs = [np.random.default_rng((seed, key, i)) for i in range(group, min(group + 64, count))]
+    """Yields items of a kind in groups: pixels (n, T, 3, side, side), captions, fps (n,)."""
+    key, make = DRAW[kind]
+    for first in trange(0, count, 64, desc=f"rendering {kind}"):
+        rngs = [np.random.default_rng((seed, key, i)) for i in range(first, min(first + 64, count))]
         videos, captions, rates = zip(*(make(rng, side) for rng in rngs))
         yield torch.stack(videos), list(captions), torch.tensor(rates)
 
@@ -360,16 +360,16 @@ def read_table(path: Path):
 
 
 def read_captions(folder: Path) -> dict:
-    """{clip: caption} from a folder's captions.csv, metadata.csv or metadata.jsonl, else from a .txt
-    beside the clip. Names what has no partner, and stops if that is more than a tenth."""
+    """{clip: caption} from captions.csv, metadata.csv or metadata.jsonl, else from a .txt beside each
+    clip. Names what has no partner, and stops if that is more than a tenth."""
     def plain(file):  # whichever slashes, case or kind of accents it is written with
         name = unicodedata.normalize("NFC", str(file)).strip().replace("\\", "/")
         return os.path.normpath(name).casefold()
-    clips = files_of(folder, *CLIP_KINDS)
-    known = {plain(clip.relative_to(folder)): clip for clip in clips}
+    clips, lost = files_of(folder, *CLIP_KINDS), []
     captions = {clip: read_text(clip.with_suffix(".txt")) for clip in clips}
+    known = {plain(clip.relative_to(folder)): clip for clip in clips}
     tables = [folder / name for name in ("captions.csv", "metadata.csv", "metadata.jsonl")]
-    table, lost = next((path for path in tables if path.is_file()), None), []
+    table = next((path for path in tables if path.is_file()), None)
     for line, file, words in read_table(table) if table else ():
         if clip := known.get(plain(file)):
             captions[clip] = words or captions[clip]
@@ -380,13 +380,13 @@ def read_captions(folder: Path) -> dict:
         base.warn(message)
     if min(len(lost), len(silent)) > len(clips) / 10:
         raise UserError(f"{table}: {len(lost)} rows find no file, and {len(silent)} of {len(clips)} "
-                        "clips get no caption. Mend those above, or drop the rows")
+                        "clips get no caption; mend or drop the rows named above")
     return captions
 
 
 def look(folder) -> list:
-    """(file, caption, frames, shorter side, rate) of each readable clip of a folder; at the first look
-    the others are named. Images count as videos of one frame."""
+    """(file, caption, frames, shorter side, fps) of each readable clip of a folder; the first look names
+    the others."""
     def read():
         clips = []
         for path, words in tqdm(read_captions(Path(folder)).items(), desc=f"looking at {folder}"):
@@ -400,112 +400,99 @@ def look(folder) -> list:
 
 
 def folder_clips(folder, frames: int, side: int):
-    """Clips of `frames` frames, cut to the middle square, from every video of a folder that is long and
-    large enough: yields (pixels (1, frames, 3, side, side), [caption], fps). Of 1, 2 and 4 frames one
-    is taken; of stills, four per second. Nothing is padded or enlarged."""
+    """Yields (pixels (1, frames, 3, side, side), [caption], fps (1,)), middle squares of all clips that
+    are long and large enough: every frame, every second, every fourth; or four stills per second.
+    Nothing is padded or enlarged."""
     for file, words, length, shorter, fps in look(folder):
         if length < frames or shorter < side:
             continue
         windows = {skip: [] for skip in ((1, 2, 4) if frames > 1 else [max(1, round(fps / 4))])}
         for i, (frame, _) in enumerate(vae.read_frames(Path(folder) / file, side)):
             for skip, window in windows.items():
-                window += [frame] * (i % skip == 0)
+                window += [frame] if i % skip == 0 else []
                 if len(window) == frames:
                     yield torch.stack(window)[None], [words], torch.tensor([fps / skip])
                     window.clear()
 
 
 def clips_of(args, kind: str, side: int):
-    """The groups of "clips", "stills" or "beginnings" that --data asks for. With --with-world, the
-    folder's are repeated until there are as many as the world's."""
+    """Items of a kind in groups. With --with-world, the folder's are repeated until there are as many as
+    the world's."""
+    own = folder_clips(args.folder, 16 if kind == "clips" else 1, side)
+    if not args.world:
+        return own
     count = math.ceil(args.amount * (CLIPS if kind == "clips" else STILLS))
     world = world_clips(kind, count, args.seed, side)
-    own = folder_clips(args.data, 16 if kind == "clips" else 1, side)
-    if not args.with_world:
-        return world if args.data == "world" else own
+    if not args.folder:
+        return world
     own = cycle(list(own))
     return chain.from_iterable((group, *islice(own, len(group[1]))) for group in world)
 
 
-def gather(groups, key: str, function) -> dict:
-    """function(pixels) of all groups as `key` (N, ...), with captions (N) and fps (N,)."""
-    parts, captions, rates = [], [], []
-    for pixels, words, fps in groups:
-        parts.append(function(pixels))
-        captions += words
-        rates.append(fps)
-    return {key: torch.cat(parts), "captions": captions, "fps": torch.cat(rates)}
+def gather(args, name: str, kind: str, side: int, key: str, function: Callable) -> dict:
+    """function(pixels) of all items of a kind as `key` (N, ...), with captions (N) and fps (N,)."""
+    def make():
+        parts, captions, rates = [], [], []
+        for pixels, words, fps in clips_of(args, kind, side):
+            parts.append(function(pixels))
+            captions += words
+            rates.append(fps)
+        return {key: torch.cat(parts), "captions": captions, "fps": torch.cat(rates)}
+    return cached(name, make)
 
 
 def stills(args, kind: str = "stills") -> dict:
     """pixels uint8 (N, 1, 3, side, side), captions, fps."""
-    def make():
-        return gather(clips_of(args, kind, SIDE), "pixels", lambda pixels: pixels)
-    return cached(f"{kind}-{data_id(args)}", make)
+    return gather(args, f"{kind}-{data_id(args)}", kind, SIDE, "pixels", lambda pixels: pixels)
 
 
-def latents(args, kind: str, side: int = SIDE) -> tuple[dict, dict]:
-    """Stills or clips as fp16 latents (N, T, 4, h, w) with captions, fps, the tokens of each distinct
-    caption (K, L, D), rows (N,) in them, and null_tokens; and the ids of what made both. With
-    --captions none, see add_embeddings."""
+def latents(args, kind: str, side: int = SIDE) -> dict:
+    """Stills or clips as fp16 latents (N, T, 4, h, w), captions, fps, and facts: ids of what made them.
+    And what add_tokens adds or, with --captions none, add_embeddings."""
     autoencoder, vae_id = vae.load(args.weights, args.device)
 
     def encode(pixels):
         return vae.encode_video(autoencoder, pixels).half()
-
-    def make():
-        return gather(clips_of(args, kind, side), "latents", encode)
     name = f"{kind}-{side}-{vae_id}-{data_id(args)}"
-    data = cached(name, make)
-    facts = {"vae": vae_id, "side": data["latents"].shape[-1]}
+    data = gather(args, name, kind, side, "latents", encode)
+    data["facts"] = {"vae": vae_id, "side": data["latents"].shape[-1]}
     if args.captions == "none":
-        return add_embeddings(args, data, facts, autoencoder, name), facts
-    return add_tokens(args, data, facts), facts
+        return add_embeddings(args, data, autoencoder, name)
+    return add_tokens(args, data)
 
 
-def add_tokens(args, data: dict, facts: dict) -> dict:
+def add_tokens(args, data: dict) -> dict:
+    """Adds the tokens of each distinct caption (K, L, D), rows (N,) in them, and null_tokens."""
     clip, tokenizer, known = text.load(args.weights, args.device)
-    facts["text"] = known["id"]
     distinct = sorted(set(data["captions"]))
     text.warn_unknown(distinct, known["words"], ". Use words that it knows, or teach it these: `train.py "
                       "clip --init weights/text.pt`, and train later stages further, on these captions")
-    groups = [distinct[i:i + 256] for i in range(0, len(distinct), 256)]
-    encoded = [text.encode(clip, tokenizer, group) for group in groups]
+    encoded = [text.encode(clip, tokenizer, distinct[i:i + 256]) for i in range(0, len(distinct), 256)]
     row = {words: i for i, words in enumerate(distinct)}
     return data | {"tokens": torch.cat([part["tokens"] for part in encoded]),
                    "rows": torch.tensor([row[words] for words in data["captions"]]),
-                   "null_tokens": encoded[0]["null_tokens"]}
+                   "null_tokens": encoded[0]["null_tokens"],
+                   "facts": data["facts"] | {"text": known["id"]}}
 
 
-def add_embeddings(args, data: dict, facts: dict, autoencoder, name: str) -> dict:
-    """Every item's own tokens (N, 1, E): the CLIP embedding of its first frame, as the autoencoder
-    shows it, in place of its caption, which nobody reads."""
+def add_embeddings(args, data: dict, autoencoder, name: str) -> dict:
+    """Adds tokens (N, 1, E), the CLIP embedding of each item's first frame as the autoencoder shows it,
+    and empties the captions."""
     clip, _, known = text.load(args.weights, args.device)
-    facts["text"], facts["image_encoder"] = known["id"], known["image_id"]
-    decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",))
 
     def make():
-        parts = data["latents"][:, :1].split(256)
-        return {"tokens": torch.cat([
-            text.embed_images(clip, vae.decode_video(autoencoder, part)[:, 0])
-            for part in tqdm(parts, "embedding")])}
+        frames = vae.decode_video(autoencoder, data["latents"][:, :1], "decoding")[:, 0]
+        return {"tokens": text.embed_images(clip, frames)}
+    decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",))
     tokens = cached(f"{name}-{decoder}-{known['image_id']}", make)["tokens"][:, None]  # (N, 1, E)
     return data | {"tokens": tokens, "rows": torch.arange(len(tokens)), "captions": [""] * len(tokens),
-                   "null_tokens": torch.zeros_like(tokens[:1])}
-
-
-def spread(captions: list, count: int) -> list:
-    """Rows of items to look at: of as many captions as there are, evenly from first to last."""
-    rows = sorted({words: i for i, words in enumerate(captions)}.values())
-    if len(rows) < count:
-        rows = range(len(captions))
-    return [rows[i * len(rows) // count] for i in range(count)]
+                   "null_tokens": torch.zeros_like(tokens[:1]),
+                   "facts": data["facts"] | {"text": known["id"], "image_encoder": known["image_id"]}}
 
 
 @dataclass
 class Pairs:
-    """What a network between pixels learns from: a window of a small clip, and the same `scale` times as
-    large; for TSR, every other frame of it, and all."""
+    """What a network between pixels learns from: windows of a small clip and of a larger one."""
     frames: int
     side: int            # of the small clip
     inner: int           # of the window that is cut from it
@@ -552,17 +539,18 @@ def folder_pairs(folder, p: Pairs, scale: int, seed: int):
         yield small, partial(crop, large[0]), rng.random(2), line, float(fps)
 
 
-def pairs(args, name: str) -> tuple[dict, dict]:
-    """pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (small after a round trip through the
-    autoencoder where that makes 64 pixels, else small), captions, fps, tokens; and the ids."""
+def pairs(args, name: str) -> dict:
+    """pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (small, if it has 64 pixels as the
+    autoencoder shows it), captions, fps (N,), facts."""
     p, scale = PAIRS[name], NETWORKS[name].scale
     p = replace(p, count=math.ceil(args.amount * p.count))
     autoencoder, vae_id = vae.load(args.weights, args.device)
+    own = folder_pairs(args.folder, p, scale, args.seed) if args.folder else ()
+    key = 6 + list(PAIRS).index(name)
+    world = world_pairs(p, scale, key, args.seed) if args.world else ()
 
     def make():
-        own = () if args.data == "world" else folder_pairs(args.data, p, scale, args.seed)
-        world = world_pairs(p, scale, 6 + list(PAIRS).index(name), args.seed)
-        rows, world = [], world if args.data == "world" or args.with_world else ()
+        rows = []
         for small, large, centre, line, fps in chain(own, world):
             decoded, window = small, window_about(*centre, p.inner, p.side)
             if p.side == 64:
@@ -573,18 +561,17 @@ def pairs(args, name: str) -> tuple[dict, dict]:
         *tensors, captions = zip(*rows)
         keys = "small", "decoded", "pixels", "fps"
         return dict(zip(keys, map(torch.stack, tensors))) | {"captions": list(captions)}
-
     decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",)) if p.side == 64 else ""
-    key = f"{name}-{digest((p, decoder))}-{data_id(args)}"
-    return cached(key, make), {"vae": vae_id, "windows": p.count}
+    data = cached(f"{name}-{digest((p, decoder))}-{data_id(args)}", make)
+    return data | {"facts": {"vae": vae_id, "windows": p.count}}
 
 
 # ------------------------------------------------------------------------------------------------
-# Randomness: one generator per sample and step. Its seed is (seed, purpose, ...): 1 stills, 2 clips,
-# 3 samples, 5 masks and windows of a folder's clips, 6 and up the world's pairs.
+# Batches. Each sample of a step has its own generator, seeded by (seed, purpose, ...). Purposes: 1
+# stills, 2 clips, 3 samples, 5 masks and windows of a folder's clips, 6 and up the world's pairs.
 
 def draw(args, step: int, samples, count: int) -> tuple[list, list]:
-    """The generator of each sample of a step, and which of `count` items the sample is."""
+    """The generator of each sample of a step, and which of `count` items it is."""
     rngs = [np.random.default_rng((args.seed, 3, step, i)) for i in samples]
     return rngs, [int(rng.integers(count)) for rng in rngs]
 
@@ -652,166 +639,30 @@ class Setup:
     model: torch.nn.Module
     batch_of: Callable       # (step, samples) -> tensors (N, ...), and "captions" to look at
     loss_of: Callable        # (model, batch) -> loss of each sample (N,)
-    preview: Callable        # (model) -> image, uint8 (3, H, W)
     config: dict             # what the checkpoint says of the model
     facts: dict = field(default_factory=dict)  # ids of what it stands on, and more
+    preview: Callable | None = None  # (model, batch) -> pixels uint8 or latents (B, T, C, H, W)
     finish: Callable = lambda model, config: config  # (model, config) -> the config to ship
 
 
-def prepare_vae(args) -> Setup:
-    data, model = stills(args), vae.AutoencoderKL(vae.VAEConfig())
-    if args.freeze == "encoder":  # latents stay what they are, and so does their scale
-        model, _ = vae.load(args.init)
-    c = model.config
-    latent_shape = c.latent_channels, SIDE // c.factor, SIDE // c.factor
+def unet_setup(model: UNet, diffusion: base.Diffusion, loss, batch_of, facts: dict, preview) -> Setup:
+    """The Setup of a U-Net with loss(model, diffusion, batch)."""
+    config = {"unet": asdict(model.config),
+              "diffusion": {"schedule": diffusion.schedule, "target": diffusion.target}}
 
-    def pixels(rows):
-        return vae.to_float(data["pixels"][rows, 0])  # (N, 3, side, side)
-
-    def batch_of(step, samples):
-        rngs, picks = draw(args, step, samples, len(data["pixels"]))
-        return {"pixels": pixels(picks), "noise": normal(rngs, latent_shape),
-                "captions": [data["captions"][i] for i in picks]}
-
-    def preview(model):  # originals above their reconstructions
-        originals = pixels(spread(data["captions"], 16))
-        made = model.decode(model.encode(originals.to(args.device))[0]).cpu()
-        return vae.contact_sheet(vae.to_uint8(torch.stack([originals, made])))
-
-    def finish(model, config):  # unit variance, measured: latent diffusion, appendix G
-        if args.freeze == "encoder":
-            return config
-        raw = [model.encode(chunk.to(args.device))[0] for chunk in pixels(slice(2048)).split(128)]
-        return config | {"scaling_factor": (1 / torch.cat(raw).std()).item()}
-
-    return Setup(model, batch_of, vae.loss, preview, asdict(c), finish=finish)
+    def loss_of(model, batch):
+        return loss(model, diffusion, batch)
+    return Setup(model, batch_of, loss_of, config, facts, preview)
 
 
-def above_tiles(images, cosines) -> torch.Tensor:
-    """Images (N, 3, S, S) in a row, above a matrix (N, N) as tiles: black is 0, white is 1."""
-    tiles = (cosines.clamp(0, 1) * 255).byte().repeat_interleave(SIDE, 1).repeat_interleave(16, 0)
-    return torch.cat([vae.contact_sheet(images[None]), tiles.expand(3, -1, -1)], dim=1)
+def generates(diffusion: base.Diffusion, data: dict, **how) -> Callable:
+    """A preview: what the model makes of the prompts of a batch."""
+    fps, side = data["fps"].min().item(), data["latents"].shape[-1]
 
-
-def prepare_clip(args) -> Setup:
-    data = stills(args, "beginnings" if args.freeze == "text" else "stills")
-    captions = training_captions() if args.data == "world" else sorted(set(data["captions"]))
-    captions += training_captions() if args.with_world else []
-    every = captions + data["captions"]
-    vocab, merges = text.learn_tokenizer(every)
-    model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=SIDE))
-    config = {"clip": asdict(model.config), "tokenizer": {"vocab": vocab, "merges": merges},
-              "words": text.words_of(every)}
-    if args.init:  # --freeze text: tokens stay; images learn what captions say of motion
-        model, config = text.grow(args.init, every if args.freeze == "none" else [])
-    ids = text.tokenize(text.build_tokenizer(**config["tokenizer"]), every, model.config.context)
-    embedding = model.text_model.embeddings.token_embedding.weight.detach().clone()
-    motion_ids, ids = ids.split([len(captions), len(data["captions"])])  # (N, L) each
-    locked = args.freeze == "text"
-    if locked:
-        distinct, row = ids.unique(dim=0, return_inverse=True)  # (M, L), (N,)
-        with torch.no_grad():
-            states = model.text_model(distinct)[1]  # (M, D)
-
-    def batch_of(step, samples):
-        rngs, picks = draw(args, step, samples, len(ids))
-        batch = {"pixels": vae.to_float(data["pixels"][picks, 0]),
-                 "captions": [data["captions"][i] for i in picks]}
-        if locked:
-            return batch | {"states": states, "row": row[picks]}
-        others = [rng.integers(len(motion_ids)) for rng in rngs]
-        return batch | {"ids": ids[picks], "motion_ids": motion_ids[others]}
-
-    def preview(model):  # images over the cosines of each with each caption
-        rows = spread(data["captions"], 16)
-        shown = data["pixels"][rows, 0]
-        states = model.text_model(ids[rows].to(args.device))[1]  # (16, D)
-        logits = model.similarity(vae.to_float(shown).to(args.device), states)
-        return above_tiles(shown, (logits / model.logit_scale.exp()).T.cpu())
-
-    def finish(model, config):  # known tokens stay to the bit, in spite of weight decay
-        if args.init:
-            rows = ~torch.tensor(config.pop("new"))
-            model.text_model.embeddings.token_embedding.weight[rows] = embedding[rows].to(args.device)
-        return config
-    loss_of = text.locked_loss if locked else text.loss
-    return Setup(model, batch_of, loss_of, preview, config, finish=finish)
-
-
-def prepare_prior(args) -> Setup:
-    """P learns from captioned stills which image embedding a caption has. It never sees a video."""
-    clip, tokenizer, known = text.load(args.weights, args.device)
-    data, facts = stills(args, "beginnings"), {"image_encoder": known["image_id"]}
-    data = add_tokens(args, data, facts)
-    data["latents"] = text.embed_images(clip, data["pixels"][:, 0])  # (N, D)
-    data["tokens"], data["null_tokens"] = (
-        text.encode_for_prior(clip, tokenizer, prompts).cpu()  # (K, L + 1, D)
-        for prompts in (sorted(set(data["captions"])), [""]))
-    config = text.PriorConfig(*data["tokens"].shape[1:])
-    model, diffusion = text.Prior(config), base.Diffusion(target="sample")
-
-    def batch_of(step, samples):
-        batch = diffusion_batch(args, data, step, samples, partial(shifted_timesteps, shift=1.))
-        if step == 0:  # to look at
-            picks = draw(args, step, samples, len(data["pixels"]))[1]
-            batch["pixels"] = vae.to_float(data["pixels"][picks, 0])
-        return batch
-
-    def preview(model):  # images over the cosines of each with what P makes of each caption
-        rows = spread(data["captions"], 16)
-        context = data["tokens"][data["rows"][rows]].to(args.device)
-        made = text.sample_prior(model, diffusion, context, context[:1])  # (16, D)
-        cosines = F.cosine_similarity(made[:, None], data["latents"][None, rows], dim=-1)  # (16, 16)
-        return above_tiles(data["pixels"][rows, 0], cosines)
-    return Setup(model, batch_of, lambda model, batch: text.prior_loss(model, diffusion, batch),
-                 preview, asdict(config), facts)
-
-
-def sheet(args, z, columns: int = 16) -> torch.Tensor:
-    """Latents (B, T, 4, h, w) as an image, a row for each video."""
-    autoencoder, _ = vae.load(args.weights, args.device)
-    return vae.contact_sheet(vae.decode_video(autoencoder, z), columns)
-
-
-def unet_config(model: UNet, diffusion: base.Diffusion) -> dict:
-    return {"unet": asdict(model.config),
-            "diffusion": {"schedule": diffusion.schedule, "target": diffusion.target}}
-
-
-VIDEO_PROMPTS = ["a red star moving left", "a cyan circle bouncing on sand",
-                 "a yellow square spinning on grass", "a green triangle growing at night",
-                 "a pink ring circling", "a blue cross moving up on bricks"]
-
-
-def prompts_of(args, data: dict, count: int) -> dict:
-    """Tokens of prompts to preview: VIDEO_PROMPTS of the world, or what the first items are told."""
-    if args.data == "world" and args.captions == "all" and count <= len(VIDEO_PROMPTS):
-        return text.encode_clip(VIDEO_PROMPTS[:count], args.weights)["text"]
-    rows = spread(data["captions"], count)
-    return {"tokens": data["tokens"][data["rows"][rows]], "null_tokens": data["null_tokens"]}
-
-
-def prepare_image(args) -> Setup:
-    """Text to image; with --captions none, image embedding to image, from the weights of the former
-    where they are there. Only then the skips have gates."""
-    data, facts = latents(args, "stills")
-    channels = data["latents"].shape[2]
-    told = {} if args.captions == "all" else {"embeddings": ("image",), "gates": True}
-    if told and (Path(args.weights) / "image.pt").is_file():
-        model, diffusion, made_by = base.load(args.weights, "cpu", "image", **told)
-        check_parent(made_by, facts, "image.pt")
-    else:
-        model = UNet(replace(base.TINY_IMAGE, context_dim=data["tokens"].shape[-1], in_channels=channels,
-                             out_channels=channels, **told))
-        diffusion = base.Diffusion()
-
-    def preview(model):
-        text_emb = prompts_of(args, data, 32)
-        z = base.generate(model, diffusion, text_emb, frames=1, side=facts["side"])
-        return sheet(args, z.transpose(0, 1), columns=8)
-    return Setup(model, partial(diffusion_batch, args, data),
-                 lambda model, batch: base.loss(model, diffusion, batch), preview,
-                 unet_config(model, diffusion), facts)
+    def preview(model, batch):
+        text_emb = {"tokens": batch["context"], "null_tokens": data["null_tokens"]}
+        return base.generate(model, diffusion, text_emb, fps=fps, side=side, **how)
+    return preview
 
 
 def check_parent(made_by: dict, facts: dict, path):
@@ -819,19 +670,6 @@ def check_parent(made_by: dict, facts: dict, path):
     for key in ("vae", "text", "image_encoder"):
         if key in facts and made_by.get(key, facts[key]) != facts[key]:
             raise UserError(f"{path} stands on {key} {made_by[key]}, not on {facts[key]}: train it anew")
-
-
-def prepare_mean_clip(args) -> Setup:
-    data, facts = latents(args, "clips")
-    config = {"context_dim": data["tokens"].shape[-1], "channels": data["latents"].shape[2]}
-
-    def preview(model):
-        tokens = prompts_of(args, data, 6)["tokens"]
-        slowest = data["fps"].min().expand(len(tokens))  # shows most motion
-        shape = data["latents"][0, :, 0].shape
-        return sheet(args, model(tokens.to(args.device), slowest.to(args.device), *shape).cpu())
-    return Setup(base.MeanClip(**config), partial(diffusion_batch, args, data), base.mean_clip_loss,
-                 preview, config, facts)
 
 
 def load_teacher(args, name: str, shift: float) -> tuple:
@@ -845,26 +683,142 @@ def load_teacher(args, name: str, shift: float) -> tuple:
     return teacher, base.teacher_paths(*args.distill, shift), "distill" in made_by
 
 
+def prepare_vae(args) -> Setup:
+    data, model = stills(args), vae.AutoencoderKL(vae.VAEConfig())
+    if args.freeze == "encoder":  # latents stay what they are, and so does their scale
+        model, _ = vae.load(args.init)
+    c = model.config
+    latent_shape = c.latent_channels, SIDE // c.factor, SIDE // c.factor
+
+    def batch_of(step, samples):
+        rngs, picks = draw(args, step, samples, len(data["pixels"]))
+        return {"pixels": vae.to_float(data["pixels"][picks, 0]), "noise": normal(rngs, latent_shape),
+                "captions": [data["captions"][i] for i in picks]}
+
+    def preview(model, batch):  # originals above their reconstructions
+        made = model.decode(model.encode(batch["pixels"])[0])
+        return vae.to_uint8(torch.stack([batch["pixels"], made]))
+
+    def finish(model, config):  # unit variance, measured: latent diffusion, appendix G
+        if args.freeze == "encoder":
+            return config
+        pixels = vae.to_float(data["pixels"][:2048, 0])  # (N, 3, side, side)
+        raw = [model.encode(chunk.to(args.device))[0] for chunk in pixels.split(128)]
+        return config | {"scaling_factor": (1 / torch.cat(raw).std()).item()}
+    return Setup(model, batch_of, vae.loss, asdict(c), {}, preview, finish)
+
+
+def prepare_clip(args) -> Setup:
+    """CLIP learns from captioned stills, and words of motion from captions without images. --init adds
+    new words to a trained one; --freeze text trains its image half further, on beginnings."""
+    locked = args.freeze == "text"
+    data = stills(args, "beginnings" if locked else "stills")
+    captions = sorted(set(data["captions"])) if args.folder else []
+    captions += training_captions() if args.world else []
+    every = captions + data["captions"]
+    if args.init:
+        model, config = text.grow(args.init, [] if locked else every)
+    else:
+        vocab, merges = text.learn_tokenizer(every)
+        model = text.CLIP(text.CLIPConfig(vocab_size=len(vocab), image_size=SIDE))
+        config = {"clip": asdict(model.config), "tokenizer": {"vocab": vocab, "merges": merges},
+                  "words": text.words_of(every)}
+    first_embedding = model.text_model.embeddings.token_embedding.weight.detach().clone()  # (V, D)
+    ids = text.tokenize(text.build_tokenizer(**config["tokenizer"]), every, model.config.context)
+    motion_ids, ids = ids.split([len(captions), len(data["captions"])])  # (M, L), (N, L)
+    if locked:
+        distinct, row = ids.unique(dim=0, return_inverse=True)  # (K, L), (N,)
+        with torch.no_grad():
+            states = model.text_model(distinct)[1]  # (K, D)
+
+    def batch_of(step, samples):
+        rngs, picks = draw(args, step, samples, len(ids))
+        batch = {"pixels": vae.to_float(data["pixels"][picks, 0]),
+                 "captions": [data["captions"][i] for i in picks]}
+        if locked:
+            return batch | {"states": states, "row": row[picks]}
+        others = [rng.integers(len(motion_ids)) for rng in rngs]
+        return batch | {"ids": ids[picks], "motion_ids": motion_ids[others]}
+
+    def finish(model, config):  # known tokens stay to the bit, in spite of weight decay
+        if args.init:
+            old = ~torch.tensor(config.pop("new"))  # (V,)
+            embedding = model.text_model.embeddings.token_embedding.weight
+            embedding[old] = first_embedding[old].to(args.device)
+        return config
+    return Setup(model, batch_of, text.locked_loss if locked else text.loss, config, finish=finish)
+
+
+def prepare_prior(args) -> Setup:
+    """P learns from captioned stills which image embedding a caption has. It never sees a video."""
+    clip, tokenizer, known = text.load(args.weights, args.device)
+    facts = {"image_encoder": known["image_id"]}
+    data = add_tokens(args, stills(args, "beginnings") | {"facts": facts})
+    data["latents"] = text.embed_images(clip, data["pixels"][:, 0])  # (N, D)
+    data["tokens"], data["null_tokens"] = (
+        text.encode_for_prior(clip, tokenizer, prompts).cpu()  # (K, L + 1, D)
+        for prompts in (sorted(set(data["captions"])), [""]))
+    config = text.PriorConfig(*data["tokens"].shape[1:])
+    model, diffusion = text.Prior(config), base.Diffusion(target="sample")
+
+    batch_of = partial(diffusion_batch, args, data, timesteps=partial(shifted_timesteps, shift=1.))
+
+    def loss_of(model, batch):
+        return text.prior_loss(model, diffusion, batch)
+    return Setup(model, batch_of, loss_of, asdict(config), data["facts"])
+
+
+def prepare_image(args) -> Setup:
+    """Text to image; with --captions none, image embedding to image, from the weights of the former
+    where they are there. Only then the skips have gates."""
+    data = latents(args, "stills")
+    channels = data["latents"].shape[2]
+    changes = {} if args.captions == "all" else {"embeddings": ("image",), "gates": True}
+    if changes and (Path(args.weights) / "image.pt").is_file():
+        model, diffusion, made_by = base.load(args.weights, "cpu", "image", **changes)
+        check_parent(made_by, data["facts"], "image.pt")
+    else:
+        model = UNet(replace(base.TINY_IMAGE, context_dim=data["tokens"].shape[-1], in_channels=channels,
+                             out_channels=channels, **changes))
+        diffusion = base.Diffusion()
+    return unet_setup(model, diffusion, base.loss, partial(diffusion_batch, args, data), data["facts"],
+                      generates(diffusion, data, frames=1))
+
+
+def prepare_mean_clip(args) -> Setup:
+    data = latents(args, "clips")
+    config = {"context_dim": data["tokens"].shape[-1], "channels": data["latents"].shape[2]}
+
+    def preview(model, batch):
+        T, _, h, w = batch["latents"].shape[1:]
+        return model(batch["context"], batch["fps"], T, h, w)
+    return Setup(base.MeanClip(**config), partial(diffusion_batch, args, data), base.mean_clip_loss,
+                 config, data["facts"], preview)
+
+
 def prepare_base(args) -> Setup:
     """Make-A-Video, 3.2 and 3.4: the image model, inflated, learns from video. With captions, every
     fourth step is of stills, four for each clip. Differs: Make-A-Video's clips have no captions;
     Imagen Video packs its stills into clips."""
-    image, mean_clip = (Path(args.weights) / output_of(args, name) for name in ("image", "mean-clip"))
+    image, mean_clip = output_of(args, "image"), output_of(args, "mean-clip")
     temporal = ("mean_clip", "attention", "conv") if mean_clip.is_file() else ("attention", "conv")
     embeddings = ("fps",) if args.captions == "all" else ("fps", "image")
     model, diffusion, made_by = base.load(args.weights, "cpu", image.stem, "image", temporal=temporal,
                                           gates=True, embeddings=embeddings)
-    data, facts = latents(args, "clips", 8 * made_by["side"])
-    check_parent(made_by, facts, image)
+    side = 8 * made_by["side"]
+    data = latents(args, "clips", side)
+    check_parent(made_by, data["facts"], image)
     if mean_clip.is_file():
         weights = base.load_checkpoint(mean_clip, "mean-clip")
-        check_parent(weights["made_by"], facts, mean_clip)
+        check_parent(weights["made_by"], data["facts"], mean_clip)
         base.load_state(model.mean_clip, weights["model"], mean_clip)
     teacher, paths, unguided = load_teacher(args, "base", base.STUDENT["shift"])
+    loss, sampling = base.loss, {"steps": 16}
+    if teacher:
+        loss = partial(base.distillation_loss, teacher=teacher, guidance=1. if unguided else 2.)
+        sampling = base.STUDENT | {"steps": args.distill[1]}
     use_stills = args.freeze == "none" and args.captions == "all" and not teacher
-    joint = latents(args, "stills", 8 * made_by["side"])[0] if use_stills else None
-    taught = partial(base.distillation_loss, teacher=teacher, guidance=1. if unguided else 2.)
-    loss_of = taught if teacher else base.loss
+    joint = latents(args, "stills", side) if use_stills else None
 
     def batch_of(step, samples):
         if teacher:  # all on one path, as guidance depends on t
@@ -874,22 +828,15 @@ def prepare_base(args) -> Setup:
         if joint and step % 4 == 3:
             return diffusion_batch(args, joint, step, [4 * i + k for i in samples for k in range(4)])
         return diffusion_batch(args, data, step, samples, shifted_timesteps)
-
-    def preview(model):
-        text_emb = prompts_of(args, data, 6)
-        fps = data["fps"].min().item()
-        how = base.STUDENT | {"steps": args.distill[1]} if teacher else {"steps": 16}
-        return sheet(args, base.generate(model, diffusion, text_emb, fps=fps, side=facts["side"],
-                                         **how))
-    return Setup(model, batch_of, lambda model, batch: loss_of(model, diffusion, batch), preview,
-                 unet_config(model, diffusion), facts)
+    return unet_setup(model, diffusion, loss, batch_of, data["facts"],
+                      generates(diffusion, data, **sampling))
 
 
 def prepare_interpolate(args) -> Setup:
     """Make-A-Video, 3.3: the video model learns from clips some of whose frames it is shown."""
-    data, facts = latents(args, "clips")
+    data = latents(args, "clips")
     weights = interpolate.widen(base.load_checkpoint(args.weights, "base"))
-    check_parent(weights["made_by"], facts, "base.pt")
+    check_parent(weights["made_by"], data["facts"], "base.pt")
     model = UNet(base.UNetConfig(**weights["config"]["unet"]))
     base.load_state(model, weights["model"], "base.pt")
     diffusion = base.Diffusion(**weights["config"]["diffusion"])
@@ -899,34 +846,28 @@ def prepare_interpolate(args) -> Setup:
         known = torch.stack([interpolate.random_known(rng) for rng in rngs])  # (N, T)
         return diffusion_batch(args, data, step, samples, shifted_timesteps) | {"known": known}
 
-    def preview(model):  # sixteen frames of which every fifth is given, below the truth
-        alike = (data["fps"] == data["fps"][0]).nonzero()[:, 0]
-        picks = alike[spread([data["captions"][i] for i in alike], 4)]
-        x, known = data["latents"][picks].float(), torch.arange(16) % 5 == 0
-        text_emb = {"tokens": data["tokens"][data["rows"][picks]], "null_tokens": data["null_tokens"]}
-        made = interpolate.fill_timeline(model, diffusion, x, known, text_emb, data["fps"][0].item())
-        return sheet(args, torch.stack([x, made], dim=1).flatten(0, 1))
-    return Setup(model, batch_of, lambda model, batch: interpolate.loss(model, diffusion, batch),
-                 preview, unet_config(model, diffusion), facts)
+    def preview(model, batch):
+        text_emb = {"tokens": batch["context"], "null_tokens": data["null_tokens"]}
+        return interpolate.inpaint_window(model, diffusion, batch["latents"], batch["known"],
+                                          batch["noise"], text_emb, batch["fps"])
+    return unet_setup(model, diffusion, interpolate.loss, batch_of, data["facts"], preview)
 
 
 def prepare_pixels(args, name: str) -> Setup:
     """A network between pixels. Every fourth step is of single frames, except for TSR, which needs two.
-
     Differs: Make-A-Video's SR_l is an image model first; Imagen Video's networks see whole blocks of
     whole frames, the last one crops. Here all see windows of short clips."""
-    stage, doubles, diffusion = NETWORKS[name], name in interpolate.TSR, base.Diffusion(target="sample")
-    hears = "text" in stage.unet.embeddings
+    stage, diffusion = NETWORKS[name], base.Diffusion(target="sample")
+    is_tsr, reads_text = name in interpolate.TSR, "text" in stage.unet.embeddings
     teacher, paths, _ = load_teacher(args, stage.checkpoint, stage.shift)
+    data = pairs(args, name)
     if teacher:
         stage = replace(stage, steps=args.distill[1])
-    data, facts = pairs(args, name)
-    if hears:
-        data = add_tokens(args, data, facts)
+    if reads_text:
+        data = add_tokens(args, data)
         stage = replace(stage, unet=replace(stage.unet, context_dim=data["tokens"].shape[-1]))
-    model = UNet(stage.unet)
 
-    def loss_of(model, batch):
+    def loss(model, diffusion, batch):
         if teacher:
             return superres.distillation_loss(model, teacher, diffusion, batch, stage)
         return superres.loss(model, diffusion, batch, stage)
@@ -936,7 +877,7 @@ def prepare_pixels(args, name: str) -> Setup:
         kinds = ["decoded" if rng.random() < .5 else "small" for rng in rngs]
         small = torch.stack([data[kind][i] for kind, i in zip(kinds, picks)])
         x = vae.to_float(data["pixels"][picks])  # (N, T, 3, S, S)
-        if doubles:
+        if is_tsr:
             small = interpolate.double(small[:, ::2])  # (N, T, 6, s, s)
         elif step % 4 == 3:
             x, small = x[:, :1], small[:, :1]
@@ -950,24 +891,18 @@ def prepare_pixels(args, name: str) -> Setup:
             batch["t"] = batch["path"][:, 0]
         else:
             batch["t"] = shifted_timesteps(rngs, stage.shift)
-        if hears:
+        if reads_text:
             batch["context"], batch["captions"] = drop_prompt(rngs, data, picks)
         return batch
 
-    def preview(model):  # what is given, ours, truth
-        rows = spread(data["captions"], 8)
-        small, truth, moment = data["decoded"][rows], data["pixels"][rows], int(doubles)
-        small = interpolate.double(small[:, ::2]) if doubles else small  # (8, T, C, s, s)
-        ours = []
-        for i, clip in zip(rows, small):
-            tokens = data["tokens"][data["rows"][i]][None] if hears else None
-            ours.append(superres.upscale(model, diffusion, stage, clip, data["fps"][i].item(),
-                                         context=tokens, null_context=data.get("null_tokens")))
-        given = superres.enlarge(vae.to_float(small[:, :, :3]), stage.scale, torch.zeros(len(small)))
-        videos = vae.to_uint8(given), torch.stack(ours), truth
-        return vae.contact_sheet(torch.stack([video[:, moment] for video in videos]), columns=8)
-
-    return Setup(model, batch_of, loss_of, preview, unet_config(model, diffusion), facts)
+    def preview(model, batch):  # a row for each clip: what is given, ours, truth
+        large = superres.enlarge(batch["small"], stage.scale, batch["level"])
+        predict = superres.clean_predictor(model, large, batch["level"], batch["fps"],
+                                           batch.get("context"))
+        ours = diffusion.sample(predict, batch["noise"], stage.steps, "ddim", stage.shift)
+        videos = large[:, :, :3], ours, batch["pixels"]
+        return vae.to_uint8(torch.stack([video[:, int(is_tsr)] for video in videos], dim=1))
+    return unet_setup(UNet(stage.unet), diffusion, loss, batch_of, data["facts"], preview)
 
 
 PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "prior": prepare_prior, "image": prepare_image,
@@ -978,8 +913,10 @@ UNCAPTIONED = {"image": "make-a-video-image.pt", "mean-clip": "make-a-video-mean
                "base": "make-a-video.pt"}  # what --captions none trains
 
 
-def output_of(args, name: str) -> str:
-    return (UNCAPTIONED if args.captions == "none" else OUTPUT)[name]
+def output_of(args, name: str) -> Path:
+    """The weights that a stage makes."""
+    names = OUTPUT | UNCAPTIONED if args.captions == "none" else OUTPUT
+    return Path(args.weights) / names[name]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -989,6 +926,21 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     """A share of the full rate: up over the warm-up, level for a third, then straight down to zero."""
     left = (recipe.steps - step) / recipe.steps
     return max(0., min(1., (step + 1) / recipe.warmup, 1.5 * left))
+
+
+def make_optimizer(model, recipe: Recipe, freeze: str) -> torch.optim.Optimizer:
+    """AdamW for what --freeze leaves, with another rate for layers that an image model does not have."""
+    fresh, others = [], []
+    for name, parameter in model.named_parameters():
+        new, decodes = UNet.is_inflation(name), name.startswith(("decoder.", "post_quant_conv."))
+        trains = {"none": parameter.requires_grad, "spatial": new, "encoder": decodes,
+                  "text": not name.startswith("text_model.")}[freeze]
+        parameter.requires_grad_(trains)
+        if trains:
+            (fresh if new and recipe.fresh_lr else others).append(parameter)
+    groups = [{"params": fresh, "base_lr": recipe.fresh_lr}, {"params": others, "base_lr": recipe.lr}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr,
+                             betas=(.9, .99), weight_decay=.01)
 
 
 class Loss(torch.nn.Module):
@@ -1002,49 +954,19 @@ class Loss(torch.nn.Module):
         return self.loss_of(self.model, batch)  # (N,)
 
 
-def ahead(make: Callable, calls, threads: int = 4):
-    """make(*call) for each of `calls`, in order, made ahead by threads, so that a GPU need not wait."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque(pool.submit(make, *call) for call in islice(calls, threads))
-        while waiting:
-            waiting.extend(pool.submit(make, *call) for call in islice(calls, 1))
-            yield waiting.popleft().result()
+def to_device(batch: dict, device) -> dict:
+    return {key: value.to(device) for key, value in batch.items() if key != "captions"}
 
 
-def show_first_batch(folder: Path, batch: dict, args):
-    """Up to eight samples and their captions: errors of range, order or caption show here."""
-    if "pixels" in batch:
-        x = vae.to_uint8(batch["pixels"])
-        shown = vae.contact_sheet(x.view(len(x), -1, *x.shape[-3:]))  # of (8, T, 3, H, W)
-    else:
-        shown = sheet(args, batch["latents"])
-    vae.write_image(folder / "first_batch.png", shown)
-    (folder / "first_batch.txt").write_text("\n".join(batch["captions"]) + "\n", encoding="utf-8")
-
-
-def make_optimizer(model, recipe: Recipe, freeze: str) -> torch.optim.Optimizer:
-    """AdamW for what --freeze leaves, with another rate for layers that an image model does not have."""
-    groups = {recipe.lr: [], recipe.fresh_lr or recipe.lr: []}
-    for name, parameter in model.named_parameters():
-        new, decodes = UNet.is_inflation(name), name.startswith(("decoder.", "post_quant_conv."))
-        trains = {"none": parameter.requires_grad, "spatial": new, "encoder": decodes,
-                  "text": not name.startswith("text_model.")}[freeze]
-        parameter.requires_grad_(trains)
-        if parameter.requires_grad:
-            groups[recipe.fresh_lr if new and recipe.fresh_lr else recipe.lr].append(parameter)
-    groups = [{"params": params, "base_lr": lr} for lr, params in reversed(groups.items()) if params]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
-
-
-def take_step(step: int, pieces: list, loss_of: torch.nn.Module, ema, optimizer, recipe, device):
-    """One step of the optimizer and of the average, on the pieces of a batch. Returns the loss and the
+def take_step(step: int, parts: list, loss_of: torch.nn.Module, ema, optimizer, recipe, device):
+    """One step of the optimizer and of the average, on the parts of a batch. Returns the loss and the
     noise level of each sample of this process, (N, 2)."""
     parameters, seen = list(loss_of.parameters()), []
-    for batch in pieces:
-        batch = {k: v.to(device) for k, v in batch.items() if k != "captions"}
+    for batch in parts:
+        batch = to_device(batch, device)
         with fast_autocast(device):
             losses = loss_of(batch)  # (N,)
-        (losses.mean() / len(pieces)).backward()
+        (losses.mean() / len(parts)).backward()
         losses = losses.detach().float()
         seen.append(torch.stack([losses, batch.get("t", 0 * losses) / 1000], dim=1))
     if not torch.nn.utils.clip_grad_norm_(parameters, 1.).isfinite():
@@ -1060,39 +982,56 @@ def take_step(step: int, pieces: list, loss_of: torch.nn.Module, ema, optimizer,
     return torch.cat(seen).cpu()
 
 
-def load_initial(path, name: str, setup: Setup, model):
-    """The weights of --init, if they stand on the same files and mean the same."""
-    weights = base.load_checkpoint(path, name)
-    check_parent(weights["made_by"], setup.facts, path)
-    then, now = (config.get("diffusion") for config in (weights["config"], setup.config))
-    if then != now:
-        raise UserError(f"{path} was trained with diffusion {then}, not {now}")
-    base.load_state(model, weights["model"], path)
+def ahead(make: Callable, calls, threads: int = 4):
+    """make(*call) for each of `calls`, in order, made ahead by threads, so that a GPU need not wait."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque(pool.submit(make, *call) for call in islice(calls, threads))
+        while waiting:
+            waiting.extend(pool.submit(make, *call) for call in islice(calls, 1))
+            yield waiting.popleft().result()
 
 
-def resume(state: dict, run: dict, parts: dict, path):
-    """Load a checkpoint into the parts of a run; refused if model, data or recipe is another."""
-    then = state["run"] | {"steps": run["steps"]}  # more steps are welcome
-    differing = [f"{key} (then {then.get(key)}, now {run.get(key)})" for key in sorted(run | then)
-                 if then.get(key) != run.get(key)]
-    if differing:
-        raise UserError(f"{path} differs in {'; '.join(differing)}. Start over with --fresh, or train "
-                        "finished weights further with --init")
-    for key, part in parts.items():
-        part.load_state_dict(state[key])
+@dataclass
+class Run:
+    """A stage in training."""
+    setup: Setup
+    recipe: Recipe
+    folder: Path             # of checkpoint, log and pictures
+    origin: dict             # what it is made from; a checkpoint of another origin is refused
+    parts: dict              # model, optimizer, ema: what else a checkpoint holds
+    step: int = 0
+    minutes: float = 0.
+    loss: float = math.nan
+
+    def save(self):
+        parts = {key: part.state_dict() for key, part in self.parts.items()}
+        at = {"step": self.step, "minutes": self.minutes, "loss": self.loss}
+        save_pt(self.folder / "checkpoint.pt", parts | at | {"run": self.origin})
+
+    def resume(self, state: dict):
+        free = {"files": 0, "steps": 0}  # the config is compared, not the code; more steps are welcome
+        then, now = state["run"] | free, self.origin | free
+        differing = [f"{key} (then {then.get(key)!s:.400}, now {now.get(key)!s:.400})"
+                     for key in sorted(now | then) if then.get(key) != now.get(key)]
+        if differing:
+            raise UserError(f"{self.folder / 'checkpoint.pt'} differs in {'; '.join(differing)}. Start "
+                            "over with --fresh, or train finished weights further with --init")
+        for key, part in self.parts.items():
+            part.load_state_dict(state[key])
+        self.step, self.minutes, self.loss = state["step"], state["minutes"], state["loss"]
 
 
-def origin_of(name: str, args, *more) -> str:
-    """Hash of all that a stage is made from: code, earlier stages, data, recipe."""
+def origin_of(name: str, args, limit: float | None) -> dict:
+    """What a run is made from, as far as it is known before its data are prepared; "files" stands for
+    the dates of the code and of the weights that it reads."""
     earlier = list(PREPARE)[:list(PREPARE).index(name)]
-    names = [OUTPUT[other] for other in earlier]
-    if args.captions == "none":
-        names += [UNCAPTIONED[other] for other in earlier if other in UNCAPTIONED] + [OUTPUT["image"]]
-    files = [*Path(__file__).parent.glob("*.py"), *(Path(args.weights) / file for file in names)]
+    files = [*Path(__file__).parent.glob("*.py"), *(output_of(args, other) for other in earlier)]
+    files += [Path(args.weights) / "image.pt"] if args.captions == "none" else []
     files += [Path(file) for file in (args.init, args.teacher) if file]
-    stats = [(path.name, path.stat().st_mtime_ns) for path in sorted(files) if path.is_file()]
-    flags = args.seed, args.freeze, args.captions, args.distill
-    return digest((stats, data_id(args), flags, more))
+    dates = [(path.name, path.stat().st_mtime_ns) for path in sorted(files) if path.is_file()]
+    flags = "seed", "freeze", "init", "teacher", "captions", "distill"
+    return {"data": data_id(args), "limit": limit, "files": digest(dates),
+            **{key: getattr(args, key) for key in flags}}
 
 
 def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
@@ -1115,110 +1054,155 @@ def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
     return replace(recipe, steps=steps, warmup=min(recipe.warmup, steps // 5))
 
 
-def train(name: str, args, steps: int | None = None, limit: float | None = None):
-    """Train a stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
-    recipe, begun = replace(RECIPES[name], steps=args.steps or steps or RECIPES[name].steps), time.time()
-    recipe = replace(recipe, batch=args.batch or recipe.batch, lr=args.lr or recipe.lr,
-                     fresh_lr=recipe.fresh_lr * (args.lr or recipe.lr) / recipe.lr)
-    folder, output = RUNS / args.name / name, Path(args.weights) / output_of(args, name)
+def begin(name: str, args, recipe: Recipe, limit: float | None) -> Run | None:
+    """Set up a stage, or go on from its checkpoint. None if it is finished."""
+    begun, folder, output = time.time(), RUNS / args.name / name, output_of(args, name)
     checkpoint = folder / "checkpoint.pt"
-    base.check_output(checkpoint, ".pt")
-    base.check_output(output, ".pt")
-    origin = origin_of(name, args, recipe, limit)
+    folder.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     state = load_pt(checkpoint) if checkpoint.is_file() and not args.fresh else None
-    is_done = state and output.is_file() and state["step"] >= state["run"]["steps"]
-    if is_done and state.get("origin") == origin:  # spares preparing its data
-        return print(f"{name}: already trained; --fresh starts over")
+    if limit and state:
+        recipe = replace(recipe, **{key: state["run"][key] for key in ("steps", "batch", "warmup")})
+    origin = origin_of(name, args, limit) | asdict(recipe)
+    finished = state and output.is_file() and state["step"] >= recipe.steps
+    if finished and origin.items() <= state["run"].items():  # spares preparing its data
+        return None
     torch.manual_seed(args.seed)
     setup = PREPARE[name](args)
-    setup.facts |= {"distill": args.distill} if args.distill else {}
     model = setup.model.to(args.device, memory_format=torch.channels_last).train()
     model.gradient_checkpointing = args.checkpointing
     if args.init and name != "clip":  # which grows
-        load_initial(args.init, name, setup, model)
-    if limit and state:
-        recipe = replace(recipe, **{key: state["run"][key] for key in ("steps", "batch", "warmup")})
-    elif limit:  # less what preparing took, and a preview will
+        weights = base.load_checkpoint(args.init, name)
+        check_parent(weights["made_by"], setup.facts, args.init)
+        then, now = (config.get("diffusion") for config in (weights["config"], setup.config))
+        if then != now:
+            raise UserError(f"{args.init} was trained with diffusion {then}, not {now}")
+        base.load_state(model, weights["model"], args.init)
+    if limit and not state:  # less what preparing took, and a preview will
         recipe = fit_recipe(recipe, 57 * limit - time.time() + begun, setup, args)
-    optimizer = make_optimizer(model, recipe, args.freeze)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    run = {"data": data_id(args), "limit": limit}
-    run |= {key: getattr(args, key) for key in ("seed", "freeze", "init", "teacher", "captions")}
-    run |= asdict(recipe) | setup.config | setup.facts
-    start, minutes, running = 0, 0., math.nan
+    origin |= asdict(recipe) | setup.config | setup.facts
+    parts = {"model": model, "optimizer": make_optimizer(model, recipe, args.freeze),
+             "ema": copy.deepcopy(model).eval().requires_grad_(False)}
+    run = Run(setup, recipe, folder, origin, parts)
     if state:
-        resume(state, run, parts, checkpoint)
-        start, minutes, running = state["step"], state["minutes"], state["loss"]
-        if start >= recipe.steps and output.is_file():
-            return print(f"{name}: already trained; --fresh starts over")
-    loss_of = Loss(model, setup.loss_of)
+        run.resume(state)
+    return None if finished else run
+
+
+def write_sheet(path: Path, videos, args):
+    """A picture of videos (B, T, C, H, W), uint8 pixels or latents: a row for each, or one of stills."""
+    if videos.is_floating_point():
+        autoencoder, _ = vae.load(args.weights, args.device)
+        videos = vae.decode_video(autoencoder, videos)
+    videos = videos.transpose(0, 1) if videos.shape[1] == 1 else videos
+    vae.write_image(path, vae.contact_sheet(videos.cpu()))
+
+
+def show_first_batch(run: Run, batch: dict, args):
+    """Samples and their captions: errors of range, order or caption show here."""
+    videos = batch.get("latents")
+    if "pixels" in batch:
+        pixels = vae.to_uint8(batch["pixels"])
+        videos = pixels.view(len(pixels), -1, *pixels.shape[-3:])  # (N, T, 3, H, W)
+    if videos.ndim == 5:  # P's are embeddings
+        write_sheet(run.folder / "first_batch.png", videos, args)
+    (run.folder / "first_batch.txt").write_text("\n".join(batch["captions"]) + "\n", encoding="utf-8")
+
+
+def write_log(run: Run, seen: torch.Tensor):
+    """A line from losses and noise levels (N, 2): the mean loss, and that of each quartile of t."""
+    losses, levels = seen.unbind(1)
+    quartiles = [losses[(levels * 4).long() == q].mean().item() for q in range(4)]
+    run.loss = losses.mean().item()
+    numbers = ",".join(str(round(x, 5)) for x in (run.loss, *quartiles))
+    if RANK == 0:
+        with open(run.folder / "log.csv", "a") as log:
+            log.write(f"{run.step},{run.minutes:.2f},{numbers}\n")
+
+
+@torch.inference_mode()
+def ship(name: str, run: Run, batch: dict, args):
+    """Write the averaged weights, the last checkpoint, and what the weights make of a batch."""
+    setup, ema, output = run.setup, run.parts["ema"], output_of(args, name)
+    facts = setup.facts | ({"distill": args.distill} if args.distill else {})
+    base.save_checkpoint(output, setup.finish(ema, setup.config), ema, stage=name, command=args.command,
+                         steps=run.step, seed=args.seed, data=args.data,
+                         minutes=round(run.minutes, 1), **facts)
+    run.save()  # after the weights: where it is, they are
+    if setup.preview:
+        videos = setup.preview(ema, to_device(batch, args.device))
+        write_sheet(run.folder / "preview.png", videos, args)
+    print(f"{name}: {run.minutes:.1f} minutes, loss {run.loss:.4f}; wrote {output}; look at {run.folder}")
+
+
+def train(name: str, args, steps: int | None = None, limit: float | None = None):
+    """Train a stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
+    recipe = RECIPES[name]
+    lr = args.lr or recipe.lr
+    recipe = replace(recipe, steps=args.steps or steps or recipe.steps, batch=args.batch or recipe.batch,
+                     lr=lr, fresh_lr=recipe.fresh_lr * lr / recipe.lr)
+    run = begin(name, args, recipe, limit)
+    if run is None:
+        return print(f"{name}: already trained; --fresh starts over")
+    recipe, optimizer, ema = run.recipe, run.parts["optimizer"], run.parts["ema"]
+    loss_of = Loss(run.setup.model, run.setup.loss_of)
     if RANKS > 1:  # steps on stills leave the temporal layers unused
         loss_of = DistributedDataParallel(loss_of, find_unused_parameters=name == "base")
     if args.compile:
         torch.compiler.assume_constant_result(base.has_fast_bf16)  # which it cannot look into
         loss_of = torch.compile(loss_of)
-
-    def save(step):
-        save_pt(checkpoint, {key: part.state_dict() for key, part in parts.items()} |
-                {"run": run, "origin": origin, "step": step, "minutes": minutes, "loss": running})
-
     if RANK == 0:
-        print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {recipe}")
-        if start == 0:
-            (folder / "log.csv").write_text("step,minutes,loss,t<1/4,t<1/2,t<3/4,t<1\n")
-        show_first_batch(folder, setup.batch_of(0, range(min(8, recipe.batch))), args)
+        size = sum(p.numel() for p in ema.parameters()) / 1e6
+        print(f"{name}: {size:.2f} M parameters, {recipe}")
+        first_batch = run.setup.batch_of(0, range(min(8, recipe.batch)))
+        show_first_batch(run, first_batch, args)
+        if run.step == 0:
+            (run.folder / "log.csv").write_text("step,minutes,loss,t<1/4,t<1/2,t<3/4,t<1\n")
     mine = np.array_split(range(RANK, recipe.batch, RANKS), args.accumulate)  # equal parts
-    calls = ((step, part) for step in range(start, recipe.steps) for part in mine)
-    batches, window, last_save, clock = ahead(setup.batch_of, calls), [], time.time(), time.time()
-    bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=name, disable=RANK > 0)
+    calls = ((step, part) for step in range(run.step, recipe.steps) for part in mine)
+    batches, seen, clock, last_save = ahead(run.setup.batch_of, calls), [], time.time(), time.time()
+    bar = trange(run.step, recipe.steps, initial=run.step, total=recipe.steps, desc=name,
+                 disable=RANK > 0)
     for step in bar:
-        pieces = [next(batches) for _ in mine]
-        window.append(take_step(step, pieces, loss_of, ema, optimizer, recipe, args.device))
-        minutes, clock = minutes + (time.time() - clock) / 60, time.time()
-        last = step + 1 == recipe.steps
-        if (step + 1) % 25 == 0 or last:
-            losses, levels = torch.cat(window).unbind(1)
-            quartiles = [losses[(levels * 4).long() == q].mean().item() for q in range(4)]
-            running, window = losses.mean().item(), []
-            bar.set_postfix(loss=f"{running:.4f}")
-            if RANK == 0:
-                with open(folder / "log.csv", "a") as log:
-                    numbers = ",".join(str(round(x, 5)) for x in (running, *quartiles))
-                    log.write(f"{step + 1},{minutes:.2f},{numbers}\n")
+        parts = [next(batches) for _ in mine]
+        seen.append(take_step(step, parts, loss_of, ema, optimizer, recipe, args.device))
+        run.step, run.minutes, clock = step + 1, run.minutes + (time.time() - clock) / 60, time.time()
+        last = run.step == recipe.steps
+        if run.step % 25 == 0 or last:
+            write_log(run, torch.cat(seen))
+            seen.clear()
+            bar.set_postfix(loss=f"{run.loss:.4f}")
         if RANK == 0 and not last and time.time() - last_save > 60 * SAVE_MINUTES:
-            save(step + 1)
+            run.save()
             last_save = time.time()
     if RANK == 0:
-        with torch.inference_mode():
-            base.save_checkpoint(output, setup.finish(ema, setup.config), ema, stage=name,
-                                 command=args.command, steps=recipe.steps, seed=args.seed,
-                                 data=args.data, minutes=round(minutes, 1), **setup.facts)
-            save(recipe.steps)  # after the weights: where it is, they are
-            vae.write_image(folder / "preview.png", setup.preview(ema))
-        print(f"{name}: {minutes:.1f} minutes, loss {running:.4f}; wrote {output}; look at "
-              f"{folder / 'preview.png'}")
+        ship(name, run, first_batch, args)
     if RANKS > 1:
         dist.barrier()  # the next stage reads what this one wrote
 
 
+# ------------------------------------------------------------------------------------------------
+# The command line
+
 def plan(folder, stages: list) -> dict:
-    """{stage: steps} of the stages that a folder of clips can train. Says what it holds, and what else
-    would be needed. Steps: a hundred passes over the windows, within the recipe."""
+    """{stage: steps} of the stages that a folder of clips can train: a hundred passes over the windows,
+    within the recipe. Prints what the folder holds, and what the others would need."""
     clips, steps = look(folder), {}
     print(f"{folder}: {len(clips)} clips, {sum(n / fps for *_, n, _, fps in clips):.0f} s; "
           f"{len(files_of(folder, *CLIP_KINDS)) - len(clips)} files cannot be read, "
           f"{sum(not words for _, words, *_ in clips)} clips have no caption")
-    pixels = {NETWORKS[which].checkpoint: (p.frames, NETWORKS[which].scale * p.side)
-              for which, p in PAIRS.items()}
+    needs = {name: (1, SIDE) for name in ("vae", "clip", "prior", "image")}
+    needs |= {NETWORKS[key].checkpoint: (p.frames, NETWORKS[key].scale * p.side)
+              for key, p in PAIRS.items()}
     for name in stages:
-        frames, side = pixels.get(name, (1 if name in ("vae", "clip", "prior", "image") else 16, SIDE))
+        frames, side = needs.get(name, (16, SIDE))
         fitting = [n // frames for *_, n, shorter, _ in clips if n >= frames and shorter >= side]
+        said = "so it is not trained"
         if fitting:
-            recipe = RECIPES[name]
-            steps[name] = min(recipe.steps, max(200, 100 * sum(fitting) // recipe.batch))
-        print(f"  {name:14s} {frames:2d} frames of {side} x {side}: {len(fitting)} clips fit, "
-              + (f"{steps[name]} steps by default" if fitting else "so it is not trained"))
+            windows, recipe = sum(fitting), RECIPES[name]
+            steps[name] = min(recipe.steps, max(200, 100 * windows // recipe.batch))
+            said = f"{steps[name]} steps by default"
+        print(f"  {name:14s} {frames:2d} frames of {side} x {side}: {len(fitting)} clips fit, {said}")
     if not steps:
         raise UserError(f"{folder} holds no clip that {', '.join(stages)} can learn from")
     return steps
@@ -1227,23 +1211,26 @@ def plan(folder, stages: list) -> dict:
 def check_autoencoder(args):
     """Say how well the autoencoder shows a folder: no later stage can be better."""
     autoencoder, _ = vae.load(args.weights, args.device)
-    data = stills(args)
-    x = data["pixels"][spread(data["captions"], 32)]  # (32, 1, 3, side, side)
-    error = vae.to_float(vae.decode_video(autoencoder, vae.encode_video(autoencoder, x))) - vae.to_float(x)
-    psnr = 10 * math.log10(4 / error.square().mean())
+    x = stills(args)["pixels"]  # (N, 1, 3, side, side)
+    x = x[::math.ceil(len(x) / 32)]
+    shown = vae.decode_video(autoencoder, vae.encode_video(autoencoder, x))
+    psnr = 10 * math.log10(255 ** 2 / (shown.float() - x).square().mean())
     print(f"the autoencoder shows these clips at {psnr:.1f} dB"
-          + (", which is blurred: train vae on them first" if psnr < 20 else ""))
+          + ", which is blurred: train vae on them first" * (psnr < 20))
 
 
-def main(argv=None):
+FREEZES = {"none": "", "spatial": "base", "encoder": "vae", "text": "clip"}  # what: of which stage
+
+
+def read_flags(argv=None):
     parser = base.command_line(__doc__, argv)
     flag = parser.add_argument
     flag("stage", choices=[*PREPARE, "all"])
     flag("--data", default="world", help="'world', or a folder of clips [world]")
     flag("--with-world", action="store_true", help="as many of the world's own clips among them")
     flag("--init", metavar="FILE", help="train these weights of the stage further")
-    flag("--freeze", choices=("none", "spatial", "encoder", "text"), default="none", help="base: train only "
-         "temporal layers; vae: only the decoder; clip: only the image half [none]")
+    flag("--freeze", choices=FREEZES, default="none", help="base: all but temporal layers; vae: the "
+         "encoder; clip: the text half [none]")
     flag("--captions", choices=("all", "none"), default="all", help="none: image, mean-clip and base read "
          "the CLIP embedding of a frame instead, as in Make-A-Video [all]")
     flag("--steps", type=base.positive, help="[the recipe's]")
@@ -1259,42 +1246,55 @@ def main(argv=None):
     flag("--name", default="", help="runs/NAME/STAGE/ instead of runs/STAGE/")
     flag("--fresh", action="store_true", help="ignore the checkpoint")
     args = parser.parse_args(argv)
-    args.name = args.name or ("make-a-video" if args.captions == "none" else "")
-    every = PREPARE if args.captions == "all" else UNCAPTIONED
-    stages = list(every) if args.stage == "all" else [args.stage]
+    args.name = args.name or "make-a-video" * (args.captions == "none")
+    args.folder = None if args.data == "world" else args.data
+    args.world = args.with_world or not args.folder
+    return args
+
+
+def check_flags(args, stages: list):
+    """Refuse what cannot work before the first stage is trained for hours."""
     wrong = {"--init": args.init and args.stage == "all",
-             "--with-world": args.with_world and args.data == "world",
-             "--freeze spatial": args.freeze == "spatial" and args.stage != "base",
-             "--freeze encoder": args.freeze == "encoder" and not (args.stage == "vae" and args.init),
-             "--freeze text": args.freeze == "text" and not (args.stage == "clip" and args.init),
-             "--captions none": not set(stages) <= every.keys(),
+             "--with-world": args.with_world and not args.folder,
+             "--freeze": FREEZES[args.freeze] not in ("", args.stage) or (
+                 args.freeze in ("encoder", "text") and not args.init),
+             "--captions none": args.captions == "none" and not set(stages) <= UNCAPTIONED.keys(),
              "--distill": args.distill and not (
                  args.init and args.stage.startswith(("base", "superres", "ssr")))}
     for name in filter(wrong.get, wrong):
         raise UserError(f"{name} does not go with stage {args.stage}, or wants --init or --data; see --help")
-    if args.data != "world" and not Path(args.data).is_dir():
-        raise UserError(f"{args.data}: no such folder of clips")
-    for name in stages:  # before the first is trained, for hours
-        batch, parts = args.batch or RECIPES[name].batch, RANKS * args.accumulate
+    if args.folder and not Path(args.folder).is_dir():
+        raise UserError(f"{args.folder}: no such folder of clips")
+    parts = RANKS * args.accumulate
+    for name in stages:
+        batch = args.batch or RECIPES[name].batch
         if batch % parts:
             raise UserError(f"{name}: a batch of {batch} does not split into {parts} equal parts, "
                             "processes times --accumulate")
+
+
+def main(argv=None):
+    args = read_flags(argv)
+    every = PREPARE if args.captions == "all" else UNCAPTIONED
+    stages = list(every) if args.stage == "all" else [args.stage]
+    check_flags(args, stages)
     if RANKS > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if args.device == "cuda" and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    steps = dict.fromkeys(stages) if args.data == "world" else plan(args.data, stages)
-    kept = sum(path.stat().st_size for path in files_of(RUNS / "cache", ".pt"))
-    print(f"{RUNS / 'cache'} holds {kept / 1e9:.1f} GB, and may be deleted at any time")
-    unit = args.minutes and args.minutes / sum(RECIPES[name].share for name in steps)
-    args.amount = .125 if args.with_world else 1.  # of the world
-    if unit:
+    steps = plan(args.folder, stages) if args.folder else dict.fromkeys(stages)
+    size = sum(path.stat().st_size for path in files_of(RUNS / "cache", ".pt"))
+    print(f"{RUNS / 'cache'} holds {size / 1e9:.1f} GB, and may be deleted at any time")
+    args.amount, limits = .125 if args.with_world else 1., dict.fromkeys(steps)  # of the world
+    if args.minutes:
+        unit = args.minutes / sum(RECIPES[name].share for name in steps)
+        limits = {name: unit * RECIPES[name].share for name in steps}
         args.amount = min(1., unit / 6)  # the whole world for ten hours
-    if args.data != "world" and "vae" not in steps and "clip" not in steps:
+    if args.folder and "vae" not in steps and "clip" not in steps:
         check_autoencoder(args)
     for name in steps:
-        train(name, args, steps[name], unit and unit * RECIPES[name].share)
+        train(name, args, steps[name], limits[name])
     if RANKS > 1:
         dist.destroy_process_group()
 
