@@ -1947,8 +1947,11 @@ def as_made(name: str, factors: list, times, fps: float):
 
 def fidelity(factors: list, videos, fps: float = 4.) -> list:
     """The cells under FIDELITY: in how many videos `describe` reads what the prompt says."""
-    right = np.array([[read == asked for read, asked in zip(describe(video, fps), f)]
-                      for video, f in zip(videos, factors)])  # (N, 4)
+    return agreement(factors, [describe(video, fps) for video in videos])
+
+
+def agreement(factors: list, read: list) -> list:
+    right = np.array([[one == other for one, other in zip(*pair)] for pair in zip(factors, read)])
     first, n = right[:, :3].all(1), len(right) + 4
     middle = (first.sum() + 2) / n  # Agresti and Coull: 0 of 96 is not certainty
     error = 1.96 * math.sqrt(middle * (1 - middle) / n)
@@ -2038,17 +2041,14 @@ def evaluate_fidelity():
         row(f"{split} triples, {name}", *fidelity(factors, make(factors)))
 
 
-def motions_named(embeddings, factors: list) -> float:
-    """Of image embeddings (N, E), the share in % whose nearest caption, of those that differ in their
-    motion only, is the right one. CLIP is the judge here, of what P or a first frame tells it."""
+def named(embeddings) -> list:
+    """The factors of the caption that is nearest to each image embedding (N, E), of all captions. CLIP
+    is the judge here, of what P or a first frame tells it."""
     model, tokenizer, _ = text.load(device=ARGS.device)
-    right = 0
-    for embedding, (c, s, motion, ground) in zip(embeddings, factors):
-        motions = [m for m in train.MOTIONS if train.split_of(c, s, m)]
-        lines = [train.caption(dict(zip(FACTORS, (c, s, m, ground)))) for m in motions]
-        nearest = text.encode_for_prior(model, tokenizer, lines)[:, -1].cpu() @ embedding
-        right += motions[nearest.argmax()] == motion
-    return 100 * right / len(factors)
+    every = [(*triple, ground) for triple in train.TRIPLES["any"] for ground in train.GROUNDS]
+    lines = [train.caption(dict(zip(FACTORS, factors))) for factors in every]
+    captions = text.encode_for_prior(model, tokenizer, lines)[:, -1].cpu()  # (M, E)
+    return [every[i] for i in (embeddings @ captions.T).argmax(1)]
 
 
 def evaluate_make_a_video():
@@ -2059,10 +2059,10 @@ def evaluate_make_a_video():
     factors, (model, *_) = prompts_of(1), text.load(device=ARGS.device)
     truth = text.embed_images(model, render_all(factors, [0.])[:, 0])  # of first frames, (N, E)
     made = clip_of(factors, prior=True)["text"]["image_embedding"]  # (N, E)
+    row("CLIP names, of first frames", *agreement(factors, named(truth)))
+    row("CLIP names, of P's embeddings", *agreement(factors, named(made)))
     cosine = F.cosine_similarity(made, truth, dim=-1).median()
-    print(f"  cosine of P's embedding and the truth's: median {cosine:.3f}\n"
-          f"  motions that CLIP names: of P's embeddings {motions_named(made, factors):.1f} %, "
-          f"of first frames' {motions_named(truth, factors):.1f} %")
+    print(f"  cosine of P's embedding and the truth's: median {cosine:.3f}")
 
 
 def evaluate_outlines():
