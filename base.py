@@ -226,8 +226,8 @@ class AttentionGate(nn.Module):
     """alpha = sigmoid(psi(relu(W_x x + W_g g))), skip <- alpha skip    Attention U-Net, Eqs. 1-2
 
     With emb_dim the gate also reads the embedding of timestep and image, and alpha starts at .95.
-    Without it (base.pt, interpolate.pt) alpha is doubled and starts at 1. In these two and in
-    make-a-video.pt the deepest gate, up_blocks.0.gates.0, has closed.
+    Without it (all networks but make-a-video.pt) alpha is doubled and starts at 1. In base.pt,
+    interpolate.pt and make-a-video.pt the deepest gate, up_blocks.0.gates.0, has closed.
     Differs: the video papers have no gates. In 1804.03999 alpha is on g's coarser grid."""
 
     def __init__(self, skip_channels: int, gating_channels: int, emb_dim: int | None = None):
@@ -342,8 +342,8 @@ class UNetBlock(nn.Module):
 
 class UNet(nn.Module):
     """A noisy video (B, T, C, H, W) -> the diffusion's target, (B, T, C', H, W). Differs: every
-    space-time network is told the frame rate; in Make-A-Video base and interpolation, in Imagen
-    Video none."""
+    space-time network reads the frame rate; in Make-A-Video only base and interpolation do, in
+    Imagen Video none does."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -718,7 +718,7 @@ def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int = 16, fps
              side: int = 8, guidance=2., steps: int = 24, sampler: str | None = None,
              shift: float | None = None, gamma: float = 0., seed: int = 0, label: str = ""):
     """Latents of one video per prompt, (B, T, 4, side, side). text: tokens (B, L, D), null_tokens
-    (1, L, D). guidance: a scale, for clips only inside an interval, or a function of t. Clips take
+    (1, L, D). guidance: a function of t, or a scale, which clips use only inside an interval. Clips take
     the ancestral sampler by default: fresh noise lets later steps correct errors of motion."""
     device, B = next(unet.parameters()).device, len(text["tokens"])
     sampler = sampler or ("ancestral" if frames > 1 else "dpmpp")
@@ -962,7 +962,7 @@ def load(weights=WEIGHTS, device="cpu", name: str = "base", stage: str = "", **c
 def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
                   fps: float = 4., **how) -> dict:
     """A clip of text -> a clip of latents. `how` goes to `generate`, except what is None. An image
-    embedding goes to make-a-video.pt, and later stages then hear the null prompt. Differs:
+    embedding goes to make-a-video.pt, and later stages then read the null prompt. Differs:
     Make-A-Video's interpolation began as D^t; ours began as the captioned base."""
     how = {name: value for name, value in how.items() if value is not None}
     text, embedding = clip["text"], clip["text"].get("image_embedding")

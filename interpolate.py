@@ -153,12 +153,14 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, text_emb: dict, fp
     else:
         starts = plan_windows(known)
     windows = [slice(start, start + WINDOW) for start in starts]
-    for window in tqdm([w for w in windows if not known[w].all()], "interpolate", leave=False):
-        made = inpaint_window(unet, diffusion, x[:, window], known[window].expand(B, -1),
-                              noise[:, window], text_emb, float(fps), **sampling)
+    for window in tqdm(windows, "interpolate", leave=False):
         new = ~known[window]  # (16,)
         if known[window.stop:].any():  # what follows the last known frame is for the next window
             new[known[window].nonzero().max() + 1:] = False
+        if not new.any():
+            continue
+        made = inpaint_window(unet, diffusion, x[:, window], known[window].expand(B, -1),
+                              noise[:, window], text_emb, float(fps), **sampling)
         x[:, window][:, new] = made[:, new]
         known[window] |= new
     return x.cpu()  # (B, T, 4, h, w)
@@ -209,7 +211,7 @@ def double_clip(clip: dict, stage: superres.StageConfig, weights=base.WEIGHTS, d
 
 def fill_clip(clip: dict, weights=base.WEIGHTS, device="cpu", seed: int = 0, skip: int = 1,
               before: int = 0, after: int = 0, guidance: float = 1., steps: int = STEPS) -> dict:
-    """A clip of latents with skip - 1 new frames in every gap, and `before` and `after` more."""
+    """A clip of latents with skip - 1 new frames in every gap, and `before` or `after` more."""
     unet, diffusion, made_by = base.load(weights, device, "interpolate")
     clip = text.with_text(clip, weights, device)
     base.check_ids(clip, made_by, unet.config.context_dim)

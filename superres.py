@@ -223,7 +223,7 @@ def upscale_clip(clip: dict, stage: StageConfig, weights=base.WEIGHTS, device="c
     prompts, null = [None] * len(clip["data"]), None
     if "text" in unet.config.embeddings:
         clip = text.with_text(clip, weights, device)
-        base.check_ids(clip, made_by, unet.config.context_dim)
+        base.check_ids(clip, {"text": made_by.get("text")}, unet.config.context_dim)
         prompts, null = clip["text"]["tokens"].split(1), clip["text"]["null_tokens"]  # (1, L, D)
     elif guidance != 1:
         raise UserError(f"{stage.name} does not read the prompt, so it takes no guidance")

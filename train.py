@@ -437,6 +437,8 @@ def gather(args, name: str, kind: str, side: int, key: str, function: Callable) 
             parts.append(function(pixels))
             captions += words
             rates.append(fps)
+        if not parts:
+            raise UserError(f"{args.data} holds no clip of {side} x {side} pixels, with frames enough")
         return {key: torch.cat(parts), "captions": captions, "fps": torch.cat(rates)}
     return cached(name, make)
 
@@ -1056,7 +1058,7 @@ def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
 
 def begin(name: str, args, recipe: Recipe, limit: float | None) -> Run | None:
     """Set up a stage, or go on from its checkpoint. None if it is finished."""
-    begun, folder, output = time.time(), RUNS / args.name / name, output_of(args, name)
+    folder, output = RUNS / args.name / name, output_of(args, name)
     checkpoint = folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -1074,12 +1076,14 @@ def begin(name: str, args, recipe: Recipe, limit: float | None) -> Run | None:
     if args.init and name != "clip":  # which grows
         weights = base.load_checkpoint(args.init, name)
         check_parent(weights["made_by"], setup.facts, args.init)
-        then, now = (config.get("diffusion") for config in (weights["config"], setup.config))
-        if then != now:
-            raise UserError(f"{args.init} was trained with diffusion {then}, not {now}")
+        for part in ("unet", "diffusion"):
+            then, now = weights["config"].get(part, {}), setup.config.get(part, {})
+            differing = [f"{key} {then.get(key)}, not {now[key]}" for key in now if then.get(key) != now[key]]
+            if differing:
+                raise UserError(f"{args.init} was trained with {part} {'; '.join(differing)}")
         base.load_state(model, weights["model"], args.init)
-    if limit and not state:  # less what preparing took, and a preview will
-        recipe = fit_recipe(recipe, 57 * limit - time.time() + begun, setup, args)
+    if limit and not state:  # a sixth is for data and pictures
+        recipe = fit_recipe(recipe, 50 * limit, setup, args)
     origin |= asdict(recipe) | setup.config | setup.facts
     parts = {"model": model, "optimizer": make_optimizer(model, recipe, args.freeze),
              "ema": copy.deepcopy(model).eval().requires_grad_(False)}
