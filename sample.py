@@ -24,7 +24,8 @@ def make_a_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, fr
     """SR_h o SR_l^t o F o D^t o P (text)                                   Make-A-Video, Eq. 1
 
     Differs: all stages of the paper are in pixels. Without `prior`, D^t reads the prompt itself and
-    was trained on captioned clips. `how` goes to base.generate_clip."""
+    was trained on captioned clips. `how` goes to base.generate_clip, or with an image to
+    animate_clip."""
     where = weights, device, seed
     yield "text", (clip := text.encode_clip(prompts, *where, prior))  # P
     yield "base", (clip := keyframes(clip, *where, frames, image, **how))  # D^t: (B, 16, 4, 8, 8)

@@ -461,7 +461,7 @@ def test_contrastive_loss_is_symmetric_and_equal_captions_all_count():
     assert loss([[2., 0.], [9., 11.]], [[1, 2], [1, 3]]) == pytest.approx(
         [(e[0] + e[1]) / 2, (e[0] + e[2]) / 2 + 1])
     assert loss([[9., 9.], [9., 9.]], [[1, 2], [1, 2]]) == pytest.approx([.69315, 1.69315], 1e-4)
-    judge = Namespace(similarity=lambda *a: torch.tensor([[2., 0., 2.]]))  # of all captions, the last is right
+    judge = Namespace(similarity=lambda *a: torch.tensor([[2., 0., 2.]]))
     batch = {"pixels": 0, "states": 0, "row": torch.tensor([2])}
     assert text.locked_loss(judge, batch).item() == pytest.approx(math.log(2 + math.exp(-2)))
 
@@ -1358,7 +1358,7 @@ def two_run(tmp_path, monkeypatch):
 
     def run(loss_of, argv: str = "", config=1, vae=1, **recipe):
         model = torch.nn.ParameterDict({"spatial": torch.zeros(1), "temporal": torch.zeros(1)})
-        setup = train.Setup(model, batch_of, loss_of, {"diffusion": config}, {"vae": vae})
+        setup = train.Setup(model, batch_of, loss_of, {"diffusion": {"target": config}}, {"vae": vae})
         recipe = train.Recipe(**{"steps": 1, "batch": 4, "lr": .01} | recipe)
         monkeypatch.setitem(train.PREPARE, "base", lambda args: setup)
         monkeypatch.setitem(train.RECIPES, "base", recipe)
@@ -1393,7 +1393,7 @@ def test_accumulation_clipping_average_and_log(two_run):
 @cases("argv, changes, message", [
     ("--lr .02", {}, r"lr \(then 0.01, now 0.02\).*--fresh.*--init"), ("", {"config": 2}, "diffusion"),
     ("--init base.pt", {"vae": 2}, "vae 1, not on 2"),
-    ("--init base.pt", {"config": 2}, "base.pt was trained with diffusion 1")])
+    ("--init base.pt", {"config": 2}, "base.pt was trained with diffusion target 1, not 2")])
 def test_a_run_goes_on_only_as_it_began(argv, changes, message, two_run):
     assert two_run(steep)["step"] == two_run(steep)["step"] == 1
     with pytest.raises(UserError, match=message):

@@ -11,7 +11,7 @@ image, for a video network that reads no words.
 
     python text.py "a red star moving left" "a blue ring bouncing on sand" -o text.pt
 
-Layers bear the names of Hugging Face's CLIPModel.
+Layers bear the names of Hugging Face's CLIPModel, whose text half Stable Diffusion reads.
 """
 import html
 import json
@@ -130,8 +130,7 @@ class CLIPConfig:
     projection_dim: int = 128
 
 
-SD15 = CLIPConfig(vocab_size=49408, context=77, width=768, layers=12, heads=12, image_size=224,
-                  patch_size=14, vision_width=1024, vision_layers=24, projection_dim=768)
+SD15 = CLIPConfig(vocab_size=49408, context=77, width=768, layers=12, heads=12)  # its text half
 
 
 class SelfAttention(nn.Module):
@@ -260,7 +259,8 @@ class CLIP(nn.Module):
 def loss(model: CLIP, batch: dict) -> torch.Tensor:
     """Symmetric contrastive loss (CLIP, Fig. 3) plus the language loss, (N,). batch: pixels
     (N, 3, H, W), ids (N, L) of their captions, motion_ids (N, L) of captions without images.
-    Differs: several images of so small a world share a caption, and all of them count as right."""
+    Differs: several images of so small a world share a caption, and all of them count as right. With
+    --accumulate or several processes, only a part of a batch is compared."""
     ids = batch["ids"]
     logits = model.similarity(batch["pixels"], model.text_model(ids)[1])  # (N, N)
     same = (ids[:, None] == ids[None]).all(-1).float()  # (N, N)
@@ -359,8 +359,9 @@ def encoder_id(checkpoint: dict) -> str:
 
 def grow(path, captions: list) -> tuple[CLIP, dict]:
     """A trained CLIP with a token for each new word of captions, to train further, and its config.
-    As in textual inversion (2208.01618), only new embeddings of the text half learn, so that old
-    prompts keep their tokens to the bit. The image half learns too: train P and D^t anew after."""
+    As in textual inversion (2208.01618), only new embeddings of the text transformer learn, so that
+    old prompts keep their tokens to the bit. Projections and image half learn too: train P and D^t
+    anew after."""
     checkpoint = load_checkpoint(path, "clip")
     config, state = checkpoint["config"], checkpoint["model"]
     name = "text_model.embeddings.token_embedding.weight"

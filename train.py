@@ -1,6 +1,6 @@
 """train.py - the toy world, and one loop that trains every stage on it, or on a folder of your clips.
 
-    python train.py all                        everything in weights/, one stage after the other: days
+    python train.py all                        all captioned stages, one after the other: days
     python train.py all --minutes 60           the same in an hour: fewer data, steps, samples per step
     python train.py base                       one stage; goes on from runs/base/checkpoint.pt if there
     python train.py base --data clips/         on videos with a captions.csv, or a .txt beside each
@@ -344,7 +344,7 @@ def read_text(path: Path) -> str:
 
 def read_table(path: Path):
     """Yields (line, file, caption). Hugging Face's tables say file_name and text."""
-    lines, line = read_text(path).split("\n"), 1
+    lines, line = read_text(path).split("\n"), int(path.suffix == ".csv")
     rows = csv.DictReader(lines, strict=True) if path.suffix == ".csv" else map(json.loads, lines)
     try:
         for row in rows:
@@ -361,7 +361,7 @@ def read_table(path: Path):
 
 def read_captions(folder: Path) -> dict:
     """{clip: caption} from captions.csv, metadata.csv or metadata.jsonl, else from a .txt beside each
-    clip. Names what has no partner, and stops if that is more than a tenth."""
+    clip. Names what has no partner; stops if more than a tenth of both do not find each other."""
     def plain(file):  # whichever slashes, case or kind of accents it is written with
         name = unicodedata.normalize("NFC", str(file)).strip().replace("\\", "/")
         return os.path.normpath(name).casefold()
@@ -416,16 +416,17 @@ def folder_clips(folder, frames: int, side: int):
 
 
 def clips_of(args, kind: str, side: int):
-    """Items of a kind in groups. With --with-world, the folder's are repeated until there are as many as
-    the world's."""
+    """Items of a kind in groups. With --with-world, as many of the folder as of the world: those there
+    are fewer of are repeated, or more rendered."""
     own = folder_clips(args.folder, 16 if kind == "clips" else 1, side)
     if not args.world:
         return own
     count = math.ceil(args.amount * (CLIPS if kind == "clips" else STILLS))
-    world = world_clips(kind, count, args.seed, side)
     if not args.folder:
-        return world
-    own = cycle(list(own))
+        return world_clips(kind, count, args.seed, side)
+    own = list(own)
+    world = world_clips(kind, max(count, len(own)), args.seed, side)
+    own = cycle(own)
     return chain.from_iterable((group, *islice(own, len(group[1]))) for group in world)
 
 
@@ -565,7 +566,7 @@ def pairs(args, name: str) -> dict:
         return dict(zip(keys, map(torch.stack, tensors))) | {"captions": list(captions)}
     decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",)) if p.side == 64 else ""
     data = cached(f"{name}-{digest((p, decoder))}-{data_id(args)}", make)
-    return data | {"facts": {"vae": vae_id, "windows": p.count}}
+    return data | {"facts": {"vae": vae_id, "windows": len(data["captions"])}}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -639,7 +640,7 @@ RECIPES = {"vae": Recipe(32000, 32, 1.5e-3, share=26), "clip": Recipe(700, 128, 
 @dataclass
 class Setup:
     model: torch.nn.Module
-    batch_of: Callable       # (step, samples) -> tensors (N, ...), and "captions" to look at
+    batch_of: Callable       # (step, samples) -> tensors, mostly (N, ...), and "captions" to look at
     loss_of: Callable        # (model, batch) -> loss of each sample (N,)
     config: dict             # what the checkpoint says of the model
     facts: dict = field(default_factory=dict)  # ids of what it stands on, and more
@@ -726,7 +727,9 @@ def prepare_clip(args) -> Setup:
         config = {"clip": asdict(model.config), "tokenizer": {"vocab": vocab, "merges": merges},
                   "words": text.words_of(every)}
     first_embedding = model.text_model.embeddings.token_embedding.weight.detach().clone()  # (V, D)
-    ids = text.tokenize(text.build_tokenizer(**config["tokenizer"]), every, model.config.context)
+    place = {words: i for i, words in enumerate(dict.fromkeys(every))}
+    ids = text.tokenize(text.build_tokenizer(**config["tokenizer"]), list(place), model.config.context)
+    ids = ids[[place[words] for words in every]]  # (M + N, L)
     motion_ids, ids = ids.split([len(captions), len(data["captions"])])  # (M, L), (N, L)
     if locked:
         distinct, row = ids.unique(dim=0, return_inverse=True)  # (K, L), (N,)
@@ -805,8 +808,12 @@ def prepare_base(args) -> Setup:
     image, mean_clip = output_of(args, "image"), output_of(args, "mean-clip")
     temporal = ("mean_clip", "attention", "conv") if mean_clip.is_file() else ("attention", "conv")
     embeddings = ("fps",) if args.captions == "all" else ("fps", "image")
-    model, diffusion, made_by = base.load(args.weights, "cpu", image.stem, "image", temporal=temporal,
-                                          gates=True, embeddings=embeddings)
+    if args.init and not image.is_file():
+        image = Path(args.init)
+        model, diffusion, made_by = base.load(image, "cpu", "base")
+    else:
+        model, diffusion, made_by = base.load(args.weights, "cpu", image.stem, "image", temporal=temporal,
+                                              gates=True, embeddings=embeddings)
     side = 8 * made_by["side"]
     data = latents(args, "clips", side)
     check_parent(made_by, data["facts"], image)
@@ -836,8 +843,10 @@ def prepare_base(args) -> Setup:
 
 def prepare_interpolate(args) -> Setup:
     """Make-A-Video, 3.3: the video model learns from clips some of whose frames it is shown."""
-    data = latents(args, "clips")
-    weights = interpolate.widen(base.load_checkpoint(args.weights, "base"))
+    weights = base.load_checkpoint(args.weights, "base")
+    if "unet" not in weights["config"]:
+        raise UserError(f"{args.weights} holds no base.pt; train base first")
+    weights, data = interpolate.widen(weights), latents(args, "clips", 8 * weights["made_by"]["side"])
     check_parent(weights["made_by"], data["facts"], "base.pt")
     model = UNet(base.UNetConfig(**weights["config"]["unet"]))
     base.load_state(model, weights["model"], "base.pt")
@@ -972,7 +981,8 @@ def take_step(step: int, parts: list, loss_of: torch.nn.Module, ema, optimizer, 
         losses = losses.detach().float()
         seen.append(torch.stack([losses, batch.get("t", 0 * losses) / 1000], dim=1))
     if not torch.nn.utils.clip_grad_norm_(parameters, 1.).isfinite():
-        raise UserError(f"step {step}: the gradient is not finite; the checkpoint is from before")
+        raise UserError(f"step {step}: the gradient is not finite, and would be again; use --fresh and "
+                        "a lower --lr")
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * learning_rate(step, recipe)
     optimizer.step()
@@ -999,28 +1009,32 @@ class Run:
     setup: Setup
     recipe: Recipe
     folder: Path             # of checkpoint, log and pictures
-    origin: dict             # what it is made from; a checkpoint of another origin is refused
+    origin: dict             # what it is made from
     parts: dict              # model, optimizer, ema: what else a checkpoint holds
     step: int = 0
     minutes: float = 0.
     loss: float = math.nan
+    wrote: str = ""          # the weights, when it has finished
 
     def save(self):
         parts = {key: part.state_dict() for key, part in self.parts.items()}
-        at = {"step": self.step, "minutes": self.minutes, "loss": self.loss}
+        at = {key: getattr(self, key) for key in ("step", "minutes", "loss", "wrote")}
         save_pt(self.folder / "checkpoint.pt", parts | at | {"run": self.origin})
 
     def resume(self, state: dict):
-        free = {"files": 0, "steps": 0}  # the config is compared, not the code; more steps are welcome
-        then, now = state["run"] | free, self.origin | free
-        differing = [f"{key} (then {then.get(key)!s:.400}, now {now.get(key)!s:.400})"
-                     for key in sorted(now | then) if then.get(key) != now.get(key)]
-        if differing:
-            raise UserError(f"{self.folder / 'checkpoint.pt'} differs in {'; '.join(differing)}. Start "
-                            "over with --fresh, or train finished weights further with --init")
         for key, part in self.parts.items():
             part.load_state_dict(state[key])
         self.step, self.minutes, self.loss = state["step"], state["minutes"], state["loss"]
+
+
+def compare(checkpoint: Path, then: dict, now: dict):
+    """Refuse to go on from a checkpoint of another origin. The config counts, not the code; more steps
+    are welcome."""
+    differing = [f"{key} (then {then.get(key)!s:.400}, now {now[key]!s:.400})" for key in sorted(now)
+                 if then.get(key) != now[key] and key not in ("files", "steps")]
+    if differing:
+        raise UserError(f"{checkpoint} differs in {'; '.join(differing)}. Start over with --fresh, or go on "
+                        "from finished weights with --fresh --init FILE")
 
 
 def origin_of(name: str, args, limit: float | None) -> dict:
@@ -1030,10 +1044,16 @@ def origin_of(name: str, args, limit: float | None) -> dict:
     files = [*Path(__file__).parent.glob("*.py"), *(output_of(args, other) for other in earlier)]
     files += [Path(args.weights) / "image.pt"] if args.captions == "none" else []
     files += [Path(file) for file in (args.init, args.teacher) if file]
+    files = {path.resolve() for path in files} - {output_of(args, name).resolve()}
     dates = [(path.name, path.stat().st_mtime_ns) for path in sorted(files) if path.is_file()]
     flags = "seed", "freeze", "init", "teacher", "captions", "distill"
     return {"data": data_id(args), "limit": limit, "files": digest(dates),
             **{key: getattr(args, key) for key in flags}}
+
+
+def my_parts(batch: int, args) -> list:
+    """The samples of a step that this process computes, in --accumulate equal parts."""
+    return np.array_split(range(RANK, batch, RANKS), args.accumulate)
 
 
 def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
@@ -1042,8 +1062,8 @@ def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
     model, ema, clocks = copy.deepcopy(setup.model), copy.deepcopy(setup.model), [time.time()]
     loss_of, optimizer = Loss(model, setup.loss_of), make_optimizer(model, recipe, args.freeze)
     for step in range(5):
-        batch = setup.batch_of(step, range(RANK, recipe.batch, RANKS))
-        take_step(step, [batch], loss_of, ema, optimizer, recipe, args.device)
+        parts = [setup.batch_of(step, part) for part in my_parts(recipe.batch, args)]
+        take_step(step, parts, loss_of, ema, optimizer, recipe, args.device)
         clocks.append(time.time())
     seconds -= clocks[5] - clocks[0]
     steps = [int(4 * seconds / (clocks[5] - clocks[1]))]  # the first is slow, one may be of stills
@@ -1066,7 +1086,8 @@ def begin(name: str, args, recipe: Recipe, limit: float | None) -> Run | None:
     if limit and state:
         recipe = replace(recipe, **{key: state["run"][key] for key in ("steps", "batch", "warmup")})
     origin = origin_of(name, args, limit) | asdict(recipe)
-    finished = state and output.is_file() and state["step"] >= recipe.steps
+    finished = state and state.get("wrote") == str(output.resolve()) and output.is_file() and (
+        state["step"] >= recipe.steps)
     if finished and origin.items() <= state["run"].items():  # spares preparing its data
         return None
     torch.manual_seed(args.seed)
@@ -1081,7 +1102,9 @@ def begin(name: str, args, recipe: Recipe, limit: float | None) -> Run | None:
             differing = [f"{key} {then.get(key)}, not {now[key]}" for key in now if then.get(key) != now[key]]
             if differing:
                 raise UserError(f"{args.init} was trained with {part} {'; '.join(differing)}")
-        base.load_state(model, weights["model"], args.init)
+        state_dict = {key: tensor for key, tensor in weights["model"].items()
+                      if not key.startswith("mean_clip.")}  # which was just read from mean_clip.pt
+        base.load_state(model, state_dict, args.init, lambda key: key.startswith("mean_clip."))
     if limit and not state:  # a sixth is for data and pictures
         recipe = fit_recipe(recipe, 50 * limit, setup, args)
     origin |= asdict(recipe) | setup.config | setup.facts
@@ -1089,6 +1112,7 @@ def begin(name: str, args, recipe: Recipe, limit: float | None) -> Run | None:
              "ema": copy.deepcopy(model).eval().requires_grad_(False)}
     run = Run(setup, recipe, folder, origin, parts)
     if state:
+        compare(checkpoint, state["run"], origin)
         run.resume(state)
     return None if finished else run
 
@@ -1132,7 +1156,8 @@ def ship(name: str, run: Run, batch: dict, args):
     base.save_checkpoint(output, setup.finish(ema, setup.config), ema, stage=name, command=args.command,
                          steps=run.step, seed=args.seed, data=args.data,
                          minutes=round(run.minutes, 1), **facts)
-    run.save()  # after the weights: where it is, they are
+    run.wrote = str(output.resolve())
+    run.save()
     if setup.preview:
         videos = setup.preview(ema, to_device(batch, args.device))
         write_sheet(run.folder / "preview.png", videos, args)
@@ -1147,11 +1172,11 @@ def train(name: str, args, steps: int | None = None, limit: float | None = None)
                      lr=lr, fresh_lr=recipe.fresh_lr * lr / recipe.lr)
     run = begin(name, args, recipe, limit)
     if run is None:
-        return print(f"{name}: already trained; --fresh starts over")
+        return print(f"{name}: already trained; --fresh starts over, as it must on new earlier stages")
     recipe, optimizer, ema = run.recipe, run.parts["optimizer"], run.parts["ema"]
     loss_of = Loss(run.setup.model, run.setup.loss_of)
-    if RANKS > 1:  # steps on stills leave the temporal layers unused
-        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=name == "base")
+    if RANKS > 1:  # a still leaves temporal layers unused, and a mean clip is frozen
+        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=True)
     if args.compile:
         torch.compiler.assume_constant_result(base.has_fast_bf16)  # which it cannot look into
         loss_of = torch.compile(loss_of)
@@ -1162,7 +1187,7 @@ def train(name: str, args, steps: int | None = None, limit: float | None = None)
         show_first_batch(run, first_batch, args)
         if run.step == 0:
             (run.folder / "log.csv").write_text("step,minutes,loss,t<1/4,t<1/2,t<3/4,t<1\n")
-    mine = np.array_split(range(RANK, recipe.batch, RANKS), args.accumulate)  # equal parts
+    mine = my_parts(recipe.batch, args)
     calls = ((step, part) for step in range(run.step, recipe.steps) for part in mine)
     batches, seen, clock, last_save = ahead(run.setup.batch_of, calls), [], time.time(), time.time()
     bar = trange(run.step, recipe.steps, initial=run.step, total=recipe.steps, desc=name,
@@ -1189,8 +1214,8 @@ def train(name: str, args, steps: int | None = None, limit: float | None = None)
 # The command line
 
 def plan(folder, stages: list) -> dict:
-    """{stage: steps} of the stages that a folder of clips can train: a hundred passes over the windows,
-    within the recipe. Prints what the folder holds, and what the others would need."""
+    """{stage: steps} of the stages that a folder of clips can train: about a hundred passes, at most
+    the recipe's. Prints what the folder holds, and what the others would need."""
     clips, steps = look(folder), {}
     print(f"{folder}: {len(clips)} clips, {sum(n / fps for *_, n, _, fps in clips):.0f} s; "
           f"{len(files_of(folder, *CLIP_KINDS)) - len(clips)} files cannot be read, "
@@ -1227,18 +1252,19 @@ FREEZES = {"none": "", "spatial": "base", "encoder": "vae", "text": "clip"}  # w
 
 
 def read_flags(argv=None):
-    parser = base.command_line(__doc__, argv)
+    parser = base.command_line(__doc__, argv, seed=False)
     flag = parser.add_argument
+    flag("--seed", type=int, default=0, help="of first weights, data and samples [0]")
     flag("stage", choices=[*PREPARE, "all"])
     flag("--data", default="world", help="'world', or a folder of clips [world]")
-    flag("--with-world", action="store_true", help="as many of the world's own clips among them")
+    flag("--with-world", action="store_true", help="mix in clips of the world")
     flag("--init", metavar="FILE", help="train these weights of the stage further")
     flag("--freeze", choices=FREEZES, default="none", help="base: all but temporal layers; vae: the "
-         "encoder; clip: the text half [none]")
+         "encoder; clip: the text transformer [none]")
     flag("--captions", choices=("all", "none"), default="all", help="none: image, mean-clip and base read "
          "the CLIP embedding of a frame instead, as in Make-A-Video [all]")
     flag("--steps", type=base.positive, help="[the recipe's]")
-    flag("--minutes", type=float, help="train for so long, all stages together, instead")
+    flag("--minutes", type=float, help="so long for all stages together, whatever --steps says")
     flag("--batch", type=base.positive, help="samples per step [the recipe's]")
     flag("--lr", type=float, help="learning rate [the recipe's]")
     flag("--accumulate", type=base.positive, default=1, metavar="N", help="make batches in N parts [1]")
@@ -1267,6 +1293,9 @@ def check_flags(args, stages: list):
                  args.init and args.stage.startswith(("base", "superres", "ssr")))}
     for name in filter(wrong.get, wrong):
         raise UserError(f"{name} does not go with stage {args.stage}, or wants --init or --data; see --help")
+    for file in filter(None, (args.init, args.teacher)):
+        if not Path(file).is_file():
+            raise UserError(f"{file}: no such file")
     if args.folder and not Path(args.folder).is_dir():
         raise UserError(f"{args.folder}: no such folder of clips")
     parts = RANKS * args.accumulate
@@ -1294,9 +1323,13 @@ def main(argv=None):
     if args.minutes:
         unit = args.minutes / sum(RECIPES[name].share for name in steps)
         limits = {name: unit * RECIPES[name].share for name in steps}
-        args.amount = min(1., unit / 6)  # the whole world for ten hours
+        args.amount *= min(1., unit / 6)  # all for ten hours
     if args.folder and "vae" not in steps and "clip" not in steps:
         check_autoencoder(args)
+    for name in steps:  # before the first is trained, for hours
+        checkpoint = RUNS / args.name / name / "checkpoint.pt"
+        if checkpoint.is_file() and not args.fresh:
+            compare(checkpoint, load_pt(checkpoint)["run"], origin_of(name, args, limits[name]))
     for name in steps:
         train(name, args, steps[name], limits[name])
     if RANKS > 1:
