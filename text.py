@@ -285,7 +285,7 @@ def locked_loss(model: CLIP, batch: dict) -> torch.Tensor:
 class PriorConfig:
     context: int             # tokens of a prompt, and one for its CLIP embedding
     width: int               # of tokens, embeddings and the transformer
-    layers: int = 3
+    layers: int = 2
     heads: int = 4
 
 
