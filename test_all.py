@@ -1833,6 +1833,13 @@ def test_a_wrong_motion_is_not_read_as_a_right_one():
         assert motion == "bouncing" or describe(video.flip(0))[2] != motion
 
 
+def test_clip_names_what_a_first_frame_shows():
+    factors, (model, *_) = prompts_of(10), text.load()
+    read = named(text.embed_images(model, render_all(factors, [0.])[:, 0]))
+    colour, shape, motion, ground = agreement(factors, read)[1:5]
+    assert min(colour, shape, ground) > 90 and motion > 70  # 89 are in the frame
+
+
 def test_rulers_measure_what_their_names_say():
     red_star = "red", "star", "moving right", ""
     video = render_all([red_star], AT_4_FPS)[0]
