@@ -177,7 +177,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: StageConfig, small, fps: fl
 
     def noise(i):  # (1, 3, H, W); fps, because tsr-128 runs twice in a cascade
         return base.initial_noise((1, 3, H, W), seed, f"{stage.name} at {fps:g} fps", i)
-    shared = noise(0)
+    shared = noise(0) if stage.shared_noise else None
 
     def as_batch(frames):  # (T', C, H, W): one clip, or for SR_h a batch of pictures
         return frames[None] if stage.halo else frames[:, None]

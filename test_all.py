@@ -1958,6 +1958,7 @@ def fidelity(factors: list, videos, fps: float = 4.) -> list:
 
 
 def agreement(factors: list, read: list) -> list:
+    """The cells under FIDELITY, of what was asked and what was read."""
     right = np.array([[one == other for one, other in zip(*pair)] for pair in zip(factors, read)])
     first, n = right[:, :3].all(1), len(right) + 4
     middle = (first.sum() + 2) / n  # Agresti and Coull: 0 of 96 is not certainty

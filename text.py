@@ -191,8 +191,8 @@ class TextTransformer(nn.Module):
 
 def patch_stem(width: int, patch_size: int) -> nn.Module:
     """Images (B, 3, H, W) -> patches (B, D, H/p, W/p), by convolutions that halve H and W.
-    Differs: in CLIP one linear layer reads each patch. Behind that, after 90,000 pictures the class
-    token knew half of the shapes; a stem learns them much sooner (2106.14881)."""
+    Differs: in CLIP one linear layer reads each patch. With that, CLIP named half of the shapes after
+    90,000 pictures; with a stem it names nearly all after 125,000 (see 2106.14881)."""
     halvings = int(math.log2(patch_size))
     widths = [3] + [width >> i for i in range(halvings - 1, -1, -1)]  # 3, D/4, D/2, D for p = 8
     layers = []
@@ -271,9 +271,9 @@ def loss(model: CLIP, batch: dict) -> torch.Tensor:
 
 
 def locked_loss(model: CLIP, batch: dict) -> torch.Tensor:
-    """Cross-entropy of an image's caption among all M captions of the data, (N,), when the text half
-    learns no more: as LiT (2111.07991), which takes those of the batch. Of these too few differ only
-    in the shape, and it was not learnt. batch: pixels (N, 3, H, W), states (M, D), row (N,) in it."""
+    """Cross-entropy of each image's caption among all M captions of the data, (N,), while the text
+    half is locked, as in LiT (2111.07991). batch: pixels (N, 3, H, W), states (M, D), row (N,) in it.
+    Differs: LiT compares the captions of a batch, of which too few differ only in the shape."""
     logits = model.similarity(batch["pixels"], batch["states"])  # (N, M)
     return F.cross_entropy(logits, batch["row"], reduction="none")
 

@@ -425,9 +425,8 @@ def clips_of(args, kind: str, side: int):
     if not args.folder:
         return world_clips(kind, count, args.seed, side)
     own = list(own)
-    world = world_clips(kind, max(count, len(own)), args.seed, side)
-    own = cycle(own)
-    return chain.from_iterable((group, *islice(own, len(group[1]))) for group in world)
+    world, endless = world_clips(kind, max(count, len(own)), args.seed, side), cycle(own)
+    return chain.from_iterable((group, *islice(endless, len(group[1]))) for group in world)
 
 
 def gather(args, name: str, kind: str, side: int, key: str, function: Callable) -> dict:
@@ -1172,7 +1171,7 @@ def train(name: str, args, steps: int | None = None, limit: float | None = None)
                      lr=lr, fresh_lr=recipe.fresh_lr * lr / recipe.lr)
     run = begin(name, args, recipe, limit)
     if run is None:
-        return print(f"{name}: already trained; --fresh starts over, as it must on new earlier stages")
+        return print(f"{name}: already trained; use --fresh after new weights of an earlier stage")
     recipe, optimizer, ema = run.recipe, run.parts["optimizer"], run.parts["ema"]
     loss_of = Loss(run.setup.model, run.setup.loss_of)
     if RANKS > 1:  # a still leaves temporal layers unused, and a mean clip is frozen
