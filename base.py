@@ -1,8 +1,9 @@
 """base.py - from text tokens to sixteen keyframes of latents; U-Net and diffusion of all stages.
 
 Make-A-Video (2209.14792), 3.2, adds temporal layers to a trained text-to-image U-Net. They start as
-the identity, so video training starts from the image model on every frame. Diffusion and guidance
-are Imagen Video's (2210.02303), 2.1, 2.4 and 2.6. "Differs:" marks where the code leaves a paper.
+the identity, so video training starts from the image model on every frame. Diffusion, guidance and
+distillation are Imagen Video's (2210.02303), 2.1, 2.4, 2.6 and 2.7; DPM-Solver++ and shifted noise
+are not. "Differs:" marks where the code leaves a paper.
 Differs: both work in pixels; here the U-Net is Stable Diffusion's (2112.10752), on latents.
 
     in    text.pt   tokens (B, L, D) of B prompts, from text.py
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 
 # ------------------------------------------------------------------------------------------------
-# Pseudo-3D layers. Frames are channels-last in memory, so (B, T, H*W, C) takes no copy.
+# Pseudo-3D layers. Frames are channels-last in memory, so the convolution over them copies nothing.
 
 def sinusoid(position: torch.Tensor, dim: int) -> torch.Tensor:
     """[cos, sin] of positions (N,) at dim/2 frequencies from 1 down to about 1/10000. (N, dim)"""
@@ -82,7 +83,7 @@ class PseudoConv3d(nn.Conv2d):
 
 def attend(q, k, v, is_causal: bool = False):
     """softmax(q k^T / sqrt(d)) v, all (B, heads, L, d)."""
-    if len(q) >= 2 ** 16:  # one sequence per pixel; CUDA's kernels take fewer than 2^16
+    if len(q) >= 2 ** 16:  # over time, B*H*W sequences; CUDA's kernels take fewer than 2^16
         parts = zip(*(x.split(2 ** 16 - 1) for x in (q, k, v)))
         return torch.cat([attend(*part, is_causal) for part in parts])
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
@@ -149,7 +150,7 @@ def make_norm(groups: int, channels: int, eps: float = 1e-5) -> nn.Module:
 
 
 class SpatialTransformer(nn.Module):
-    """Stable Diffusion's attention block on each frame: ATTN2D of Make-A-Video, Eq. 3."""
+    """Stable Diffusion's attention block on each frame, which is ATTN2D below."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None, groups: int):
         super().__init__()
@@ -166,8 +167,10 @@ class SpatialTransformer(nn.Module):
 
 
 class TemporalAttention(nn.Module):
-    """ATTN1D of Make-A-Video, Eq. 3: every pixel attends over the frames. Residual, with an output
-    projection that starts at zero. Differs: the paper names no positions; these are sinusoids."""
+    """ATTN_P3D(h) = ATTN1D( ATTN2D(h) o T ) o T                          Make-A-Video, Eq. 3
+
+    This is ATTN1D: every pixel attends over the frames. Residual, with an output projection that
+    starts at zero. Differs: the paper names no positions; these are sinusoids."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -226,9 +229,10 @@ class AttentionGate(nn.Module):
     """alpha = sigmoid(psi(relu(W_x x + W_g g))), skip <- alpha skip    Attention U-Net, Eqs. 1-2
 
     With emb_dim the gate also reads the embedding of timestep and image, and alpha starts at .95.
-    Without it (all networks but make-a-video.pt) alpha is doubled and starts at 1. In base.pt,
-    interpolate.pt and make-a-video.pt the deepest gate, up_blocks.0.gates.0, has closed.
-    Differs: the video papers have no gates. In 1804.03999 alpha is on g's coarser grid."""
+    Without it (all networks but make-a-video.pt) alpha is doubled: it starts at 1 and may reach 2.
+    In base.pt, interpolate.pt and make-a-video.pt the deepest gate, up_blocks.0.gates.0, is 0
+    everywhere. Differs: the video papers have no gates. In 1804.03999 alpha is at most 1 and on g's
+    coarser grid."""
 
     def __init__(self, skip_channels: int, gating_channels: int, emb_dim: int | None = None):
         super().__init__()
@@ -299,10 +303,11 @@ class UNetConfig:
     heads: int = 4
     context_dim: int | None = 128    # width of the text tokens, or None
     groups: int = 8                  # of GroupNorm; 0: ChannelNorm
-    temporal: tuple = ("mean_clip", "attention", "conv")  # what an image model, (), lacks
+    temporal: tuple = ("mean_clip", "attention", "conv")  # layers across frames; images: ()
     gates: bool = True               # attention gates on the skips
     patch_size: int = 1              # patches become channels, which makes 256 px affordable
-    embeddings: tuple = ("fps",)     # added to the timestep's: "fps", "level", "text", "image"
+    embeddings: tuple = ("fps",)     # added to the timestep's: "fps"; "level", of augmentation;
+                                     # "text", the last token; "image", a CLIP embedding
 
 
 TINY_IMAGE = UNetConfig(temporal=(), gates=False, embeddings=())
@@ -371,17 +376,20 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for i, out in enumerate(c.channels):
             widths_in = [skip_widths[-1]] + [out] * (c.layers - 1)
-            self.down_blocks.append(UNetBlock(c, widths_in, out, c.layers * c.attention[i],
+            attentions = c.layers if c.attention[i] else 0
+            self.down_blocks.append(UNetBlock(c, widths_in, out, attentions,
                                               resampler="down" if i < last else ""))
             skip_widths += [out] * (c.layers + (i < last))
-        self.mid_block = UNetBlock(c, [out, out], out, int(any(c.attention)))
+        below = c.channels[-1]  # width of what comes up
+        self.mid_block = UNetBlock(c, [below, below], below, 1 if any(c.attention) else 0)
         self.up_blocks = nn.ModuleList()
         for i in range(last, -1, -1):
-            below, out = out, c.channels[i]
-            skips = [skip_widths.pop() for _ in range(c.layers + 1)]
+            out, skips = c.channels[i], [skip_widths.pop() for _ in range(c.layers + 1)]
             widths_in = [w + s for w, s in zip([below] + [out] * c.layers, skips)]
-            self.up_blocks.append(UNetBlock(c, widths_in, out, (c.layers + 1) * c.attention[i],
-                                            skips, resampler="up" if i else ""))
+            attentions = c.layers + 1 if c.attention[i] else 0
+            self.up_blocks.append(UNetBlock(c, widths_in, out, attentions, skips,
+                                            resampler="up" if i else ""))
+            below = out
         self.conv_norm_out = make_norm(c.groups, width)
         self.conv_out = zero_module(nn.Conv2d(width, c.out_channels * patch, 3, padding=1))
 
@@ -400,9 +408,9 @@ class UNet(nn.Module):
         return frames.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x, t, context=None, fps=None, level=None, cond=None):
-        """t, fps, level (B,); cond (B, T, C", H, W), further input channels; context (B, L, D), text
-        tokens. With "image" in embeddings context is one CLIP embedding (B, 1, D), or zeros: added
-        to the timestep's, and turned into four tokens to attend to.     unCLIP (2204.06125), 2.1"""
+        """t, level (B,); fps (B,), if T > 1; cond (B, T, C", H, W), further input channels; context
+        (B, L, D), text tokens. With "image" in embeddings context is one CLIP embedding (B, 1, D),
+        or zeros: added to the timestep's, and turned into four tokens.  unCLIP (2204.06125), 2.1"""
         B, T, _, H, W = x.shape
         embeddings, tokens = self.config.embeddings, context
         emb = self.time_embedding(t)  # (B, E)
@@ -417,7 +425,7 @@ class UNet(nn.Module):
             tokens = self.image_tokens(context[:, 0]).unflatten(1, (4, -1))  # (B, 4, D)
         emb = emb.repeat_interleave(T, 0)  # (B*T, E)
 
-        def apply(block, i, x, skip=None):
+        def run_layer(block, i, x, skip=None):
             args = i, x, skip, emb, tokens, T
             if self.gradient_checkpointing and self.training:
                 return checkpoint(block.layer, *args, use_reentrant=False, preserve_rng_state=False)
@@ -432,13 +440,13 @@ class UNet(nn.Module):
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                skips.append(apply(block, i, skips[-1]))
+                skips.append(run_layer(block, i, skips[-1]))
             for downsampler in block.downsamplers:
                 skips.append(downsampler(skips[-1]))
-        x = apply(self.mid_block, 1, apply(self.mid_block, 0, skips[-1]))
+        x = run_layer(self.mid_block, 1, run_layer(self.mid_block, 0, skips[-1]))
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = apply(block, i, x, skips.pop())
+                x = run_layer(block, i, x, skips.pop())
             for upsampler in block.upsamplers:
                 x = upsampler(x)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B*T, p*p*C', H/p, W/p)
@@ -454,7 +462,8 @@ def shift_noise(u: float, shift: float) -> float:
     sigma / alpha is `shift` times as large.             simple diffusion (2301.11093), section 3.1
 
     Sixteen noisy frames of one scene carry more signal than one; a shift of sqrt(frames)
-    compensates. Differs: Imagen Video's schedule is not shifted."""
+    compensates. On scaled_linear it only moves the steps towards noise. Differs: Imagen Video's
+    schedule is not shifted."""
     return 2 / math.pi * math.atan(shift * math.tan(math.pi / 2 * u))
 
 
@@ -522,7 +531,8 @@ class Diffusion:
     def ancestral_step(self, z, x, t, s, gamma: float, noise):
         """z_s = r alpha_s / alpha_t z_t + (1 - r) alpha_s x + sqrt(lower^(1-gamma) upper^gamma) eps
 
-        r = e^(lambda_t - lambda_s); lower and upper bound the variance.   Imagen Video, Eqs. 3-4"""
+        r = e^(lambda_t - lambda_s); lower, upper: the variances of q(z_s | z_t, x) and of
+        q(z_t | z_s).                                                    Imagen Video, Eqs. 3-4"""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
         r = (alpha_t * sigma_s / (sigma_t * alpha_s)) ** 2
         lower, upper = (1 - r) * sigma_s ** 2, (1 - r) * sigma_t ** 2
@@ -532,7 +542,7 @@ class Diffusion:
     def stochastic_step(self, z, x, t, s, r, noise):
         """z_s = (alpha_s / alpha_r) z_r + sqrt(sigma_s^2 - (alpha_s sigma_r / alpha_r)^2) eps
 
-        For students: DDIM over two steps to r, then noise, one step back to s.   Imagen Video 2.7"""
+        For students: DDIM over two steps to r, then noise, a step back to s.  Imagen Video, 2.7"""
         (alpha_s, sigma_s), (alpha_r, sigma_r) = self.alpha_sigma(s, z), self.alpha_sigma(r, z)
         slope = alpha_s / alpha_r
         z_r = self.ddim_step(z, x, t, r)
@@ -541,7 +551,7 @@ class Diffusion:
     def dpmpp_step(self, z, x, t, s, x_last, t_last):
         """z_s = (sigma_s / sigma_t) z_t - alpha_s (e^-h - 1) D    DPM-Solver++ (2211.01095), Alg. 2
 
-        D extrapolates x from the last step; h is the step in log(alpha / sigma)."""
+        D = x + (x - x_last) / (2 r), r = h_last / h; h is the step in log(alpha / sigma)."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.alpha_sigma(t, z), self.alpha_sigma(s, z)
         h = (alpha_s / sigma_s).log() - (alpha_t / sigma_t).log()
         if x_last is not None:
@@ -554,7 +564,7 @@ class Diffusion:
         """x = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)
 
         One DDIM step with this x leads where the teacher's K steps lead, through the timesteps
-        path (B, K + 1).                                   Progressive distillation (2202.00512)"""
+        path (B, K + 1). In the paper K = 2.               Progressive distillation (2202.00512)"""
         z_s = z
         for t, s in pairwise(path.unbind(1)):
             z_s = self.ddim_step(z_s, self.to_x(predict(z_s, t), z_s, t), t, s)
@@ -564,7 +574,8 @@ class Diffusion:
 
     def distillation_loss(self, student, teacher, x, noise, path, taught=None):
         """Squared error of a student's x per video, (B,). student, teacher: predict(z, t). path: as
-        above. Where `taught` (B,) is false, the target is the true x.           Imagen Video 2.7"""
+        above. Where `taught` (B,) is false, the target is the true x.          Imagen Video, 2.7
+        Differs: 2202.00512 weights it by max(SNR, 1) or SNR + 1."""
         t = path[:, 0]
         z = self.add_noise(x, noise, t)  # (B, T, C, H, W)
         with torch.no_grad():
@@ -579,20 +590,21 @@ class Diffusion:
         """From noise z (B, ...) to clean data in at most `steps` calls of predict(z, t). sampler:
         "ddim", "dpmpp", "ancestral" (with gamma) or "stochastic"; the latter two add step_noise(i),
         like z, in step i = 1, 2, ... threshold: for guided pixels. label: of a progress bar."""
-        steps = list(pairwise(sampling_timesteps(steps, shift) + [-1]))
+        assert sampler in ("ddim", "dpmpp", "ancestral", "stochastic"), sampler
+        pairs = list(pairwise(sampling_timesteps(steps, shift) + [-1]))
         x_last, t_last = None, None
-        for i, step in enumerate(tqdm(steps, desc=label, disable=not label, leave=False), start=1):
-            t, s = (torch.full((len(z),), n, device=z.device) for n in step)
+        for i, pair in enumerate(tqdm(pairs, desc=label, disable=not label, leave=False), start=1):
+            t, s = (torch.full((len(z),), n, device=z.device) for n in pair)
             x = self.to_x(predict(z, t), z, t)
             x = dynamic_threshold(x) if threshold else x
-            if i == len(steps):  # no noise is left
+            if i == len(pairs):  # no noise is left
                 return x
             if sampler == "dpmpp":
                 z, x_last, t_last = self.dpmpp_step(z, x, t, s, x_last, t_last), x, t
             elif sampler == "ancestral":
                 z = self.ancestral_step(z, x, t, s, gamma, step_noise(i).to(z))
             elif sampler == "stochastic":
-                r = torch.full_like(t, steps[i][1])  # the end of the next step
+                r = torch.full_like(t, pairs[i][1])  # the end of the next step
                 z = self.stochastic_step(z, x, t, s, r, step_noise(i).to(z))
             else:
                 z = self.ddim_step(z, x, t, s)
@@ -607,8 +619,9 @@ def teacher_paths(teacher: int, student: int, shift: float) -> torch.Tensor:
 
 
 def dynamic_threshold(x):
-    """clamp(x, -s, s) / s, where s is a percentile of |x|, at least 1; one s for all frames of
-    a video, against flicker. (B, T, C, H, W)                                Imagen Video 2.6.2"""
+    """clamp(x, -s, s) / s, where s is a percentile of |x|, at least 1.     Imagen Video, 2.6.2
+
+    x (B, T, C, H, W). One s for all frames of a video, against flicker; the paper is silent."""
     rank = math.ceil(.995 * x[0].numel())  # as in Imagen (2205.11487); torch.quantile stops at 2^24
     s = torch.stack([video.abs().float().flatten().kthvalue(rank).values for video in x])
     s = s.clamp(min=1).view(-1, *[1] * (x.ndim - 1)).to(x)  # (B, 1, 1, 1, 1)
@@ -620,17 +633,16 @@ def dynamic_threshold(x):
 
 def interval_guidance(diffusion: Diffusion, high: float):
     """A guidance scale as a function of t: `high` while sigma / alpha is from 4 to 1; otherwise,
-    where guidance bends outlines, at most 1.                     Limited interval (2404.07724)"""
+    where guidance bends outlines, at most 1. The idea is 2404.07724's, the limits are ours."""
     def scale(t: int) -> float:
         log_snr = torch.logit(diffusion.alpha_bar[t])  # log(alpha^2 / sigma^2)
         return high if -2.78 <= log_snr < 0 else min(high, 1.)
     return scale
 
 
-def oscillating_guidance(high: float, low: float, steps: int, shift: float = 1.):
-    """A guidance scale as a function of t: high for half of the steps (the paper does not say how
-    many), then low and high in turn. steps, shift: as in Diffusion.sample.  Imagen Video 2.6.2"""
-    timesteps = sampling_timesteps(steps, shift)
+def oscillating_guidance(high: float, low: float, timesteps: list):
+    """A guidance scale as a function of t: high for the first half of the sampler's timesteps (the
+    paper does not say how many), then low and high in turn.               Imagen Video, 2.6.2"""
     second = timesteps[(len(timesteps) + 1) // 2:]  # low, high, low, ...
     return lambda t: low if t in second[::2] else high
 
@@ -638,14 +650,14 @@ def oscillating_guidance(high: float, low: float, steps: int, shift: float = 1.)
 def classifier_free_guidance(unet: UNet, context, null_context, fps, scale, cond=None, level=None):
     """predict(z, t) = null + s (text - null)                     Imagen Video, Eq. 5; s = 1 + w
 
-    scale: s, or a function of t. context (B, L, D), null_context (1, L, D), cond (B, T, C", H, W),
-    level (B,), fps (B,) or one float for all."""
+    scale: s, or a function of t, which is then the same for all. context (B, L, D), null_context
+    (1, L, D), cond (B, T, C", H, W), level (B,), fps (B,) or one number for all."""
     def twice(x):
         return None if x is None else torch.cat([x, x])
 
     def predict(z, t):
         s = scale(int(t[0])) if callable(scale) else scale
-        rate = torch.full((len(z),), fps, device=z.device) if isinstance(fps, float) else fps
+        rate = torch.full((len(z),), fps, device=z.device) if isinstance(fps, (int, float)) else fps
         text = context if context is None else context.to(z.device).float()
         with fast_autocast(z.device):
             if s == 1:
@@ -684,9 +696,9 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
 
 def distillation_loss(unet: UNet, diffusion: Diffusion, batch: dict, teacher: UNet,
                       guidance: float = 2.) -> torch.Tensor:
-    """Per video, (B,). batch: as for `loss`, null_context, path (B, K + 1), all alike. The student,
-    unguided, learns what the guided teacher does. Differs: Imagen Video distils guidance first,
-    then halves the steps again and again; here both happen at once."""
+    """Per video, (B,). batch: as for `loss`, null_context, path (B, K + 1), whose rows are equal,
+    as guidance depends on t. The student, unguided, learns what the guided teacher does. Differs:
+    Imagen Video distils guidance first, then halves the steps again and again; here at once."""
     text = batch["context"], batch["null_context"], batch["fps"]
     student = classifier_free_guidance(unet, *text, 1.)
     guided = classifier_free_guidance(teacher, *text, interval_guidance(diffusion, guidance))
@@ -718,8 +730,9 @@ def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int = 16, fps
              side: int = 8, guidance=2., steps: int = 24, sampler: str | None = None,
              shift: float | None = None, gamma: float = 0., seed: int = 0, label: str = ""):
     """Latents of one video per prompt, (B, T, 4, side, side). text: tokens (B, L, D), null_tokens
-    (1, L, D). guidance: a function of t, or a scale, which clips use only inside an interval. Clips take
-    the ancestral sampler by default: fresh noise lets later steps correct errors of motion."""
+    (1, L, D). guidance: a function of t, used as it is, or a scale, which clips use only inside an
+    interval. By default clips take the ancestral sampler, whose fresh noise lets later steps
+    correct errors of motion, and a shift of sqrt(frames)."""
     device, B = next(unet.parameters()).device, len(text["tokens"])
     sampler = sampler or ("ancestral" if frames > 1 else "dpmpp")
     if frames > 1 and not callable(guidance):
@@ -738,7 +751,7 @@ def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int = 16, fps
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 COMMANDS = {"text": 'python text.py "a red star moving left" -o text.pt',
-            "latents": "python base.py text.pt -o base.pt",
+            "latents": "python base.py text.pt -o base.pt` or `python vae.py encode VIDEO -o z.pt",
             "pixels": "python vae.py decode base.pt -o pixels.pt"}
 SD_ID = "stable-diffusion-1"  # all 1.x folders share one text encoder and one latent space
 SD_NOISE = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": .012,
@@ -824,7 +837,7 @@ def load_pt(path, remedy: str = "") -> dict:
 def new_clip(kind: str, data=None, text=None, prompts=(), fps: float = 1., **more) -> dict:
     """What a .pt file between stages holds. kind: "text", "latents" (data is float (B, T, 4, h, w))
     or "pixels" (uint8 (B, T, 3, H, W)). text: tokens (B, L, D), null_tokens (1, L, D), perhaps an
-    image_embedding (B, E). encoder, vae, image_encoder: ids of what made tokens, latents and that."""
+    image_embedding (B, E); encoder, vae, image_encoder: ids of what made tokens, latents and it."""
     clip = {"kind": kind, "data": data, "text": text, "prompts": list(prompts), "fps": float(fps)}
     origin = {"seed": None, "history": [], "encoder": None, "vae": None, "image_encoder": None}
     return clip | origin | more
@@ -839,23 +852,24 @@ def save_clip(path, clip: dict, command: str):
 
 def load_clip(path, kind: str) -> dict:
     """Read a file between stages, and check what the next stage relies on."""
-    clip = new_clip("something else") | load_pt(path)
+    remedy = f"; make one with `{COMMANDS[kind]}`"
+    clip = new_clip("something else", fps=math.nan) | load_pt(path, remedy)
     problem = f"holds {clip['kind']}, not {kind}"
     try:
         assert clip["kind"] == kind
         problem = ("needs finite data (B, T, C, H, W), tokens (B, L, D) and null_tokens (1, L, D), "
-                   "and B prompts")
+                   "B prompts and fps")
         data, text, B = clip["data"], clip["text"], len(clip["prompts"])
         if kind != "text":
             assert data.ndim == 5 and len(data) == B and (data.shape[2] == 3) == (kind == "pixels")
-            assert data.is_floating_point() == (kind == "latents")
+            assert data.is_floating_point() == (kind == "latents") and 0 < clip["fps"] < math.inf
         if kind == "text" or text is not None:
             assert text["tokens"].ndim == 3 and len(text["tokens"]) == B
             assert text["null_tokens"].shape == (1, *text["tokens"].shape[1:])
         assert all(x.isfinite().all() for x in (data, *(text or {}).values()) if x is not None)
         assert isinstance(clip["history"], list)
     except Exception as error:  # whatever a foreign file holds
-        raise UserError(f"{path} {problem}; make one with `{COMMANDS[kind]}`") from error
+        raise UserError(f"{path} {problem}{remedy}") from error
     return clip
 
 
@@ -864,13 +878,14 @@ def check_ids(clip: dict, made_by: dict, width: int | None = None):
     for key, name in (("encoder", "text"), ("image_encoder", "image_encoder"), ("vae", "vae")):
         ours = made_by.get(name)
         if ours and clip[key] not in (None, ours):
-            raise UserError(f"the clip is of {key} {clip[key]}, the weights of {ours}: make another")
+            raise UserError(f"the clip was made with {key} {clip[key]}, but these weights need "
+                            f"{ours}: make it again with them")
     if width and clip["text"]["tokens"].shape[-1] != width:
         raise UserError(f"the weights need tokens {width} wide: make them anew with text.py")
 
 
 def tensors_id(model: dict, prefixes: tuple) -> str:
-    """Eight letters for the tensors whose names begin with one of the prefixes."""
+    """Eight hex digits for the tensors whose names begin with one of the prefixes."""
     digest = hashlib.sha256()
     for name in sorted(name for name in model if name.startswith(prefixes)):
         digest.update(name.encode() + model[name].half().contiguous().numpy().tobytes())
@@ -892,8 +907,8 @@ def load_checkpoint(weights, name: str, stage: str = "") -> dict:
     if part.is_dir() and not path.is_file():
         return load_stable_diffusion(part)
     train = stage + " --captions none" * name.startswith("make-a-video")
-    remedy = (f"; train it with `python train.py {train} --weights {path.parent}`, or use a folder "
-              "of Stable Diffusion 1.x, not one file of it, nor a hub's name")
+    remedy = (f"; train it with `python train.py {train} --weights {path.parent}`, or give a "
+              "local folder of Stable Diffusion 1.x")
     checkpoint = load_pt(path, remedy)
     held = checkpoint.get("made_by", {}).get("stage", "something else")
     if held != stage:
@@ -904,7 +919,7 @@ def load_checkpoint(weights, name: str, stage: str = "") -> dict:
 def load_stable_diffusion(folder: Path) -> dict:
     """A checkpoint from unet/, vae/ or text_encoder/, whose config is config.json."""
     for pattern in ("*model.safetensors", "*model.bin", "*.safetensors", "*.bin"):  # shards last
-        files = sorted(folder.glob(pattern), reverse=True)  # .non_ema, then .fp16, which replaces it
+        files = sorted(folder.glob(pattern), reverse=True)  # .non_ema first, so .fp16 replaces it
         if files:
             break
     else:
@@ -929,8 +944,8 @@ def load_state(model: nn.Module, state: dict, path, may_lack=lambda name: False)
     wrong = [name for name, tensor in state.items() if shapes.pop(name, None) != tensor.shape]
     wrong += [name for name in shapes if not may_lack(name)]
     if wrong:
-        raise UserError(f"{path} does not fit the model: {wrong[0]}, {len(wrong)} in all (of Stable "
-                        "Diffusion only 1.x does, without LCM or inpainting)")
+        raise UserError(f"{path} does not fit the model: {wrong[0]}, {len(wrong)} in all (of "
+                        "Stable Diffusion only 1.x does, without LCM or inpainting)")
     model.load_state_dict(state, strict=False)
     return model
 
@@ -955,20 +970,22 @@ def load(weights=WEIGHTS, device="cpu", name: str = "base", stage: str = "", **c
                             heads=s["attention_head_dim"], context_dim=s["cross_attention_dim"],
                             groups=s["norm_num_groups"], temporal=("attention", "conv"))
     unet = UNet(replace(config, **changes))
-    load_state(unet, checkpoint["model"], weights, UNet.is_inflation)
+    may_lack = UNet.is_inflation if changes or "unet" not in s else lambda name: False
+    load_state(unet, checkpoint["model"], weights, may_lack)
     return unet.to(device, memory_format=torch.channels_last).eval(), diffusion, made_by
 
 
 def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
                   fps: float = 4., **how) -> dict:
-    """A clip of text -> a clip of latents. `how` goes to `generate`, except what is None. An image
-    embedding goes to make-a-video.pt, and later stages then read the null prompt. Differs:
-    Make-A-Video's interpolation began as D^t; ours began as the captioned base."""
+    """A clip of text -> a clip of latents. `how` goes to `generate`, except what is None.
+
+    An image embedding goes to make-a-video.pt, and later stages read the null prompt: in
+    Make-A-Video text reaches a video only through that embedding. Differs: its interpolation began
+    as D^t; ours began as the captioned base."""
     how = {name: value for name, value in how.items() if value is not None}
     text, embedding = clip["text"], clip["text"].get("image_embedding")
     name = "base" if embedding is None else "make-a-video"
     unet, diffusion, made_by = load(weights, device, name, "base")
-    check_ids(clip, made_by, unet.config.context_dim)
     if ("image" in unet.config.embeddings) != (embedding is not None):
         raise UserError("only make-a-video.pt reads an image embedding; text.py --prior makes one")
     condition = text
@@ -976,6 +993,7 @@ def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, fram
         tokens = embedding[:, None]  # (B, 1, E)
         condition = {"tokens": tokens, "null_tokens": torch.zeros_like(tokens[:1])}
         text = text | {"tokens": text["null_tokens"].expand_as(text["tokens"])}
+    check_ids(clip | {"text": condition}, made_by, unet.config.context_dim)
     if "distill" in made_by:
         how = STUDENT | {"steps": made_by["distill"][1]} | how
     z = generate(unet, diffusion, condition, frames, fps, made_by["side"], seed=seed, label=name,

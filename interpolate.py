@@ -52,11 +52,11 @@ def blend(x, known):
     after = torch.where(known, index, T).flip(1).cummin(1).values.flip(1)  # the next, or T
     left = torch.where(before < 0, after, before)
     right = torch.where(after == T, before, after)
-    share = (index - left) / (right - left).clamp(min=1)  # (B, T)
+    weight = (index - left) / (right - left).clamp(min=1)  # (B, T)
 
     def frames(i):
         return x.gather(1, i[:, :, None, None, None].expand_as(x))  # (B, T, C, h, w)
-    return torch.lerp(frames(left), frames(right), share[:, :, None, None, None].to(x))
+    return torch.lerp(frames(left), frames(right), weight[:, :, None, None, None].to(x))
 
 
 def condition(x, known):
@@ -86,14 +86,15 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
     cond = condition(x, known)
     unknown = (~known).to(x)[:, :, None, None, None]  # (B, T, 1, 1, 1)
     unknown = unknown / unknown.mean(1, keepdim=True)  # of mean 1
-    left = (unknown * (x - cond[:, :, :-1]).pow(2)).mean((1, 2, 3, 4), keepdim=True)
-    weight = unknown / (left + 1e-4).sqrt()
+    of_blend = (unknown * (x - cond[:, :, :-1]).pow(2)).mean((1, 2, 3, 4), keepdim=True)
+    weight = unknown / (of_blend + 1e-4).sqrt()
     predict = clean_predictor(unet, cond, batch["context"], None, batch["fps"])
     return diffusion.loss(predict, x, batch["noise"], batch["t"], weight)
 
 
 def random_known(rng) -> torch.Tensor:
-    """A mask to train on, (16,) bool. Keyframes may follow a run of frames that a window made."""
+    """A mask to train on, (16,) bool. In half of the "every" masks the first frames are known too,
+    as they are once an earlier window has filled them."""
     at = torch.arange(WINDOW)
     k, n = rng.integers(2, 7), rng.integers(1, WINDOW)
     chances = {"every": .3, "beginning": .3, "end": .1, "ends": .05, "first": .2, "one": .05}
@@ -117,28 +118,20 @@ def inpaint_window(unet: UNet, diffusion: Diffusion, x, known, noise, text_emb: 
     """Fill in the unknown frames of windows x (B, T, 4, h, w). known (B, T) bool, text_emb: tokens
     (B, L, D) and null_tokens. At every step the known frames of z are alpha_t x + sigma_t eps."""
     scale = base.interval_guidance(diffusion, guidance)
-    clean = clean_predictor(unet, condition(x, known), text_emb["tokens"], text_emb["null_tokens"],
-                            fps, scale)
+    predict_x = clean_predictor(unet, condition(x, known), text_emb["tokens"],
+                                text_emb["null_tokens"], fps, scale)
     known = known[:, :, None, None, None]  # (B, T, 1, 1, 1)
 
     def predict(z, t):
-        return clean(torch.where(known, diffusion.add_noise(x, noise, t), z), t)
+        return predict_x(torch.where(known, diffusion.add_noise(x, noise, t), z), t)
     return torch.where(known, x, diffusion.sample(predict, noise, steps))
 
 
-def plan_windows(known) -> list:
-    """The first frame of each window over a timeline, known (T,). Windows advance by 10 frames, or
-    by less, to see the last known frame of the one before while more follow. 76 frames take seven.
-    The paper does not say how."""
-    starts, last = [0], len(known) - WINDOW
-    while starts[-1] < last:
-        start = starts[-1]
-        choices = [start + 10, last]
-        seen = [i for i in range(start + 1, start + WINDOW) if known[i]]
-        if seen and known[start + WINDOW:].any():
-            choices.append(seen[-1])
-        starts.append(min(choices))
-    return starts
+def plan_windows(T: int) -> list:
+    """The first frame of each window over T frames: 76 frames take seven. Windows advance by 10, so
+    that two share 6 frames, and a keyframe if the skip is at most 6. The paper does not say how."""
+    last = max(0, T - WINDOW)
+    return [*range(0, last, 10), last]
 
 
 def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, text_emb: dict, fps: float,
@@ -148,14 +141,13 @@ def fill_timeline(unet: UNet, diffusion: Diffusion, x, known, text_emb: dict, fp
     device, (B, T) = next(unet.parameters()).device, x.shape[:2]
     noise = base.initial_noise(x.shape, seed, "interpolate").to(device)  # shared by all windows
     x, known = x.to(device).float().clone(), known.to(device).clone()
+    starts = plan_windows(T)
     if known[-1] and not known[0]:  # go backward, away from what is known
-        starts = [max(0, T - WINDOW) - start for start in plan_windows(known.flip(0))]
-    else:
-        starts = plan_windows(known)
+        starts = [starts[-1] - start for start in starts]
     windows = [slice(start, start + WINDOW) for start in starts]
     for window in tqdm(windows, "interpolate", leave=False):
         new = ~known[window]  # (16,)
-        if known[window.stop:].any():  # what follows the last known frame is for the next window
+        if known[window.stop:].any():  # the next window sees what follows the last known frame
             new[known[window].nonzero().max() + 1:] = False
         if not new.any():
             continue
@@ -184,8 +176,8 @@ def timeline(latents, skip: int = 1, before: int = 0, after: int = 0):
 
 # Between two given frames little is left to invent: TSR is in effect a regressor, and another seed
 # moves it by less than 0.1 of 255. So it takes one step. Differs: Imagen Video takes 128 steps, or
-# 8 distilled, and augments the condition.
-DOUBLE = replace(superres.SSR, in_channels=3 + 6, channels=(16, 32, 48))
+# 8 distilled, and augments the condition when sampling, too.
+DOUBLE = replace(superres.SSR, in_channels=3 + 6, channels=(16, 32, 48))  # z, before, after
 TSR = {stage.name: stage for stage in (  # named after the frames they make
     superres.StageConfig("tsr-32", 1, replace(DOUBLE, patch_size=1), 0., 32 * 64 ** 2, False, 1),
     superres.StageConfig("tsr-128", 1, DOUBLE, 0., 128 * 256 ** 2, False, 1))}
@@ -202,8 +194,8 @@ def double(video):
 def double_clip(clip: dict, stage: superres.StageConfig, weights=base.WEIGHTS, device="cpu",
                 seed: int = 0, **how) -> dict:
     """A clip of pixels at twice its rate: (B, T, 3, H, W) -> (B, 2*T, 3, H, W)."""
-    clip = clip | {"data": double(clip["data"]), "fps": 2 * clip["fps"]}
-    return superres.upscale_clip(clip, stage, weights, device, seed, **how)
+    doubled = clip | {"data": double(clip["data"]), "fps": 2 * clip["fps"]}
+    return superres.upscale_clip(doubled, stage, weights, device, seed, **how)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -211,13 +203,15 @@ def double_clip(clip: dict, stage: superres.StageConfig, weights=base.WEIGHTS, d
 
 def fill_clip(clip: dict, weights=base.WEIGHTS, device="cpu", seed: int = 0, skip: int = 1,
               before: int = 0, after: int = 0, guidance: float = 1., steps: int = STEPS) -> dict:
-    """A clip of latents with skip - 1 new frames in every gap, and `before` or `after` more."""
+    """A clip of latents with skip - 1 new frames in every gap, and `after` more at the end or, if
+    skip is 1, `before` at the start."""
+    assert not before or (skip == 1 and not after)
     unet, diffusion, made_by = base.load(weights, device, "interpolate")
     clip = text.with_text(clip, weights, device)
     base.check_ids(clip, made_by, unet.config.context_dim)
     x, known = timeline(clip["data"], skip, before, after)
-    if known.all() or skip >= WINDOW:  # a window must see two keyframes
-        raise UserError(f"nothing to fill in: it takes 2 frames and a skip of 2 to {WINDOW - 1}")
+    if known.all() or skip > 6:  # windows share 6 frames
+        raise UserError("nothing to fill in: it takes 2 frames and a skip of 2 to 6")
     fps = clip["fps"] * skip
     z = fill_timeline(unet, diffusion, x, known, clip["text"], fps, seed, guidance=guidance,
                       steps=steps)
@@ -230,14 +224,14 @@ def animate_clip(clip: dict, image, weights=base.WEIGHTS, device="cpu", seed: in
     side becomes that of the training clips."""
     side = base.load_checkpoint(weights, "interpolate")["made_by"]["side"]
     autoencoder, vae_id = vae.load(weights, device)
-    pixels = vae.read_video(image)[0][:1].float()  # (1, 3, H, W)
+    pixels = next(vae.read_frames(image))[0][None].float()  # (1, 3, H, W)
     scale = side / min(pixels.shape[-2:])
     size = [autoencoder.config.factor * max(1, round(scale * n)) for n in pixels.shape[-2:]]
     pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True).round().byte()
     z = vae.encode_video(autoencoder, pixels[None])  # (1, 1, 4, h, w)
     z = z.expand(len(clip["prompts"]), -1, -1, -1, -1)  # (B, 1, 4, h, w)
-    clip = clip | {"kind": "latents", "data": z, "fps": 4., "vae": vae_id}
-    return fill_clip(clip, weights, device, seed, after=frames - 1, guidance=guidance, steps=8)
+    still = clip | {"kind": "latents", "data": z, "fps": 4., "vae": vae_id}
+    return fill_clip(still, weights, device, seed, after=frames - 1, guidance=guidance, steps=8)
 
 
 def main(argv=None):
@@ -245,7 +239,7 @@ def main(argv=None):
     parser.add_argument("input", help="latents; --animate: a text.pt; --double: pixels")
     parser.add_argument("-o", "--out", default="frames.pt", help=".pt to write [frames.pt]")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--skip", type=base.positive, help="multiply the rate; trained on 2 to 6")
+    what.add_argument("--skip", type=base.positive, help="multiply the rate by 2 to 6")
     what.add_argument("--extend", type=base.positive, metavar="N", help="add N frames at the end")
     what.add_argument("--extend-before", type=base.positive, metavar="N", help="... at the start")
     what.add_argument("--animate", metavar="IMAGE", help="16 frames at 4 fps from one image")

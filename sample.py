@@ -27,7 +27,7 @@ def make_a_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, fr
     was trained on captioned clips. `how` goes to base.generate_clip, or with an image to
     animate_clip."""
     where = weights, device, seed
-    yield "text", (clip := text.encode_clip(prompts, *where, prior))  # P
+    yield "text", (clip := text.encode_clip(prompts, *where, prior))  # P, if `prior`
     yield "base", (clip := keyframes(clip, *where, frames, image, **how))  # D^t: (B, 16, 4, 8, 8)
     if frames > 1:
         clip = fill_clip(clip, *where, skip=5)

@@ -52,8 +52,6 @@ def enlarge(small, scale: int, level):
     every pixel. A blur is unCLIP's (2204.06125), for its first upsampler."""
     large = F.interpolate(small.flatten(0, 1), scale_factor=scale, mode="bilinear")
     large = large.unflatten(0, small.shape[:2])  # (B, T, C, H, W)
-    if not level.any():  # spares TSR the blur
-        return large
     return large.lerp(blur(large, scale * .75), level.view(-1, 1, 1, 1, 1).to(large))
 
 
@@ -77,18 +75,19 @@ class StageConfig:
     @property
     def halo(self) -> int:
         """Frames that a frame sees on either side: one per temporal convolution, two per block."""
-        blocks = (2 * self.unet.layers + 1) * len(self.unet.channels) + 2
+        blocks = (2 * self.unet.layers + 1) * len(self.unet.channels) + 2  # down and up; the middle
         return 2 * blocks if "conv" in self.unet.temporal else 0
 
     @property
     def shift(self) -> float:
-        """For base.shift_noise. Fine detail is decided only at low noise, so most steps go there;
-        TSR invents none."""
+        """For base.shift_noise. Fine detail is decided only at low noise, so most steps go there.
+        TSR invents none and needs no shift."""
         return 1 / (2 * self.scale) if self.scale > 1 else 1.
 
 
 # Differs: Imagen Video goes from 24 x 40 to 768 x 1280 in pixels, by x 2, x 4, x 4; here 64 x 64
-# comes out of latents. Patches are at most 4 x 4: behind 8 x 8, edges were misplaced at any width.
+# comes out of latents. This is what train.py makes now; the shipped low, ssr-128, ssr-256 and TSR
+# are older and have groups=8, GroupNorm, in their config.
 PIXELS = UNetConfig(in_channels=6, out_channels=3, channels=(24, 48, 64), context_dim=None,
                     attention=(False, False, False), groups=0, temporal=("conv",), patch_size=4,
                     embeddings=("fps", "level"))
@@ -137,7 +136,8 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict, stage: StageConfig) -> t
 
 
 def has_texture(pixels) -> torch.Tensor:
-    """Which clips (B, T, 3, H, W) have texture, (B,): a tenth of pixels differ from the next."""
+    """Which clips (B, T, 3, H, W) have texture, (B,): more than a tenth of their pixels differ from
+    the right neighbour by more than 3 of 255."""
     step = (pixels[..., 1:] - pixels[..., :-1]).abs().amax(2)  # (B, T, H, W - 1)
     return (step > 7 / 255).float().flatten(1).mean(1) > .1
 
@@ -146,8 +146,9 @@ def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: di
                       stage: StageConfig) -> torch.Tensor:
     """Loss per clip, (B,). batch: as for `loss`, and path (B, K + 1), timesteps from t down.
 
-    One step predicts a mean, which has little texture; the student learns what many steps draw.
-    Where there is no texture to invent, the truth teaches better than the teacher.
+    A network of one step predicts the mean of all plausible details, a blur; its student learns
+    what many steps of the teacher draw. Where there is no texture to invent, the truth teaches
+    better.
     Differs: Imagen Video halves the steps again and again and samples with fresh noise; here the
     student takes any K steps of the teacher at once, by DDIM."""
     x, large = batch["pixels"], enlarge(batch["small"], stage.scale, batch["level"])
@@ -166,9 +167,9 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: StageConfig, small, fps: fl
     """uint8 (T, C, h, w) -> uint8 (T, 3, k*h, k*w). C is 3, or 6 for TSR. SSR and TSR need context
     and null_context (1, L, D).
 
-    A chunk is denoised to the end before the next. It sees `halo` frames more per step on either
-    side, so the result is that of one call on the whole clip. A guided clip is one chunk, because
-    dynamic thresholding takes one percentile of it."""
+    A chunk is denoised to the end before the next. A step sees `halo` frames on either side of one,
+    so a chunk is computed with steps * halo more, and the result is that of one call on the whole
+    clip. A guided clip is one chunk, because dynamic thresholding takes one percentile of it."""
     device, T = next(unet.parameters()).device, len(small)
     H, W = (stage.scale * side for side in small.shape[-2:])
     reach = stage.halo * stage.steps
@@ -179,7 +180,7 @@ def upscale(unet: UNet, diffusion: Diffusion, stage: StageConfig, small, fps: fl
         return base.initial_noise((1, 3, H, W), seed, f"{stage.name} at {fps:g} fps", i)
     shared = noise(0) if stage.shared_noise else None
 
-    def as_batch(frames):  # (T', C, H, W): one clip, or for SR_h a batch of pictures
+    def as_batch(frames):  # (T', C, H, W): one clip; without temporal layers, pictures
         return frames[None] if stage.halo else frames[:, None]
 
     def denoise(first: int, last: int):  # frames first to last - 1
@@ -217,7 +218,7 @@ def read_clip(path) -> dict:
 def upscale_clip(clip: dict, stage: StageConfig, weights=base.WEIGHTS, device="cpu", seed: int = 0,
                  guidance: float = 1., **changes) -> dict:
     """A clip of pixels, (B, T, C, h, w) -> (B, T, 3, H, W); video i starts from seed + i. `changes`
-    to the stage: steps=4, shared_noise=False."""
+    to the stage: steps=4, or shared_noise=False, to see `low` and `high` flicker."""
     unet, diffusion, stage, made_by = load(stage, weights, device)
     stage = replace(stage, **changes)
     prompts, null = [None] * len(clip["data"]), None
@@ -239,13 +240,10 @@ def main(argv=None):
     parser.add_argument("input", help="a .pt of pixels, or any video")
     parser.add_argument("-o", "--out", default="large.pt", help=".pt, .mp4, .gif, .png [large.pt]")
     parser.add_argument("--guidance", type=float, default=1., help="ssr-*: scale; 1 is none [1]")
-    parser.add_argument("--independent-noise", action="store_true",
-                        help="low, high: every frame from its own noise, to see it flicker")
     args = parser.parse_args(argv)
     base.check_output(args.out, ".pt", *vae.WRITTEN)
-    changes = {"shared_noise": False} if args.independent_noise else {}
     clip = upscale_clip(read_clip(args.input), STAGES[args.stage], args.weights, args.device,
-                        args.seed, args.guidance, **changes)
+                        args.seed, args.guidance)
     vae.write_clip(args.out, clip, args.command)
 
 

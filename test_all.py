@@ -7,7 +7,6 @@
 Prompt fidelity is read from pixels by `describe`, by fixed rules: no trained model judges another.
 """
 import contextlib
-import copy
 import io
 import json
 import math
@@ -20,6 +19,7 @@ import time
 from argparse import Namespace
 from dataclasses import asdict, replace
 from functools import cache, partial
+from itertools import count, cycle, islice
 from pathlib import Path
 
 import base
@@ -42,7 +42,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 SMALL = UNetConfig(channels=(16, 32), heads=2, context_dim=8, groups=4)
-SAMPLERS, V, X = ("ddim", "dpmpp", "ancestral", "stochastic"), Diffusion(), Diffusion(target="sample")
+SAMPLERS = "ddim", "dpmpp", "ancestral", "stochastic"
+V, X = Diffusion(), Diffusion(target="sample")
 cases = pytest.mark.parametrize
 
 
@@ -71,7 +72,7 @@ def is_old(name: str) -> bool:
 
 
 def randomize(model, only=lambda name: True, scale: float = .3):
-    """Random parameters: layers that start at zero hide errors."""
+    """Random weights; zero layers hide errors."""
     for i, (name, p) in enumerate(model.named_parameters()):
         if only(name):
             is_gain, noise = p.ndim == 1 and name.endswith("weight"), randn(*p.shape, seed=i)
@@ -79,10 +80,10 @@ def randomize(model, only=lambda name: True, scale: float = .3):
     return model.eval()
 
 
-def inputs(batch: int = 2, frames: int = 5, dim: int = 8):
-    """A noisy video, timesteps, text and frame rates for a small U-Net."""
-    t, fps = torch.tensor([950, 400])[:batch], torch.tensor([4., 24.])[:batch]
-    return randn(batch, frames, 4, 8, 8), t, randn(batch, 6, dim), fps
+def inputs(dim: int = 8):
+    """A noisy video, timesteps, text and frame rates."""
+    t, fps = torch.tensor([950, 400]), torch.tensor([4., 24.])
+    return randn(2, 5, 4, 8, 8), t, randn(2, 6, dim), fps
 
 
 def base_batch() -> dict:
@@ -95,7 +96,7 @@ def text_emb(first: int = 0) -> dict:
 
 
 def calls_of(model, call) -> list:
-    """The arguments x, t, context, fps, level, cond of each call of a U-Net."""
+    """x, t, context, fps, level, cond of each call."""
     seen = []
     hook = model.register_forward_pre_hook(lambda _, args: seen.append((*args, None, None)[:6]))
     call()
@@ -103,15 +104,14 @@ def calls_of(model, call) -> list:
     return seen
 
 
-def guided_steps(model, timesteps: list, call) -> list:
-    """Timesteps whose batch is doubled for guidance; asserts that the calls are at `timesteps`."""
-    calls = calls_of(model, call)
-    assert [int(t[0]) for _, t, *_ in calls] == timesteps
-    return [int(t[0]) for _, t, *_ in calls if len(t) > min(len(z) for z, *_ in calls)]
+def guided_steps(model, call) -> tuple:
+    """Timesteps of all calls on two videos, and of doubled ones."""
+    calls = [(int(t[0]), len(t)) for _, t, *_ in calls_of(model, call)]
+    return [t for t, _ in calls], [t for t, n in calls if n == 4]
 
 
 def refusal(main, *argv) -> str:
-    """The one line on stderr of a program that must refuse."""
+    """What a program that must refuse says, in one line on stderr."""
     with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as stop:
         base.run(lambda: main([*argv]))
     assert stop.value.code == 2 and stderr.getvalue().count("\n") == 1
@@ -124,16 +124,6 @@ def refusal(main, *argv) -> str:
 def test_attention_over_very_many_sequences_is_split():
     q, k, v = randn(3, 2 ** 16 + 3, 1, 2, 2)
     close(base.attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
-
-
-def test_the_mean_clip_is_added_to_what_conv_in_sees():
-    model, (_, t, context, fps) = randomize(UNet(SMALL)), inputs()
-    conv, mean_conv = model.conv_in, model.mean_clip_conv
-    conv.weight, conv.bias, mean_conv.bias = mean_conv.weight, None, None
-    mean = model.mean_clip(context, fps, 5, 8, 8)
-    nothing = model(-mean, t, context, fps)
-    mean_conv.weight = torch.nn.Parameter(0 * conv.weight)
-    close(nothing, model(0 * mean, t, context, fps), 1e-3)
 
 
 @cases("told", [(), ("image",)])
@@ -168,8 +158,8 @@ def test_temporal_layers_relate_frames_of_one_pixel_and_know_their_order(layer, 
 
 def test_every_fresh_parameter_learns():
     model, learned = UNet(SMALL), set()
-    randomize(model, lambda name: is_old(name) or name.startswith("mean_clip."))
-    for _ in range(3):  # a gradient behind a zero projection needs one step for that to open
+    randomize(model, lambda name: is_old(name) or name.startswith("mean_clip.")).train()
+    for model.gradient_checkpointing in (False, True, True):  # one step opens a zero projection
         base.loss(model, V, base_batch()).mean().backward()
         for name, p in model.named_parameters():
             if p.grad is not None and p.grad.any():
@@ -178,38 +168,10 @@ def test_every_fresh_parameter_learns():
     assert learned == {n for n, _ in model.named_parameters() if not n.startswith("mean_clip.")}
 
 
-def test_gradient_checkpointing_saves_memory_and_changes_no_gradient():
-    model = randomize(UNet(SMALL)).train()
-    learned = [p for name, p in model.named_parameters() if not name.startswith("mean_clip.")]
-
-    def gradients(checkpointing):
-        """Of the loss, and how many numbers the forward pass stored for them."""
-        model.gradient_checkpointing, stored = checkpointing, []
-
-        def store(tensor):
-            stored.append(tensor.numel())
-            return tensor
-        with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
-            loss = base.loss(model, V, base_batch()).mean()
-        return torch.autograd.grad(loss, learned), sum(stored)
-    (plain, many), (same, few) = gradients(False), gradients(True)
-    close(plain, same)
-    assert few < .5 * many
-
-
-@cases("temporal", [SMALL.temporal, ("attention", "conv")])
-def test_fps_reaches_the_output_and_pictures_have_none(temporal):
-    model, (x, t, context, fps) = randomize(UNet(replace(SMALL, temporal=temporal))), inputs()
-    for clip, heard in ((x, True), (x[:, :1], False)):
-        a, b = model(clip, t, context, fps), model(clip, t, context, 2 * fps)
-        assert torch.allclose(a, b) != heard
-
-
-@cases("patch, H, W", [(1, 7, 9), (4, 19, 11)])
-def test_patchify_round_trip(patch, H, W):
-    x, model = randn(2, 3, 4, H, W), UNet(replace(SMALL, patch_size=patch))
-    y = F.pixel_shuffle(model.patchify(x), patch).unflatten(0, (2, 3))
-    assert torch.equal(y[..., :H, :W], x) and y.shape[-1] % (2 * patch) == 0
+def test_patchify_round_trip():
+    x, model = randn(2, 3, 4, 19, 11), UNet(replace(SMALL, patch_size=4))
+    y = F.pixel_shuffle(model.patchify(x), 4).unflatten(0, (2, 3))
+    assert torch.equal(y[..., :19, :11], x) and y.shape[3:] == (24, 16)  # two patches, two levels
     assert torch.equal(y[..., -1, -1], x[..., -1, -1])  # padded with the edge
 
 
@@ -219,8 +181,7 @@ def test_mean_clip_counts_seconds_and_reads_the_last_token():
     slow, fast = model(context, 4 * one, 5, 2, 3), model(context, 8 * one, 9, 6, 9)
     close(slow, fast[:, ::2, :, 1::3, 1::3])  # places are shares of a side
     assert differ(slow[:, 1:], slow[:, :-1]) and differ(slow[..., 1:], slow[..., :-1])
-    other = torch.cat([context[:, 1:], context[:, -1:]], dim=1)
-    assert torch.equal(slow, model(other, 4 * one, 5, 2, 3)) and differ(slow[:1], slow[1:])
+    close(slow, model(context[:, [1, 2, 3, 4, 5, 5]], 4 * one, 5, 2, 3), 0)
     off = torch.tensor([2., 3.]).view(2, 1, 1, 1, 1)
     batch = {"context": context, "fps": 4 * one, "latents": slow + off}
     close(base.mean_clip_loss(model, batch), torch.tensor([4., 9.]))
@@ -232,23 +193,26 @@ def test_mean_clip_counts_seconds_and_reads_the_last_token():
 @cases("schedule, expected", [
     ("cosine", [.9999994, .5007854, 6.1685e-7]), ("scaled_linear", [.99915, .27767, .0046601])])
 def test_schedules_and_fp32_coefficients_for_fp16_z(schedule, expected):
-    diffusion, t = Diffusion(schedule), torch.tensor([0, 499, 999])
-    assert (diffusion.alpha_bar[:1000].diff() < 0).all() and diffusion.alpha_bar[-1] == 1
-    alpha, sigma = diffusion.alpha_sigma(t, randn(3, 2).half())
-    assert alpha.dtype == sigma.dtype == torch.float32 and alpha.shape == (3, 1)
-    torch.testing.assert_close(alpha[:, 0] ** 2, torch.tensor(expected), rtol=1e-4, atol=0)
-    close(alpha ** 2 + sigma ** 2, torch.ones(3, 1), 1e-6)
+    t, z = torch.tensor([0, 499, 999, -1]), randn(4, 2).half()
+    alpha, sigma = Diffusion(schedule).alpha_sigma(t, z)
+    assert alpha.dtype == sigma.dtype == torch.float32 and alpha.shape == (4, 1)
+    torch.testing.assert_close(alpha[:, 0] ** 2, torch.tensor([*expected, 1]), rtol=1e-4, atol=0)
+    close(alpha ** 2 + sigma ** 2, torch.ones(4, 1), 1e-6)
 
 
 def test_base_loss_is_weighted_and_tells_the_network_its_batch():
-    model, batch, losses = UNet(SMALL), base_batch(), []
-    (z, t, context, fps, *_), = calls_of(  # fresh, it predicts 0
-        model, lambda: losses.append(base.loss(model, V, batch)))
+    batch, told = base_batch(), []
+
+    def unet(*args):
+        told[:] = args
+        return torch.zeros_like(args[0])
+    loss = base.loss(unet, V, batch)
+    z, t, context, fps = told
     alpha, sigma = V.alpha_sigma(t, z)
     assert torch.equal(z, alpha * batch["latents"] + sigma * batch["noise"])
     assert t is batch["t"] and context is batch["context"] and fps is batch["fps"]
     v, weight = alpha * batch["noise"] - sigma * batch["latents"], 2 * alpha * sigma
-    close(losses[0], (weight * v ** 2).mean((1, 2, 3, 4)))
+    close(loss, (weight * v ** 2).mean((1, 2, 3, 4)))
     close(Diffusion(target="epsilon").loss_weight(t, z) * alpha ** 2, weight)
     close(X.loss_weight(t, z) * sigma ** 2, weight)
 
@@ -282,7 +246,7 @@ def mixture(z, t):
 
 
 @cases("sampler, gamma, steps, shift", [
-    ("ddim", 0, 100, 4), ("dpmpp", 0, 60, .25), ("ancestral", 0, 200, 1), ("ancestral", .3, 99, 4),
+    ("ddim", 0, 100, 4), ("dpmpp", 0, 15, 1), ("ancestral", 0, 200, 1), ("ancestral", .3, 99, 4),
     ("stochastic", 0, 200, 1)])
 def test_the_exact_score_of_a_mixture_gives_its_moments(sampler, gamma, steps, shift):
     x = X.sample(mixture, randn(1, 20000, 1).double(), steps, sampler, shift, gamma,
@@ -305,34 +269,19 @@ def test_an_ancestral_step_is_gaussian_conditioning():
         close((V.ancestral_step(z, x, t, s, gamma, zero + 1) - mean) ** 2, variance)
 
 
-@cases("r", [200, -1])
-def test_a_stochastic_step_keeps_the_marginal(r):
-    """If z_t = alpha_t x + sigma_t eps, then z_s = alpha_s x + sigma_s eps', given the true x."""
-    x, one, t, s, r = torch.tensor([[.4]]), torch.ones(1, 1), *torch.tensor([[700], [450], [r]])
-    (alpha_s, sigma_s), (alpha_r, sigma_r) = (V.alpha_sigma(n, x) for n in (s, r))
-
-    def step(eps, noise):
-        return V.stochastic_step(V.add_noise(x, eps * one, t), x, t, s, r, noise * one)
-    mean = step(0, 0)
-    old, new = step(1, 0) - mean, step(0, 1) - mean  # the shares of noise, which are independent
-    close(mean, alpha_s * x)
-    close(old, alpha_s / alpha_r * sigma_r)  # what z_r had
-    close(old ** 2 + new ** 2, sigma_s ** 2)
-
-
 @cases("teacher, student", [(8, 4), (16, 1)])
 def test_a_distilled_student_walks_as_its_teacher_does(teacher, student):
-    stage, z = superres.STAGES["high"], randn(3, 50, 1).double()
-    paths = base.teacher_paths(teacher, student, stage.shift)
+    shift, z = superres.STAGES["high"].shift, randn(3, 50, 1).double()
+    paths = base.teacher_paths(teacher, student, shift)
 
     def distilled(z, t):
         return X.distillation_target(mixture, z, paths[paths[:, 0] == t[0]].expand(len(z), -1))
-    slow, fast, coarse = (X.sample(*how, "ddim", stage.shift) for how in (
+    slow, fast, coarse = (X.sample(*how, "ddim", shift) for how in (
         (mixture, z, teacher), (distilled, z, student), (mixture, z, student)))
     close(fast, slow)
     assert differ(fast, coarse)
     with pytest.raises(UserError):
-        base.teacher_paths(teacher, 3, stage.shift)
+        base.teacher_paths(teacher, 3, shift)
 
 
 @cases("shift", [1 / 4, 1., 4.])
@@ -344,12 +293,11 @@ def test_a_shift_multiplies_sigma_over_alpha(shift):
     assert base.sampling_timesteps(4, 2.) == [999, 869, 704, 439]
 
 
-def test_dynamic_threshold_is_an_exact_percentile_at_any_size():
+def test_dynamic_threshold_is_an_exact_percentile():
     x = 2 * randn(2, 4, 3, 8, 8)
     x[1] /= 10  # within range
     s = x[0].abs().flatten().sort().values[math.ceil(.995 * 768) - 1]
     close(base.dynamic_threshold(x), torch.stack([x[0].clamp(-s, s) / s, x[1]]), 1e-6)
-    base.dynamic_threshold(torch.ones(1, 2 ** 24 + 1))  # more than torch.quantile takes
 
 
 def test_guidance_is_linear_in_all_channels():
@@ -367,24 +315,22 @@ def test_guidance_is_linear_in_all_channels():
 @cases("shift", [1 / 4, 4.])
 def test_guidance_oscillates_in_the_second_half(shift):
     for steps, expected in ((10, [9.] * 5 + [1., 9., 1., 9., 1.]), (3, [9., 9., 1.])):
-        scale = base.oscillating_guidance(9., 1., steps, shift)
-        assert [scale(t) for t in base.sampling_timesteps(steps, shift)] == expected
+        timesteps = base.sampling_timesteps(steps, shift)
+        scale = base.oscillating_guidance(9., 1., timesteps)
+        assert [scale(t) for t in timesteps] == expected
 
 
 @cases("schedule", ["cosine", "scaled_linear"])
-def test_guidance_interval_is_the_same_noise_on_both_schedules(schedule):
+def test_guidance_is_within_an_interval_of_noise_levels(schedule):
     diffusion = Diffusion(schedule)
+    log_snr = torch.logit(diffusion.alpha_bar[:1000])
     scales = [base.interval_guidance(diffusion, 3.)(t) for t in range(1000)]
-    first, count = scales.index(3.), scales.count(3.)
-    assert scales == [1.] * first + [3.] * count + [1.] * (1000 - first - count)
-    first, last = torch.logit(diffusion.alpha_bar[[first, first + count - 1]]).tolist()
-    assert first == pytest.approx(0, abs=.01) and last == pytest.approx(-2.78, abs=.01)
+    assert scales == torch.where((-2.78 <= log_snr) & (log_snr < 0), 3., 1.).tolist()
     assert base.interval_guidance(diffusion, .5)(0) == .5
 
 
 def test_a_student_of_base_takes_up_guidance():
-    teacher = randomize(UNet(SMALL))
-    unet = copy.deepcopy(teacher)
+    unet, teacher = (randomize(UNet(SMALL)) for _ in range(2))
 
     def losses(*path):
         steps = {"null_context": randn(1, 6, 8, seed=1), "path": torch.tensor(path).expand(2, -1)}
@@ -398,10 +344,11 @@ def test_a_clip_is_guided_at_middling_noise_and_hears_prompt_and_fps():
 
     def make(frames=4, **how):
         return base.generate(model, V, text_emb(), frames, 24., 4, steps=8, **how)
-    assert guided_steps(model, t, make) == [n for n in t if 500 <= n < 843]
+    assert guided_steps(model, make) == (t, [n for n in t if 500 <= n < 843])
     for _, _, context, fps, *_ in calls_of(model, lambda: make(guidance=1.)):
         assert torch.equal(context, text_emb()["tokens"]) and fps.tolist() == [24, 24]
-    assert {len(z) for z, *_ in calls_of(model, lambda: make(1))} == {4}  # pictures everywhere
+    every, guided = guided_steps(model, lambda: make(1))
+    assert every == guided  # of pictures
     assert differ(make(gamma=0.), make(gamma=1.))
     for frames, sampler in ((2, "ancestral"), (1, "dpmpp")):
         close(make(frames), make(frames, sampler=sampler), 0)
@@ -423,28 +370,14 @@ def test_every_use_of_noise_has_its_own_stream():
             for i in (0, 1)]
     drawn = torch.stack([base.initial_noise((1, 64), *use)[0] for use in uses])
     assert (drawn.corrcoef() - torch.eye(len(uses))).abs().max() < .6
-    close(base.initial_noise((3, 8), 5, "base", 2)[2], base.initial_noise((1, 8), 7, "base", 2)[0], 0)
+    third, alone = (base.initial_noise((n, 8), seed, "base", 2) for n, seed in ((3, 5), (1, 7)))
+    assert torch.equal(third[2], alone[0])
 
 
 # ------------------------------------------------------------------------------------------------
 # text.py, and vae.py's autoencoder
 
-def test_text_is_causal_and_every_word_of_the_world_is_one_token():
-    model, tokenizer, facts = text.load()
-    short, long = text.encode(model, tokenizer, ["a red star", "a red star moving left"])["tokens"]
-    close(short[:4], long[:4])
-    assert differ(short[4], long[4])
-    tables = train.COLOURS, train.SHAPES, train.MOTIONS, train.GROUNDS
-    words = {word for table in tables for phrase in table for word in phrase.split()}
-    tokenizer = text.build_tokenizer(*text.learn_tokenizer([" ".join(words)]))
-    ids, start = text.tokenize(tokenizer, [*words, ""], 4), tokenizer.get_vocab_size() - 2
-    assert (ids[:, 0] == start).all() and (ids[:-1, 2:] > start).all() and ids[-1, 1] > start
-    assert len(ids[:-1, 1].unique()) == len(words) and words <= set(facts["words"])
-
-
 def test_long_prompts_and_unknown_words_are_named(tmp_path, capsys):
-    text.warn_unknown(["a horse"], [])  # of Stable Diffusion's words nothing is known
-    assert not capsys.readouterr().err
     text.main(["a red Elephant", "", "star " * 15, "日本 🙂", "-o", str(tmp_path / "t.pt")])
     messages, emb = capsys.readouterr().err, base.load_clip(tmp_path / "t.pt", "text")["text"]
     assert "on: elephant, 日本\n" in messages and "only the first 14" in messages
@@ -479,39 +412,28 @@ def test_language_loss_is_of_next_tokens_and_of_all_words_from_the_last():
 
 
 def test_autoencoder_loss_is_weighted_reconstruction_plus_kl():
-    x, other, mean, std, noise = (randn(2, n, 8, 8, seed=i) for i, n in enumerate((3, 3, 4, 4, 4)))
+    x, made, mean, std, noise = (randn(2, n, 8, 8, seed=i) for i, n in enumerate((3, 3, 4, 4, 4)))
     posterior, prior = torch.distributions.Normal(mean, std.exp()), torch.distributions.Normal(0, 1)
     kl = torch.distributions.kl_divergence(posterior, prior).mean((1, 2, 3))
-    for made in (x, other):
-        def decode(z):
-            close(z, mean + std.exp() * noise)
-            return made
-        stub = Namespace(encode=lambda pixels: (mean, 2 * std), decode=decode)
-        distance, error = (x - x.mean((2, 3), True)).abs().mean(1, True), (made - x).abs()
-        reconstruction = ((1 + 50 * distance ** 2) * (error + error ** 2)).mean((1, 2, 3))
-        losses = vae.loss(stub, {"pixels": x, "noise": noise})
-        close(losses, reconstruction + 1e-4 * kl, 1e-6)
+
+    def decode(z):
+        close(z, mean + std.exp() * noise)
+        return made
+    stub = Namespace(encode=lambda pixels: (mean, 2 * std), decode=decode)
+    distance, error = (x - x.mean((2, 3), True)).abs().mean(1, True), (made - x).abs()
+    reconstruction = ((1 + 50 * distance ** 2) * (error + error ** 2)).mean((1, 2, 3))
+    close(vae.loss(stub, {"pixels": x, "noise": noise}), reconstruction + 1e-4 * kl, 1e-6)
 
 
 def test_latents_of_the_world_have_unit_variance():
     rngs = [np.random.default_rng(i) for i in range(96)]
     frames = torch.stack([train.render(train.draw_scene(rng, "any"), [1.]) for rng in rngs])
-    assert abs(vae.encode_video(vae.load()[0], frames).std() - 1) < .05
+    assert abs(vae.encode_video(vae.load()[0], frames).square().mean() - 1) < .05
 
 
 def test_all_256_values_survive_the_round_trip():
     values = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(vae.to_uint8(1.001 * vae.to_float(values)), values)
-
-
-def test_coding_in_chunks_is_coding_whole(monkeypatch):
-    model, z = vae.load()[0], randn(2, 3, 4, 6, 8)
-    pixels = vae.decode_video(model, z)
-    codes = vae.encode_video(model, pixels)
-    monkeypatch.setattr(vae, "CHUNK", 2 * 48 * 64)
-    close(vae.decode_video(model, z).float(), pixels.float(), 1.)
-    close(vae.encode_video(model, pixels), codes)
-    assert pixels.shape == (2, 3, 3, 48, 64) and codes.shape == z.shape
 
 
 # ------------------------------------------------------------------------------------------------
@@ -536,9 +458,10 @@ def test_video_files_keep_frames_and_fps(tmp_path, suffix, fps, W):
     assert (read[..., :W].float() - video.float()).abs().mean() < 1.5  # mirrored it is off by 10
 
 
-@cases("delays, frames, fps", [([60, 70, 70] * 2, 6, 15.), ([100, 300], 4, 10.), ([10, 10], 2, 10.)])
+@cases("delays, frames, fps", [([60, 70, 70] * 2, 6, 15.), ([10, 10], 2, 10.),
+                               ([50] * 8 + [400, 400], 24, 20.)])
 def test_uneven_gifs_keep_their_time(tmp_path, delays, frames, fps):
-    first, *others = (Image.fromarray(f.permute(1, 2, 0).numpy()) for f in bars(len(delays)))
+    first, *others = (Image.fromarray(f.permute(1, 2, 0).numpy()) for f in bars(len(delays), W=80))
     first.save(tmp_path / "a.gif", save_all=True, append_images=others, duration=delays)
     read, rate = vae.read_video(tmp_path / "a.gif")
     assert len(read) == frames and rate == pytest.approx(fps, abs=.01)
@@ -546,7 +469,7 @@ def test_uneven_gifs_keep_their_time(tmp_path, delays, frames, fps):
 
 def test_images_are_upright_and_on_black(tmp_path):
     pixels, exif = np.full((8, 4, 4), 200, np.uint8), Image.Exif()
-    pixels[:4, :2, 3], pixels[:4, 2:, 3], pixels[4:, :, 3] = 0, 51, 255  # hidden, a fifth, whole
+    pixels[:4, :2, 3], pixels[:4, 2:, 3], pixels[4:, :, 3] = 0, 51, 255
     exif[0x0112] = 6  # orientation: the left edge is the top
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     expected = torch.full((8, 4), 200)
@@ -555,117 +478,37 @@ def test_images_are_upright_and_on_black(tmp_path):
     assert torch.equal(read[0], expected.rot90(-1).expand(3, 4, 8).byte())
 
 
-def test_contact_sheets(tmp_path):
-    videos = torch.stack([bars(5, 7, 9), bars(5, 7, 9).flip(3)])
-    sheet = vae.contact_sheet(videos, columns=3)
-    assert sheet.shape == (3, 4 * 7, 3 * 9) and not sheet[:, 7:14, 18:].any()
-    assert torch.equal(sheet[:, 7:14, 9:18], videos[0, 4])
-    assert torch.equal(sheet[:, 14:21, :9], videos[1, 0])
-    read, _ = vae.read_video(*vae.write_videos(tmp_path / "a.png", videos, 4.))
-    assert torch.equal(read[0], vae.contact_sheet(videos))
-
-
-def write_clip(path, frames, codec="ffv1", pixels="bgr0", rate=10, times=None, options=None, **tags):
-    """Write uint8 frames (T, H, W, 3) at a rate, or at times in ms."""
-    times = times or [1000 * i // rate for i in range(len(frames))]
-    with vae.av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, rate, options or {})
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
-        stream.codec_context.time_base = vae.Fraction(1, 1000)
-        for tag in tags:
-            setattr(stream.codec_context, tag, tags[tag])
-        for image, ms in zip(frames, times):
-            frame = vae.av.VideoFrame.from_ndarray(image)
-            frame.pts, frame.time_base = ms, vae.Fraction(1, 1000)
-            frame.colorspace = tags.get("colorspace", 2)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
-
-
-def flat(values, size=(32, 48)):
-    """Frames (T, H, W, 3) of one grey, or of one colour, each."""
-    values = np.array(values, np.uint8).reshape(len(values), 1, 1, -1)
-    return np.ascontiguousarray(np.broadcast_to(values, (len(values), *size, 3)))
-
-
-def test_frame_times_make_a_constant_rate(tmp_path):
-    times = [*range(0, 400, 50), 400, 800, 1200]  # 20 frames a second, then 2.5
-    write_clip(tmp_path / "phone.mkv", flat(range(0, 220, 20)), times=times, rate=9)
-    video, fps = vae.read_video(tmp_path / "phone.mkv")
-    shown = [20 * sum(t <= 50 * i for t in times) - 20 for i in range(24)]
-    assert abs(fps - 20) < .01 and video[:24, 0, 0, 0].tolist() == shown
-    times = [1000 * i // 7 for i in range(14)]
-    write_clip(tmp_path / "live.webm", flat(range(14)), "libvpx", "yuv420p", 30, times)
-    video, fps = vae.read_video(tmp_path / "live.webm")
-    assert abs(fps - 7) < .05 and len(video) == 14
-
-
-def test_frames_and_rate_are_of_the_default_track(tmp_path):
-    with vae.av.open(str(tmp_path / "two.mkv"), "w") as file:
-        tracks = [file.add_stream("ffv1", rate) for rate in (10, 20)]
-        for i, track in enumerate(tracks):
-            track.width, track.height, track.pix_fmt, track.disposition = 48, 32, "bgr0", i
-        for track, grey in zip(tracks, (100, 200)):
-            for frame in [*map(vae.av.VideoFrame.from_ndarray, flat([grey] * 8)), None]:
-                file.mux(track.encode(frame))
-    video, fps = vae.read_video(tmp_path / "two.mkv")
-    assert round(fps) == 20 and video[0, 0, 0, 0] == 200 and len(video) == 8
-
-
-@cases("name, how, shown", [
-    ("pq.mkv", {"pixels": "yuv444p10le", "colorspace": 9, "color_primaries": 9, "color_trc": 16},
-     flat([252] * 2)),  # 148 is white, at 203 nits
-    ("wide.mp4", {"codec": "libx264", "pixels": "yuv420p", "sample_aspect_ratio": vae.Fraction(2)},
-     flat([148] * 2, (32, 96)))])
-def test_white_is_white_and_pixels_are_square(tmp_path, name, how, shown):
-    write_clip(tmp_path / name, flat([148] * 2), **how)
-    read = vae.read_video(tmp_path / name)[0].permute(0, 2, 3, 1).numpy()
-    assert read.shape == shown.shape and abs(read[:, 16].astype(int) - shown[:, 16]).max() <= 4
-    assert next(vae.read_frames(tmp_path / name, 16))[0].shape == (3, 16, 16)
-
-
-def test_fields_are_taken_apart(tmp_path):
-    bar = np.zeros((8, 64, 64, 3), np.uint8)  # it moves from field to field
-    for field in range(16):
-        bar[field // 2, field % 2::2, 3 * field:3 * field + 12] = 255
-    options = {"flags": "+ildct+ilme", "x264-params": "tff=1", "crf": "1"}
-    write_clip(tmp_path / "tv.mp4", bar, "libx264", "yuv422p", options=options)
-    combs = [video.float().diff(dim=1)[2:6].abs().mean() for video in (
-        vae.read_video(tmp_path / "tv.mp4")[0][:, 0], torch.from_numpy(bar)[..., 0])]
-    assert combs[0] < .3 * combs[1]
-
-
 def test_an_mp4_is_tagged_and_read_as_bt709(tmp_path):
-    colours = flat([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (250, 140, 30)])
-    vae.write_video(tmp_path / "a.mp4", torch.from_numpy(colours).permute(0, 3, 1, 2), 8.)
-    ours = vae.read_video(tmp_path / "a.mp4")[0].permute(0, 2, 3, 1).numpy()
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (250, 140, 30)]
+    video = torch.tensor(colours).byte().view(5, 3, 1, 1).expand(5, 3, 32, 48)
+    vae.write_video(tmp_path / "a.mp4", video, 8.)
+    assert (vae.read_video(tmp_path / "a.mp4")[0].int() - video).abs().max() <= 3
     with vae.av.open(str(tmp_path / "a.mp4")) as file:
-        frames = list(file.decode(video=0))
-    seen = np.stack([frame.to_ndarray(format="rgb24", src_colorspace="ITU709") for frame in frames])
-    for read in (ours, seen):  # `seen` by a player
-        assert abs(read.astype(int) - colours).max() <= 3
-    tags = frames[0].colorspace, frames[0].color_primaries, frames[0].color_trc, frames[0].color_range
-    assert tags == (1,) * 4
+        frame = next(file.decode(video=0))
+    assert frame.colorspace == frame.color_primaries == frame.color_trc == frame.color_range == 1
+    red = frame.to_ndarray(format="rgb24", src_colorspace="ITU709")  # by a player
+    assert abs(red.astype(int) - colours[0]).max() <= 3
 
 
-@cases("table, rows", [
-    ("captions.csv", "file,caption\n./a.gif,a dog\nB.GIF ,b\nsub\\c.gif,c\ncafe\u0301.gif,d\n"),
-    ("metadata.jsonl", '{"file_name": "a.gif", "text": "a dog"}\n{"file_name": "b.gif", "text": "b"}\n'
-     '{"file_name": "sub/c.gif", "text": "c"}\n{"file_name": "caf\u00e9.gif", "text": "d"}')])
-def test_captions_find_their_clips(tmp_path, table, rows):
+@cases("table", ["captions.csv", "metadata.jsonl"])
+def test_captions_find_their_clips(tmp_path, table):
+    rows = {"./a.gif": "a dog", "B.GIF ": "b", "sub\\c.gif": "c", "cafe\u0301.gif": "d"}
+    lines = [json.dumps({"file_name": file, "text": words}) for file, words in rows.items()]
+    if table == "captions.csv":
+        lines = ["file,caption", *map(",".join, rows.items())]
+    (tmp_path / table).write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "sub").mkdir()
     for name in ("a.gif", "b.gif", "sub/c.gif", "caf\u00e9.gif"):
         vae.write_video(tmp_path / name, bars(4, 32, 32), 10.)
-    (tmp_path / table).write_text(rows, encoding="utf-8")
-    words = [words for _, (words,), _ in train.folder_clips(tmp_path, 4, 16)]
-    assert sorted(words) == ["a dog", "b", "c", "d"]
+    read = [words for item in train.folder_clips(tmp_path, 4, 16) for words in item["captions"]]
+    assert sorted(read) == list(rows.values())
 
 
 @cases("table, rows, message", [
-    ("metadata.csv", b"file_name,text\na.gif,a dog, running\n", "line 2.*too many fields"),
-    ("captions.csv", b'file,caption\na.gif,"a dog\n', "line 1 or the next"),
-    ("captions.csv", b"file,caption\nx.gif,b\n", "1 rows find no file"),
-    ("a.txt", "sch\u00f6n".encode("cp1252"), "a.txt is not written in UTF-8")])
+    ("metadata.csv", b"file_name,text\na.gif,a dog, running\n", "too many fields"),
+    ("captions.csv", b'file,caption\na.gif,"a dog\n', "unexpected end"),
+    ("captions.csv", b"file,caption\nx.gif,b\n", "other files"),
+    ("a.txt", "sch\u00f6n".encode("cp1252"), "a.txt.*utf-8")])
 def test_captions_that_help_no_clip_are_refused(tmp_path, table, rows, message):
     (tmp_path / "a.gif").touch()
     (tmp_path / table).write_bytes(rows)
@@ -688,7 +531,7 @@ def fill(latents, skip=1, before=0, after=0, first=0, seed=0):
 
 @pytest.fixture
 def windows(monkeypatch):
-    """What each window is shown: (x, known, noise). The n-th is filled with 100 + n."""
+    """What each window is shown: x, known, noise. The n-th is filled with 100 + n."""
     shown = []
 
     def record(unet, diffusion, x, known, noise, *rest, **sampling):
@@ -748,7 +591,7 @@ def test_a_clip_is_continued_away_from_what_is_known(windows, before, after, mad
     assert fill(torch.zeros(2, 16, 4, 2, 2), 1, before, after)[1][0, :, 0, 0, 0].tolist() == made_by
 
 
-@cases("skip", [2, 3, 5, 6, 7, 9, 15])
+@cases("skip", [2, 3, 5, 6])
 def test_no_frame_between_keyframes_is_made_in_sight_of_only_one(skip, monkeypatch):
     def sides(unet, diffusion, x, known, *rest, **how):  # how many have a known frame
         count = (known.cumsum(1) > 0).float() + (known.flip(1).cumsum(1).flip(1) > 0)
@@ -769,8 +612,8 @@ def test_a_window_hears_its_prompt_and_its_known_frames_are_noised():
         assert context is emb["tokens"] and rate is fps
         assert torch.equal(cond, interpolate.condition(x, known))
     t = base.sampling_timesteps(8)
-    guided = guided_steps(model, t, lambda: inpaint(guidance=4., steps=8))
-    assert guided == [n for n in t if 500 <= n < 843]
+    guided = guided_steps(model, lambda: inpaint(guidance=4., steps=8))
+    assert guided == (t, [n for n in t if 500 <= n < 843])
 
 
 def test_training_masks_hide_and_show_something():
@@ -778,9 +621,9 @@ def test_training_masks_hide_and_show_something():
     assert masks.any(1).all() and not masks.all(1).any()
     regular = {tuple((torch.arange(16) % k == p).tolist()) for k in range(2, 7) for p in range(k)}
     assert regular <= set(map(tuple, masks.tolist()))
-    count, start, end = masks.sum(1), masks[:, 0], masks[:, -1]
-    assert 75 < (start & (count == 1)).sum() < 150  # 20 %, and chance
-    assert 10 < (start & end & (count == 2)).sum() < 50  # 5 %
+    known, start, end = masks.sum(1), masks[:, 0], masks[:, -1]
+    assert 75 < (start & (known == 1)).sum() < 150  # 20 %, and chance
+    assert 10 < (start & end & (known == 2)).sum() < 50  # 5 %
     assert (masks[:, :11].all(1)).sum() > 10 < (masks[:, 11:].all(1) & ~start).sum()  # runs
 
 
@@ -811,7 +654,7 @@ def test_tsr_doubles_the_rate_and_its_share_of_one_is_the_frame_after():
 # superres.py
 
 def small_network(name: str):
-    """A small random network of a stage, the stage, and a prompt if it hears one."""
+    """A small random network, its stage, and a prompt if it hears one."""
     stage = NETWORKS[name]
     config = replace(stage.unet, channels=(8, 8, 8), groups=4,
                      context_dim=stage.unet.context_dim and 8)
@@ -821,12 +664,11 @@ def small_network(name: str):
 
 
 def noise_clip(name: str, frames: int, H: int = 8, W: int = 8):
-    """A clip as the stage wants it: at twice the rate for TSR."""
     video = (128 + 40 * randn(frames, 3, H, W)).clamp(0, 255).byte()
     return interpolate.double(video[::2]) if name in interpolate.TSR else video
 
 
-def upscale(name: str, clip, steps: int = 1, pixels: int = 2 ** 30, seed: int = 0, guidance=1., **how):
+def upscale(name: str, clip, steps=1, pixels=2 ** 30, seed=0, guidance=1., **how):
     unet, stage, prompt = small_network(name)
     stage = replace(stage, chunk_pixels=pixels, steps=steps, **how)
     return superres.upscale(unet, X, stage, clip, 24., seed, **prompt, guidance=guidance).int()
@@ -839,9 +681,9 @@ def test_condition_is_enlarged_and_blurred_by_its_level():
     for profile in (made.sum(0), made.sum(1)):  # a Gaussian that keeps light
         assert profile.sum().item() == pytest.approx(1)
         assert (profile * x ** 2).sum().item() == pytest.approx(4, rel=.05)
-    small = 1 + randn(3, 2, 3, 8, 8)
-    plain = F.interpolate(small.flatten(0, 1), scale_factor=4, mode="bilinear").unflatten(0, (3, 2))
-    blurred, made = superres.blur(plain, 3.), superres.enlarge(small, 4, torch.tensor([0, .25, 1]))
+    small = randn(3, 2, 3, 8, 8)
+    plain = F.interpolate(small.flatten(0, 1), scale_factor=4, mode="bilinear").view(3, 2, 3, 32, 32)
+    made, blurred = superres.enlarge(small, 4, torch.tensor([0, .25, 1])), superres.blur(plain, 3.)
     close(made, torch.stack([plain[0], .75 * plain[1] + .25 * blurred[1], blurred[2]]), 1e-6)
 
 
@@ -849,11 +691,10 @@ def test_condition_is_enlarged_and_blurred_by_its_level():
     ("low", 1 / 8, .3), ("high", 1 / 6, .3), ("ssr-128", 1 / 4, .2), ("tsr-32", 1., 0.)])
 def test_training_and_sampling_tell_a_network_the_same(name, shift, sampling_level):
     unet, stage, prompt = small_network(name)
-    clip, losses = noise_clip(name, 2), []
+    stage, clip = replace(stage, steps=4), noise_clip(name, 2)
     small = vae.to_float(clip)[None] if stage.halo else vae.to_float(clip)[:, None]
-    stage = replace(stage, steps=4)
     calls = calls_of(unet, lambda: superres.upscale(unet, X, stage, clip, 24., **prompt))
-    assert [int(call[1][0]) for call in calls] == base.sampling_timesteps(4, shift)
+    assert [int(t[0]) for _, t, *_ in calls] == base.sampling_timesteps(4, shift)
     for _, _, context, fps, level, cond in calls:
         assert (fps == 24).all() and (level == torch.tensor(sampling_level)).all()
         assert context is prompt.get("context")
@@ -861,19 +702,15 @@ def test_training_and_sampling_tell_a_network_the_same(name, shift, sampling_lev
     x = randn(2, 2, 3, 8 * stage.scale, 8 * stage.scale)
     batch = base_batch() | {"pixels": x, "noise": randn(*x.shape, seed=1),
                             "level": torch.tensor([.5, .9]), "small": randn(2, 2, *clip.shape[1:])}
-    (z, t, context, fps, level, cond), = calls_of(
-        unet, lambda: losses.append(superres.loss(unet, X, batch, stage)))
-    assert torch.equal(cond, superres.enlarge(batch["small"], stage.scale, batch["level"]))
-    assert torch.equal(z, X.add_noise(x, batch["noise"], t))
-    told = {"t": t, "context": context, "fps": fps, "level": level}
-    assert all(told[key] is batch[key] for key in told)
+    z, told = X.add_noise(x, batch["noise"], batch["t"]), ("t", "context", "fps", "level")
+    told = {key: batch[key] for key in told}
+    cond = superres.enlarge(batch["small"], stage.scale, batch["level"])
     out = unet(z, cond=cond, **told)
     if name != "tsr-32":
-        close(losses[0], (cond + out - x).pow(2).mean((1, 2, 3, 4)))
-    for key in told:  # what reaches the output?
-        change = told | {key: told[key].flip(0)}
+        close(superres.loss(unet, X, batch, stage), (cond + out - x).pow(2).mean((1, 2, 3, 4)))
+    for key, value in told.items():  # what reaches the output?
         heard = {"context": bool(prompt), "t": True}.get(key, key in stage.unet.embeddings)
-        assert torch.allclose(unet(z, cond=cond, **change), out, atol=1e-4) != heard, key
+        assert differ(unet(z, cond=cond, **told | {key: value.flip(0)}), out) == heard, key
 
 
 def test_a_guided_clip_is_one_chunk_and_thresholded(monkeypatch):
@@ -895,41 +732,39 @@ def test_shared_noise_keeps_a_static_clip_static_and_seeds_differ():
 
 @cases("name", ["low", "high", "ssr-128", "tsr-128", "ssr-768"])
 def test_upscaling_in_chunks_is_upscaling_whole(name):
-    unet, stage, prompt = small_network(name)
-    clip, H, W = noise_clip(name, 50, 9, 11), 9 * stage.scale, 11 * stage.scale  # padded and cropped
+    stage = NETWORKS[name]
+    clip, H, W = noise_clip(name, 50, 9, 11), 9 * stage.scale, 11 * stage.scale  # padded, cropped
     for steps, chunk in ((2, 7), (1, 23)):  # 2 steps: the halo, 44, is the smallest chunk
         whole, parts = (upscale(name, clip, steps, n * H * W) for n in (50, chunk))
         assert (whole - parts).abs().max() <= 1 and whole.shape == (50, 3, H, W)
-    x, one = randn(1, 50, unet.config.in_channels, 8, 8).requires_grad_(), torch.ones(1)
-    unet(x, one, prompt.get("context"), one, one)[0, 25].sum().backward()
-    reach = (x.grad[0].abs().sum((1, 2, 3)).nonzero() - 25).abs().max()
-    assert 8 * (stage.halo > 0) <= reach <= stage.halo
+
+
+@cases("name", ["low", "high", "ssr-128", "tsr-128", "ssr-768"])
+def test_how_far_a_network_sees(name):
+    stage, context, one = NETWORKS[name], randn(1, 2, 128), torch.ones(1)
+    unet = randomize(UNet(stage.unet))
+
+    def reach(T, H, W, at):
+        """The farthest frame and column that change frame `at`, column 0 of the output."""
+        x = randn(1, T, stage.unet.in_channels, H, W).requires_grad_()
+        unet(x, one, context, one, one)[0, at, :, 0, 0].sum().backward()
+        _, frames, _, _, columns = x.grad.nonzero().unbind(1)
+        return (frames - at).abs().max(), columns.max()
+    assert 8 * (stage.halo > 0) <= reach(50, 8, 8, 25)[0] <= stage.halo
+    if not any(stage.unet.attention):  # local, so trained on windows
+        assert 8 < reach(1, 16, 768, 0)[1] < 384
 
 
 def test_a_student_starts_where_its_teacher_is():
-    teacher, stage, _ = small_network("high")
-    unet, x = copy.deepcopy(teacher), randn(2, 1, 3, 24, 24)
+    (unet, stage, _), (teacher, *_) = small_network("high"), small_network("high")
+    x, path = randn(2, 1, 3, 24, 24), torch.tensor([[999, 300], [120, -1]])  # of one step each
     batch = {"pixels": x, "noise": randn(*x.shape, seed=1), "small": randn(2, 1, 3, 8, 8),
-             "level": torch.tensor([.5, .75]), "fps": torch.ones(2)}
-
-    def loss(path):
-        steps = {"t": path[:, 0], "path": path}
-        return superres.distillation_loss(unet, teacher, X, batch | steps, stage)
-    assert loss(torch.tensor([[999, 300], [120, -1]])).max() < 1e-6  # of one step each
-    loss(base.teacher_paths(16, 4, stage.shift)[[0, 2]]).sum().backward()
-    assert unet.conv_out.weight.grad.any() and teacher.conv_out.weight.grad is None
-
-
-@cases("which", ["low", "high", "tsr-128", "ssr-768"])
-def test_networks_without_attention_are_local(which):
-    model = randomize(UNet(NETWORKS[which].unet))
-    x, cond = randn(1, 1, 3, 32, 768), randn(1, 1, model.config.in_channels - 3, 32, 768, seed=1)
-    context = randn(1, 2, model.config.context_dim) if model.config.context_dim else None
-    changed = torch.cat([x[..., :32] + 9, x[..., 32:]], -1)
-    with torch.no_grad():
-        whole, far = (model(z, torch.tensor([500]), context, level=torch.zeros(1), cond=cond)
-                      for z in (x, changed))
-    assert torch.equal(far[..., 384:], whole[..., 384:]) and differ(far[..., :32], whole[..., :32])
+             "level": torch.tensor([.5, .75]), "fps": torch.ones(2), "path": path}
+    loss = superres.distillation_loss(unet, teacher, X, batch, stage)
+    loss.sum().backward()
+    assert loss.max() < 1e-6 and teacher.conv_out.weight.grad is None
+    batch["pixels"] = torch.ones_like(x)  # without texture the truth teaches
+    assert superres.distillation_loss(unet, teacher, X, batch, stage).min() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -937,7 +772,7 @@ def test_networks_without_attention_are_local(which):
 
 @pytest.fixture(scope="session")
 def stable(tmp_path_factory):
-    """A small random Stable Diffusion 1.x folder, and its models in diffusers and transformers."""
+    """A small random Stable Diffusion 1.x folder, and the models that wrote it."""
     diffusers, transformers = map(pytest.importorskip, ("diffusers", "transformers"))
     folder = tmp_path_factory.mktemp("sd")
     vocab, merges = text.learn_tokenizer(["a horse on the moon"])
@@ -954,24 +789,23 @@ def stable(tmp_path_factory):
         num_attention_heads=4, max_position_embeddings=24, eos_token_id=len(vocab) - 1))
     for part, model in models.items():
         model.eval().save_pretrained(folder / part)
-    files = folder / "tokenizer/vocab.json", folder / "tokenizer/merges.txt"
-    files[0].parent.mkdir()
-    files[0].write_text(json.dumps(vocab))
-    files[1].write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
-    tokenizer = transformers.CLIPTokenizer(*map(str, files))
-    return Namespace(folder=folder, tokenizer=tokenizer, **models)
+    (folder / "tokenizer").mkdir()
+    files = [str(folder / "tokenizer" / name) for name in ("vocab.json", "merges.txt")]
+    Path(files[0]).write_text(json.dumps(vocab))
+    Path(files[1]).write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
+    return Namespace(folder=folder, tokenizer=transformers.CLIPTokenizer(*files), **models)
 
 
 def test_stable_diffusion_gives_the_same_numbers(stable):
     ours, diffusion, _ = base.load(stable.folder)
     assert (diffusion.schedule, diffusion.target) == ("scaled_linear", "epsilon")
     (x, t, context, fps), pixels = inputs(dim=32), randn(2, 3, 32, 32)
-    ids = torch.arange(48).view(2, 24)
     frames = [stable.unet(frame, t, context).sample for frame in x.unbind(1)]
     close(ours(x, t, context, fps), torch.stack(frames, dim=1))
     autoencoder, theirs = vae.load(stable.folder)[0], stable.vae.encode(pixels).latent_dist
     close(autoencoder.encode(pixels), (theirs.mean, theirs.logvar))
     close(autoencoder.decode(theirs.mean), stable.vae.decode(theirs.mean).sample)
+    ids = torch.arange(48).view(2, 24)
     states = stable.text_encoder(ids).last_hidden_state
     close(text.load(stable.folder)[0].text_model(ids)[0], states)
 
@@ -979,8 +813,10 @@ def test_stable_diffusion_gives_the_same_numbers(stable):
 def test_stable_diffusion_parameter_counts():
     unet = UNetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False),
                       heads=8, context_dim=768, groups=32)
+    clip = text.CLIPConfig(49408, context=77, width=768, layers=12, heads=12)
     with torch.device("meta"):
-        models = UNet(unet), vae.AutoencoderKL(vae.SD15), text.CLIP(text.SD15).text_model
+        autoencoder = vae.AutoencoderKL(vae.VAEConfig((128, 256, 512, 512), layers=2, groups=32))
+        models = UNet(unet), autoencoder, text.CLIP(clip).text_model
     counts = [sum(p.numel() for n, p in model.named_parameters() if is_old(n)) for model in models]
     assert counts == [859_520_964, 83_653_863, 123_060_480]
 
@@ -988,21 +824,24 @@ def test_stable_diffusion_parameter_counts():
 @cases("sampler, scheduler, how", [
     ("ddim", "DDIMScheduler", {"clip_sample": False}),
     ("dpmpp", "DPMSolverMultistepScheduler", {"final_sigmas_type": "zero"})])
-def test_samplers_equal_those_of_diffusers(stable, sampler, scheduler, how):
-    import diffusers
-    scheduler = getattr(diffusers, scheduler)(beta_start=.00085, beta_end=.012, timestep_spacing="trailing",
-                                              beta_schedule="scaled_linear", **how)
+@cases("target, name", [("epsilon", "epsilon"), ("v", "v_prediction")])
+def test_samplers_equal_those_of_diffusers(sampler, scheduler, how, target, name):
+    scheduler = getattr(pytest.importorskip("diffusers"), scheduler)(
+        beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", prediction_type=name,
+        timestep_spacing="trailing", **how)
     scheduler.set_timesteps(20)
-    context, z = randn(1, 6, 32), randn(1, 4, 8, 8)
-    made = Diffusion("scaled_linear", "epsilon").sample(
-        lambda z, t: stable.unet(z, t, context).sample, z, 20, sampler)
+    z = randn(1, 4, 8, 8)
+
+    def predict(z, t):
+        return (3 * z + t / 1000).sin()
+    made = Diffusion("scaled_linear", target).sample(predict, z, 20, sampler)
     for t in scheduler.timesteps:
-        z = scheduler.step(stable.unet(z, t, context).sample.detach(), t, z).prev_sample
+        z = scheduler.step(predict(z, t), t, z).prev_sample
     close(made, z, 1e-3)
 
 
 def test_token_ids_equal_those_of_clip(stable):
-    parts = ["HORSE", "moon's", "don't", "café", "3.14", "!?", "  ", "\t\n", "日本語", "🦄", "ﬁ",
+    parts = ["HORSE", "moon's", "café", "3.14", "!?", "  ", "\t\n", "日本語", "🦄", "ﬁ",
              "İstanbul", "e\u0301", "<|endoftext|>", "x_y", "\u00a0", "\u200b", ""]
     rng, ours = np.random.default_rng(0), text.load(stable.folder)[1]
     prompts = [" ".join(rng.choice(parts, rng.integers(1, 9))) for _ in range(300)]
@@ -1012,42 +851,15 @@ def test_token_ids_equal_those_of_clip(stable):
     assert torch.equal(*text.tokenize(ours, [unclean, "\"don't\" < é"], 24))
 
 
-@cases("settings, target", [({}, "epsilon"), ({"prediction_type": "v_prediction"}, "v"),
-                            ({"prediction_type": "sample"}, "sample")])
-def test_the_scheduler_of_a_folder_is_obeyed(stable, tmp_path, settings, target):
-    (tmp_path / "scheduler").mkdir()
-    (tmp_path / "unet").symlink_to(stable.folder / "unet")
-    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(settings))
-    assert base.load(tmp_path)[1].target == target
-
-
-@cases("form", [{"max_shard_size": "50KB"}, {"variant": "non_ema"},
-                {"variant": "fp16", "max_shard_size": "50KB"}])
-def test_shards_and_variants_are_read(stable, tmp_path, form):
-    stable.unet.save_pretrained(tmp_path / "unet", **form)
-    read, expected = (base.load_stable_diffusion(folder / "unet")["model"]
-                      for folder in (tmp_path, stable.folder))
-    close(read, expected, 0)
-
-
-def test_names_of_2022_are_read(stable, tmp_path):
-    shutil.copytree(stable.folder / "vae", tmp_path / "vae")
-    file, state = tmp_path / "vae/diffusion_pytorch_model.safetensors", {}
-    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    for name, tensor in base.load_file(file).items():
-        for new, old in old_names.items():
-            name = name.replace(f".{new}.", f".{old}.")
-        state[name] = tensor
-    torch.save(state, file.with_suffix(".bin"))
-    file.unlink()
-    close(*(dict(vae.load(folder)[0].state_dict()) for folder in (tmp_path, stable.folder)), 0)
-
-
-def test_a_unet_of_another_kind_is_refused(stable, files):
-    shutil.copytree(stable.folder / "unet", "lcm/unet")
-    state = stable.unet.state_dict() | {"time_embedding.cond_proj.weight": randn(16, 256)}
-    save_file(state, "lcm/unet/diffusion_pytorch_model.safetensors")
-    assert "LCM" in refusal(base.main, "text.pt", "--weights", "lcm")
+def test_shards_variants_and_names_of_2022_are_read(stable, tmp_path):
+    stable.vae.save_pretrained(tmp_path / "vae", variant="fp16", max_shard_size="50KB")
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for file in (tmp_path / "vae").glob("*.safetensors"):
+        state = base.load_file(file)
+        for new, old in names.items():
+            state = {name.replace(f".{new}.", f".{old}."): x for name, x in state.items()}
+        save_file(state, file)
+    close(*(vae.load(folder)[0].state_dict() for folder in (tmp_path, stable.folder)), 0)
 
 
 def test_stable_diffusion_from_prompt_to_picture(stable, tmp_path):
@@ -1089,55 +901,57 @@ def test_stage_files_are_refused_and_no_code_runs(files, content, message):
 
 @pytest.fixture
 def weights(files):
-    """Flags for weights whose base makes 16 x 16 pixels; what follows is small and random."""
+    """Flags for small random weights, whose base makes 16 x 16 pixels."""
     (files / "w").mkdir()
-    for name in ("text", "vae"):
-        (files / f"w/{name}.pt").symlink_to(WEIGHTS / f"{name}.pt")
+    for name in ("text.pt", "vae.pt"):
+        (files / "w" / name).symlink_to(WEIGHTS / name)
     made_by = base.load_pt(WEIGHTS / "base.pt")["made_by"] | {"side": 2}
     models = {s.checkpoint: replace(s.unet, channels=(8,) * 3, groups=4) for s in NETWORKS.values()}
-    for name, config in (("base", SMALL), ("interpolate", INTERPOLATOR)):
-        models[name] = replace(config, context_dim=128)
+    models["base"] = replace(SMALL, context_dim=128)
+    models["interpolate"] = replace(INTERPOLATOR, context_dim=128)
     for name, config in models.items():
-        target = {"target": "v" if name == "base" else "sample"}
-        base.save_checkpoint(f"w/{name}.pt", {"unet": asdict(config), "diffusion": target},
+        diffusion = {"target": "v" if name == "base" else "sample"}
+        base.save_checkpoint(f"w/{name}.pt", {"unet": asdict(config), "diffusion": diffusion},
                              randomize(UNet(config), scale=.05), **made_by | {"stage": name})
     return ["--weights", "w", "--device", "cpu"]
 
 
 @cases("cascade, shape, fps, commands", [
     ("make-a-video", (2, 6, 3, 192, 192), 20, [
-        (interpolate, "interpolate", "base.pt --skip 5"), (vae, "decode", "decode interpolate.pt"),
-        (superres, "low", "low decode.pt"), (superres, "high", "high low.pt")]),
+        "interpolate base.pt --skip 5 -o interpolate.pt", "vae decode interpolate.pt -o decode.pt",
+        "superres low decode.pt -o low.pt", "superres high low.pt -o high.pt"]),
     ("imagen-video", (2, 16, 3, 192, 192), 32, [
-        (vae, "decode", "decode base.pt"), (interpolate, "tsr-32", "decode.pt --double tsr-32"),
-        (superres, "ssr-128", "ssr-128 tsr-32.pt"), (superres, "ssr-256", "ssr-256 ssr-128.pt"),
-        (interpolate, "tsr-64", "ssr-256.pt --double tsr-128"),
-        (interpolate, "tsr-128", "tsr-64.pt --double tsr-128"),
-        (superres, "ssr-768", "ssr-768 tsr-128.pt")])])
+        "vae decode base.pt -o decode.pt", "interpolate --double tsr-32 decode.pt -o tsr-32.pt",
+        "superres ssr-128 tsr-32.pt -o ssr-128.pt", "superres ssr-256 ssr-128.pt -o ssr-256.pt",
+        "interpolate --double tsr-128 ssr-256.pt -o tsr-64.pt",
+        "interpolate --double tsr-128 tsr-64.pt -o tsr-128.pt",
+        "superres ssr-768 tsr-128.pt -o ssr-768.pt"])])
 def test_the_pipeline_by_hand_is_the_cascade(weights, capsys, cascade, shape, fps, commands):
-    prompts, commands = ["a Red star!", "ring"], [(base, "base", "text.pt --frames 2"), *commands]
-    sample.main([*prompts, "--frames", "2", "--cascade", cascade, "--seed", "3", "--keep", "kept",
-                 "--out", "made", *weights])
+    prompts, commands = ["a Red star!", "ring"], ["base text.pt --frames 2 -o base.pt", *commands]
+    flags = ["--frames", "2", "--cascade", cascade, "--out", "made", *weights]
+    sample.main([*prompts, *flags, "--seed", "3", "--keep", "kept"])
     size = f"{shape[1]} frames of 192 x 192 at {fps} fps\n"
     assert f"made/a-red-star.mp4: {size}made/ring.mp4: {size}" in capsys.readouterr().out
     text.main([*prompts, "-o", "text.pt", *weights])
-    for script, name, argv in commands:
-        seed = [] if script is vae else ["--seed", "3"]
-        script.main([*argv.split(), "-o", f"{name}.pt", *weights, *seed])
-        ours, theirs = (base.load_pt(f"{folder}/{name}.pt") for folder in (".", "kept"))
-        assert torch.equal(ours["data"], theirs["data"]) and ours["fps"] == theirs["fps"], name
+    for script, *argv in map(str.split, commands):
+        globals()[script].main(argv + weights + ["--seed", "3"] * (script != "vae"))
+        ours, theirs = (base.load_pt(f"{folder}/{argv[-1]}") for folder in (".", "kept"))
+        assert torch.equal(ours["data"], theirs["data"]) and ours["fps"] == theirs["fps"], argv
     assert (ours["data"].shape, ours["fps"], ours["prompts"]) == (shape, fps, prompts)
-    assert [line.split(".py")[0] for line in ours["history"]] == [
-        "text", *(script.__name__ for script, *_ in commands)]
+    scripts = ["text", *(command.split()[0] for command in commands)]
+    assert [line.split(".py")[0] for line in ours["history"]] == scripts
+    sample.main(["ring", *flags, "--seed", "4", "--keep", "kept"])  # whatever else is made
+    assert (base.load_pt(f"kept/{argv[-1]}")["data"][0].int() - ours["data"][1]).abs().max() <= 1
 
 
 @cases("main, argv, message", [
-    (base.main, "text.pt --frames 0", "--frames"), (base.main, "none.pt", "no such file"),
+    (base.main, "text.pt --frames 0", "--frames"), (base.main, "text.pt --fps 0", "0.0 frames per"),
     (base.main, "text.pt -o o.mp4", "extension"), (base.main, "alien.pt", "encoder alien"),
-    (base.main, "narrow.pt", "tokens 128 wide"), (base.main, "text.pt --fps 0", "0.0 frames per"),
-    (base.main, "text.pt --weights lfs.pt", "Git-LFS pointer"),
-    (base.main, "text.pt --weights runwayml/sd-v1-5", "nor a hub's name"),
-    (vae.main, "encode a.mp4 -o o.pt", "cannot be read"), (vae.main, "decode a.mp4 -o o.mp4", "is damaged"),
+    (base.main, "narrow.pt", "tokens 128 wide"),
+    (base.main, "text.pt --weights thin.pt", "without LCM or inpainting"),
+    (base.main, "text.pt --weights runwayml/sd-v1-5", "a local folder"),
+    (vae.main, "encode a.mp4 -o o.pt", "cannot be read"),
+    (vae.main, "decode a.mp4 -o o.mp4", "is damaged, foreign or a Git-LFS pointer"),
     (vae.main, "decode z.pt -o o.mp4 --weights no.pt", "python train.py vae"),
     (vae.main, "decode z.pt -o o.mp4 --weights text.pt", "not vae"),
     (interpolate.main, "z.pt --skip 16", "nothing to fill"),
@@ -1146,38 +960,23 @@ def test_the_pipeline_by_hand_is_the_cascade(weights, capsys, cascade, shape, fp
     (train.main, "all --batch 12 --accumulate 5", "vae: a batch of 12 does not split into 5")])
 def test_a_mistake_is_one_line_and_writes_nothing(files, monkeypatch, main, argv, message):
     monkeypatch.setattr(train, "train", pytest.fail)
-    words = base.load_pt("text.pt")
+    words, weights = base.load_pt("text.pt"), base.load_pt(WEIGHTS / "base.pt")
     base.save_pt("alien.pt", words | {"encoder": "alien"})
     base.save_pt("narrow.pt", words | {"text": text_emb(1)})
+    base.save_pt("thin.pt", weights | {"model": {}})
     Path("a.mp4").write_text("dear diary")
-    Path("lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
     before = sorted(files.iterdir())
     assert message in refusal(main, *argv.split()) and sorted(files.iterdir()) == before
 
 
-def test_imports_do_no_work_and_ask_no_network():
-    script = """import socket, sys; socket.socket.connect = socket.getaddrinfo = None
-import base, interpolate, superres, text, vae, sample; assert "torch._dynamo" not in sys.modules"""
-    subprocess.run([sys.executable, "-c", script], cwd=Path(base.__file__).parent, check=True)
-
-
-def test_every_video_of_a_clip_has_its_own_seed_and_prompt(weights):
-    def upscale(prompts, seed):
-        pixels = noise_clip("low", 3).expand(len(prompts), -1, -1, -1, -1)
-        clip = text.encode_clip(prompts) | {"data": pixels, "fps": 8.}
-        return superres.upscale_clip(clip, NETWORKS["ssr-128"], "w", seed=seed)["data"].int()
-    both, second, other = upscale(["a", "red"], 3), upscale(["red"], 4), upscale(["red"], 3)
-    assert (both[1] - second[0]).abs().max() <= 1 < (other - second).abs().max()
-
-
 def test_an_image_is_animated(weights):
     vae.write_videos("a.png", bars(1, 40, 60)[None], 1.)
-    sample.main(["star", "star", "--animate", "a.png", "--frames", "20", "--until", "base", "--keep", "kept",
-                 *weights])
+    sample.main("star star --animate a.png --frames 20 --until base --keep kept".split() + weights)
     small = F.interpolate(bars(1, 40, 60).float(), (16, 24), mode="bilinear", antialias=True)
-    first, clip = vae.encode_video(vae.load()[0], small.round().byte()[None])[0], base.load_pt("kept/base.pt")
-    assert clip["data"].shape == (2, 20, 4, 2, 3) and torch.equal(clip["data"][0, :1], first)
-    assert sorted(path.name for path in Path("out").iterdir()) == ["star-0.mp4", "star-1.mp4"]
+    first = vae.encode_video(vae.load()[0], small.round().byte()[None])
+    z = base.load_pt("kept/base.pt")["data"]
+    assert z.shape == (2, 20, 4, 2, 3) and torch.equal(z[:1, :1], first)
+    assert sorted(os.listdir("out")) == ["star-0.mp4", "star-1.mp4"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1204,14 +1003,16 @@ def test_held_out_triples_and_unseen_pairs():
 def test_what_video_stages_draw_and_when(monkeypatch):
     shown = []
     patch_all(monkeypatch, render=lambda *a: shown.append(a[1]) or torch.zeros(1))
-    _, lines, rates = zip(*train.world_clips("clips", 3000, 0, 64))
-    pairs = list(train.world_pairs(replace(train.PAIRS["tsr-128"], count=2000), 2, 6, 0))
-    lines, rates = sum(lines, [line for *_, line, _ in pairs]), torch.cat(rates)
+    items = list(train.world_clips("clips", 3000, 0, 64))
+    items += train.world_pairs(replace(train.PAIRS["tsr-128"], count=2000), 2, 6, 0)
+    lines = [line for item in items for line in item["captions"]]
+    rates = torch.cat([item["fps"] for item in items])
     seen = {f"a {' '.join(t)} {g}".strip() for t in train.TRIPLES["train"] for g in train.GROUNDS}
     assert len(lines) == 5000 and set(lines) <= seen == set(train.training_captions())
-    for fps, times in zip([*rates, *(fps for *_, fps in pairs)], shown):
+    for fps, times in zip(rates, shown[:3000] + shown[3000::2]):  # of a pair two are rendered
         assert np.allclose(np.diff(times), [1 / fps] * 15, atol=1e-5)
         assert times[0] >= 0 and times[-1] < 3.7501
+    rates = rates[:3000]
     assert abs((rates == 4).float().mean() - .5) < .03 and 29 < rates.max() <= 30
 
 
@@ -1258,18 +1059,34 @@ def test_folders_of_clips(tmp_path, capsys, monkeypatch):
     (tmp_path / "captions.csv").write_text("\ufefffile,caption\na.mp4,schön\n", "utf-8")
     (tmp_path / "b.txt").write_text("a thing\n")
     patch_all(monkeypatch, RUNS=tmp_path / "runs", SIDE=32)
-    groups = list(train.folder_clips(tmp_path, 16, 16))
+    items = train.folder_clips(tmp_path, 16, 16)
+    groups = [(item["pixels"], item["captions"], item["fps"]) for item in items]
     for skip, n in ((1, 4), (2, 2), (4, 1)):  # frames skipped, windows of a.mp4
-        clips = [clip[0].float() for clip, (line,), fps in groups if (line, fps) == ("schön", 20 / skip)]
-        assert len(clips) == n
-        for clip, shades in zip(clips, shade[::skip].view(n, 16)):  # of middle squares
-            assert (clip.mean((1, 2, 3)) - shades).abs().max() < 4
+        clips = [clip[0] for clip, (line,), fps in groups if (line, fps) == ("schön", 20 / skip)]
+        for clip, shades in zip(clips, shade[::skip].view(n, 16), strict=True):  # of middle squares
+            assert (clip.float().mean((1, 2, 3)) - shades).abs().max() < 4
     assert len(groups) == 8 and groups[-1][1:] == (["a thing"], torch.tensor([20.]))
     warnings = capsys.readouterr().err
-    assert f"skipped {tmp_path}/e.mp4" in warnings and "c.mp4 has no caption" in warnings
-    assert train.plan(tmp_path, ["vae", "base", "superres-high"]) == {"vae": 296, "base": 200}
-    with pytest.raises(UserError, match="no clip that superres-high"):
-        train.plan(tmp_path, ["superres-high"])
+    assert f"skipped 1 files: {tmp_path}/e.mp4" in warnings
+    assert "3 of 5 clips have no caption" in warnings
+    args = train.read_flags(["all", "--data", f"{tmp_path}", "--batch", "1"])
+    steps = train.plan(args, ["vae", "base", "superres-high"])
+    assert steps == {"vae": 1800, "base": 500}  # no clip is large enough for the third
+
+
+def test_pairs_agree_and_their_cache_follows_the_world(tmp_path, monkeypatch):
+    vae.write_video(tmp_path / "a.mp4", bars(6, 256, 256), 20.)
+    patch_all(monkeypatch, RUNS=tmp_path / "runs", world_id=train.world_id.__wrapped__)
+    pairs = replace(train.PAIRS["ssr-256"], frames=2, count=6, inner=24)
+    monkeypatch.setitem(train.PAIRS, "ssr-256", pairs)
+    monkeypatch.setattr(Args, "folder", tmp_path)
+    for red in ((230, 40, 40), (230, 40, 40), (0, 0, 255)):
+        monkeypatch.setitem(train.COLOURS, "red", red)
+        made = train.pairs(Args, "ssr-256")
+    assert len(list(tmp_path.rglob("ssr-256*.pt"))) == 2
+    assert made["pixels"].shape == (11, 2, 3, 48, 48)  # five windows of the folder's clip
+    small = F.avg_pool2d(made["pixels"].flatten(0, 1).float(), 2).view_as(made["small"])
+    assert (small - made["small"].float()).abs().mean((1, 2, 3, 4)).max() < 3.5
 
 
 class Args:  # what train.main hands to a stage
@@ -1277,35 +1094,11 @@ class Args:  # what train.main hands to a stage
     freeze, captions, init, teacher, distill = "none", "all", None, None, None
 
 
-def test_cache_follows_the_world_and_pairs_agree(tmp_path, monkeypatch):
-    patch_all(monkeypatch, RUNS=tmp_path, world_id=train.world_id.__wrapped__)
-    pairs = replace(train.PAIRS["ssr-256"], frames=2, count=6, inner=24)
-    monkeypatch.setitem(train.PAIRS, "ssr-256", pairs)
-    for red in ((230, 40, 40), (230, 40, 40), (0, 0, 255)):
-        monkeypatch.setitem(train.COLOURS, "red", red)
-        made = train.pairs(Args, "ssr-256")
-    assert len(list(tmp_path.rglob("*.pt"))) == 2
-    small = F.avg_pool2d(made["pixels"].flatten(0, 1).float(), 2).view_as(made["small"])
-    assert (small - made["small"].float()).abs().mean((1, 2, 3, 4)).max() < 3.5
-
-
-def test_pairs_of_a_folder_agree_and_keep_their_windows(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
-    vae.write_video(tmp_path / "a.mp4", bars(6, 40, 40), 20.)
-    p = replace(train.PAIRS["ssr-256"], frames=2, side=16, inner=8)
-    made = list(train.folder_pairs(tmp_path, p, 2, 0))
-    for small, window_of, *_ in made:
-        large = window_of((0, 0, 32))
-        assert (F.avg_pool2d(large.float(), 2) - small).abs().max() <= .5
-        assert torch.equal(window_of((4, 6, 16)), large[..., 6:22, 4:20])
-    assert differ(made[0][0].float(), made[1][0].float())  # the bar moves
-
-
 def numbered(n: int) -> dict:
     i = torch.arange(float(n))  # clip i is all i, at i fps, with i as caption and token
     return {"latents": i.view(n, 1, 1, 1, 1).expand(n, 2, 4, 2, 2), "rows": i.long().flip(0),
             "tokens": i.flip(0).view(n, 1, 1).expand(n, 6, 8), "null_tokens": -torch.ones(1, 6, 8),
-            "fps": i, "captions": [str(k) for k in range(n)], "facts": {}}
+            "fps": i, "captions": [str(k) for k in range(n)], "own": 0, "facts": {}}
 
 
 def test_a_sample_is_a_function_of_seed_step_and_number(monkeypatch):
@@ -1319,23 +1112,25 @@ def test_a_sample_is_a_function_of_seed_step_and_number(monkeypatch):
     clips, fps, heard = whole["latents"][:, 1, 1, 1, 1], whole["fps"], whole["context"][:, 0, 0]
     assert torch.equal(clips, fps) and (heard == fps)[heard >= 0].all() and len(fps.unique()) == 50
     assert abs((heard < 0).float().mean() - .1) < .03 and len(whole["noise"].unique(dim=0)) == 999
+    picks = train.draw(Args, 0, range(999), numbered(50) | {"own": 2})[1]  # --with-world
+    assert abs(sum(i < 2 for i in picks) - 500) < 60
 
 
 @cases("name, median", [("low", 79), ("ssr-128", 156), ("tsr-32", 500)])
 def test_batches_of_networks_between_pixels(name, median, monkeypatch):
     data, side, is_tsr = numbered(40), 4 * NETWORKS[name].scale, name == "tsr-32"
     clips = (data["fps"][:, None] + 50 * torch.arange(4)).byte().view(40, 4, 1, 1, 1)
-    small, large = clips.expand(40, 4, 3, 4, 4), clips.expand(40, 4, 3, side, side)
-    data |= {"small": small, "decoded": small + 1, "pixels": large}
+    small = clips.expand(40, 4, 3, 4, 4)
+    data |= {"small": small, "decoded": small + 1, "pixels": clips.expand(40, 4, 3, side, side)}
     patch_all(monkeypatch, pairs=lambda *a: data, add_tokens=lambda *a: data)
     batch_of = train.prepare_pixels(Args, name).batch_of
-    batch, fourth = batch_of(2, range(200)), batch_of(3, range(4))
+    batch = batch_of(2, range(200))
     item, given = (vae.to_uint8(batch[key])[..., 0, 0].int() for key in ("pixels", "small"))
     decoded = given[:, ::2, 0] - item[:, ::2, 0]  # of (N, T, C)
     assert torch.equal(decoded[:, 0], decoded[:, 1]) and abs(decoded.float().mean() - .5) < .1
     assert torch.equal(batch["fps"], item[:, 0, 0].float())
     assert abs((batch["t"] < median).sum() - 100) < 20
-    assert fourth["small"].shape[1] == (4 if is_tsr else 1)
+    assert batch_of(3, range(4))["small"].shape[1] == (4 if is_tsr else 1)
     assert not is_tsr or (given[:, 1, 3:] - given[:, 1, :3] == 100).all()
     shared = (batch["noise"][:, 0] == batch["noise"][:, 1]).flatten(1).all(1)
     assert shared.all() if name == "low" else not shared.any()
@@ -1347,9 +1142,9 @@ def steep(model, batch):
 
 @pytest.fixture
 def two_run(tmp_path, monkeypatch):
-    """Trains two numbers, one of them of a new layer; returns the checkpoint."""
+    """Trains two numbers, one of a new layer; returns the checkpoint."""
     patch_all(monkeypatch, RUNS=tmp_path, SAVE_MINUTES=0,
-              origin_of=lambda *args: {"files": time.time()})
+              data_id=lambda args: 0, is_current=lambda *args: False)
     monkeypatch.chdir(tmp_path)
 
     def batch_of(step, samples):
@@ -1380,20 +1175,20 @@ def test_accumulation_clipping_average_and_log(two_run):
     def gentle(model, batch):
         level = batch["t"] / 1000
         return level + level * model.spatial + level ** 2 * model.temporal
-    rows = []
-    for loss, ema, share, norm in ((gentle, .999, .9, [.475, .3175]), (steep, .05, .95, [.6, .8])):
+    for loss, ema, share, norm in ((steep, .05, .95, [.6, .8]), (gentle, .999, .9, [.475, .3175])):
         state = two_run(loss, "--fresh --accumulate 2", ema=ema)
-        rows.append(Path("base/log.csv").read_text().split()[1].split(",")[2:])
         moments = [10 * m["exp_avg"].item() for m in state["optimizer"]["state"].values()]
         assert moments == pytest.approx(norm, rel=1e-3)  # clipped to a norm of 1
-        torch.testing.assert_close(state["ema"]["spatial"], share * state["model"]["spatial"])
-    assert rows[0] == ["0.475", "0.1", "0.3", "0.6", "0.9"]  # and by quartile of t
+        close(state["ema"]["spatial"], share * state["model"]["spatial"], 1e-6)
+    row = Path("base/log.csv").read_text().split()[1].split(",")
+    assert row[2:] == ["0.475", "0.1", "0.3", "0.6", "0.9"]  # the mean, and by quartile of t
 
 
 @cases("argv, changes, message", [
-    ("--lr .02", {}, r"lr \(then 0.01, now 0.02\).*--fresh.*--init"), ("", {"config": 2}, "diffusion"),
-    ("--init base.pt", {"vae": 2}, "vae 1, not on 2"),
-    ("--init base.pt", {"config": 2}, "base.pt was trained with diffusion target 1, not 2")])
+    ("--lr .02", {}, r"lr \(then 0.01, now 0.02\).*--fresh.*--init"),
+    ("", {"config": 2}, "diffusion"),
+    ("--fresh --init base.pt", {"vae": 2}, r"vae \(then 1, now 2\)"),
+    ("--fresh --init base.pt", {"config": 2}, r"base.pt differs in target \(then 1, now 2\)")])
 def test_a_run_goes_on_only_as_it_began(argv, changes, message, two_run):
     assert two_run(steep)["step"] == two_run(steep)["step"] == 1
     with pytest.raises(UserError, match=message):
@@ -1401,11 +1196,14 @@ def test_a_run_goes_on_only_as_it_began(argv, changes, message, two_run):
     assert two_run(steep, steps=3)["step"] == 3
 
 
-def test_a_run_stops_where_the_gradient_is_not_finite(two_run):
-    losses = iter([1, math.nan])
-    with pytest.raises(UserError, match="step 1: the gradient is not finite"):
-        two_run(lambda *a: next(losses) * steep(*a), steps=4)
-    assert base.load_pt("base/checkpoint.pt")["step"] == 1
+def test_a_run_stops_where_the_gradient_is_not_finite_and_goes_on_in_time(two_run):
+    losses = iter([1] * 17 + [math.nan])  # five are timed
+    with pytest.raises(UserError, match="step 12: the gradient is not finite"):
+        two_run(lambda *a: next(losses) * steep(*a), "--minutes .002")
+    stopped = base.load_pt("base/checkpoint.pt")
+    state = two_run(steep, "--minutes .002")
+    assert stopped["step"] == 12 < 20 <= state["step"]
+    assert state["step"] == state["steps"] == stopped["steps"]
 
 
 def test_kill_9_and_a_second_process_change_nothing(tmp_path):
@@ -1424,12 +1222,10 @@ train.main("vae --batch 4 --steps 6 --weights . --device cpu --name".split() + s
     process = run("cut")
     while not (tmp_path / "runs/cut/vae/checkpoint.pt").is_file() and process.poll() is None:
         time.sleep(.01)
-    time.sleep(.2 * np.random.default_rng().random())
     process.kill()
     assert process.wait() and 0 < state("cut")["step"] < 6
     assert run("whole").wait() == run("cut").wait() == 0
-    for part in ("model", "ema"):
-        assert all(map(torch.equal, state("cut")[part].values(), state("whole")[part].values()))
+    close(*({**state(name)["model"], **state(name)["ema"]} for name in ("cut", "whole")), 0)
     assert run("two", "-m", "torch.distributed.run", "--nproc_per_node", "2").wait() == 0
     one, two = (state(name)["optimizer"]["state"][0]["exp_avg"] for name in ("whole", "two"))
     assert (one - two).norm() < 1e-2 * one.norm()
@@ -1455,40 +1251,13 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_minutes_are_shared_among_stages(tmp_path, monkeypatch):
-    trained = []
-    patch_all(monkeypatch, RUNS=tmp_path,
-              train=lambda name, args, steps, limit: trained.append((args.amount, limit)))
-    train.main("all --minutes 60".split())
-    assert len(trained) == len(train.PREPARE) and trained[0] == pytest.approx((.1, 15.6))
-    assert sum(limit for _, limit in trained) == pytest.approx(60)
-    train.main("base --minutes 60".split())
-    assert trained[-1] == (1 / 3, 60)
-
-
-def test_a_timed_run_goes_on_with_the_steps_it_began_with(trained, tmp_path, monkeypatch):
-    miniature(monkeypatch, trained)
-
-    def run():
-        train.main(f"vae --minutes .1 --weights {tmp_path} --device cpu --name timed".split())
-        return base.load_pt(trained / "runs/timed/vae/checkpoint.pt")
-    rate = train.learning_rate
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch_all(patch, SAVE_MINUTES=0, learning_rate=lambda step, recipe: rate(step, recipe) / (step < 12))
-        run()
-    stopped, again = base.load_pt(trained / "runs/timed/vae/checkpoint.pt"), run()
-    assert again["run"] == stopped["run"] and stopped["step"] == 12 < 20 <= again["step"]
-
-
 def test_clip_learns_new_words_and_keeps_the_tokens_of_old_ones(tmp_path, monkeypatch, capsys):
     miniature(monkeypatch, tmp_path)
     monkeypatch.setattr(train, "SIDE", 64)
     shutil.copy(WEIGHTS / "text.pt", tmp_path)
-    clips = tmp_path / "clips"
-    clips.mkdir()
-    vae.write_video(clips / "a.mp4", torch.randint(255, (16, 3, 64, 64)).byte(), 4.)
-    (clips / "a.txt").write_text("a plump heart moving left")
-    train.main(f"clip --init {WEIGHTS}/text.pt --data {clips} --with-world --steps 3 --batch 4 "
+    vae.write_video(tmp_path / "a.mp4", torch.randint(255, (16, 3, 64, 64)).byte(), 4.)
+    (tmp_path / "a.txt").write_text("a plump heart moving left")
+    train.main(f"clip --init {WEIGHTS}/text.pt --data {tmp_path} --with-world --steps 3 --batch 4 "
                f"--weights {tmp_path} --device cpu".split())
     prompts = ["a red star moving left", "a plump heart"]
     old, new = (text.encode_clip(prompts, folder) for folder in (WEIGHTS, tmp_path))
@@ -1496,62 +1265,42 @@ def test_clip_learns_new_words_and_keeps_the_tokens_of_old_ones(tmp_path, monkey
     assert torch.equal(known, same) and old["encoder"] == new["encoder"]
     assert differ(unknown, learned)
     assert capsys.readouterr().err.count("never trained on: heart, plump") == 1  # by the old one
-    args = Namespace(folder=clips, world=True, amount=1, seed=0)
-    captions = [words for _, line, _ in train.clips_of(args, "stills", 32) for words in line]
-    assert captions.count("a plump heart moving left") == 24 == len(captions) / 2
 
 
 def test_the_readmes_python_runs(trained, tmp_path, monkeypatch):
-    code = (train.RUNS.parent / "README.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+    readme = (train.RUNS.parent / "README.md").read_text("utf-8")
     small = partial(sample.make_a_video, weights=trained, frames=2)
     monkeypatch.setattr(sample, "make_a_video", small)
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    exec(readme.split("```python\n")[1].split("```")[0], {})
     assert vae.read_video("star.mp4")[0].shape == (6, 3, 128, 128)
 
 
-@pytest.fixture
-def prepare(trained, monkeypatch):
-    """Prepares a stage as train.main does, beside small trained weights."""
-    miniature(monkeypatch, trained)
-    def prepare(name, **flags):
-        for flag, value in ({"weights": trained} | flags).items():
-            monkeypatch.setattr(Args, flag, value)
-        return train.PREPARE[name](Args).batch_of
-    return prepare
-
-
-@cases("name", train.PREPARE)
-def test_every_stage_trains_and_ships_its_average(name, trained, monkeypatch, capsys):
+def test_every_stage_trains_and_ships_its_average(trained, monkeypatch, capsys):
     miniature(monkeypatch, trained)
     monkeypatch.setattr(train, "PREPARE", dict.fromkeys(train.PREPARE))  # nothing is prepared again
-    train.main(f"{name} --steps 2 --batch 2 --weights {trained} --device cpu".split())
-    assert f"{name}: already trained" in capsys.readouterr().out
-    weights = base.load_checkpoint(trained / train.OUTPUT[name], name)["model"]
-    ema = base.load_pt(trained / "runs" / name / "checkpoint.pt")["ema"]
-    assert all(torch.equal(weights[n], ema[n].half()) for n in ema)
-
-
-def test_every_fourth_step_of_base_is_of_stills(prepare):
-    clips, stills = prepare("base")(0, range(99)), prepare("base")(3, range(50))
-    assert clips["latents"].shape[:2] == (99, 16) and stills["latents"].shape[:2] == (200, 1)
-    assert abs(clips["t"].float().median() - 844) < 50 > abs(stills["t"].float().median() - 500)
+    train.main(f"all --steps 2 --batch 2 --weights {trained} --device cpu".split())
+    assert capsys.readouterr().out.count("already trained") == len(train.PREPARE)
+    for name, file in train.OUTPUT.items():
+        weights = base.load_checkpoint(trained / file, name)["model"]
+        ema = base.load_pt(trained / "runs" / name / "checkpoint.pt")["ema"]
+        assert all(torch.equal(weights[n], ema[n].half()) for n in ema), name
 
 
 def test_weights_are_trained_further_frozen_or_distilled(trained, tmp_path, monkeypatch):
     miniature(monkeypatch, trained)
     for path in trained.glob("*.pt"):
         os.symlink(path, tmp_path / path.name)
+
     def further(name, flags):
         train.main(f"{name} --init {trained}/{name}.pt --steps 1 --batch 2 --fresh --device cpu "
                    f"--weights {tmp_path} {flags}".split())
         return base.load_pt(tmp_path / f"{name}.pt")["model"]
-    same, new = further("vae", "--lr 1e-9"), further("vae", "--freeze encoder")
     old = base.load_pt(trained / "vae.pt")["model"]
+    close(further("vae", "--lr 1e-9"), old, 0)
+    new = further("vae", "--freeze encoder")
     changed = [n for n in old if not torch.equal(old[n], new[n])]
-    assert all(torch.equal(old[n], same[n]) for n in old)
     assert changed and all(n.startswith(("decoder.", "post_quant_conv.")) for n in changed)
-    assert vae.load(tmp_path / "vae.pt")[1] == vae.load(trained / "vae.pt")[1]
     further("base", "--distill 4 2")
     clip, calls = text.encode_clip(["a red star"], tmp_path), []
     monkeypatch.setattr(Diffusion, "stochastic_step", lambda self, z, *step: calls.append(step) or z)
@@ -1582,53 +1331,45 @@ def test_a_prior_reads_every_input():
         assert differ(prior(*given), prior(*given[:i], other, *given[i + 1:]))
 
 
-def test_prior_never_sees_a_clip_and_misses_one_prompt_in_ten(prepare, trained, monkeypatch):
+def test_prior_never_sees_a_clip_and_misses_one_prompt_in_ten(trained, monkeypatch):
+    miniature(monkeypatch, trained)
     monkeypatch.setattr(train, "latents", pytest.fail)
-    batch = prepare("prior")(0, range(400))
-    assert batch["latents"].shape == (400, 128) and .06 < batch["captions"].count("") / 400 < .14
-    null = text.encode_clip([""], trained)["text"]["tokens"]
-    silent = torch.isclose(batch["context"][:, :-1], null, atol=1e-4).flatten(1).all(1)
-    assert silent.tolist() == [words == "" for words in batch["captions"]]
+    monkeypatch.setattr(Args, "weights", trained)
+    batch = train.prepare_prior(Args).batch_of(0, range(400))
+    assert batch["latents"].shape == (400, 128)  # not in time
+    assert .06 < batch["captions"].count("") / 400 < .14
 
 
 @cases("name", train.UNCAPTIONED)
-def test_no_caption_reaches_a_network_trained_without(name, prepare, monkeypatch):
+def test_no_caption_reaches_a_network_trained_without(name, trained, monkeypatch):
+    miniature(monkeypatch, trained)
     monkeypatch.setattr(train, "add_tokens", pytest.fail)
-    batch_of = prepare(name, captions="none")
+    monkeypatch.setattr(Args, "weights", trained)
+    monkeypatch.setattr(Args, "captions", "none")
+    batch_of = train.PREPARE[name](Args).batch_of
     for step in (0, 3):  # base: of clips, of stills
         batch = batch_of(step, range(40))
         assert not any(batch["captions"]) and batch["context"].shape[1:] == (1, 128)
-        dropped = (batch["context"] == 0).all(2)[:, 0]
+        norms = batch["context"].norm(dim=-1)
+        dropped = norms == 0
         assert 0 < dropped.float().mean() < .3
-        norms = batch["context"][~dropped].norm(dim=-1)
-        close(norms, torch.full_like(norms, math.sqrt(128)), 1e-2)
+        close(norms[~dropped] ** 2, torch.tensor(128.).expand((~dropped).sum()), 1e-2)
 
 
-def test_another_embedding_makes_another_video_and_other_tokens_do_not(trained):
-    _, clip = next(sample.make_a_video(["a red star growing"], trained, prior=True))
+def test_only_an_embedding_reaches_the_video(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = ["--weights", f"{trained}", "--device", "cpu"]
+    sample.main(["star", "--prior", "--frames", "2", "--until", "base", "-o", "a.mp4", *where])
+    text.main(["--image", "a.mp4", *where])
+    clip = base.load_clip("text.pt", "text")
 
     def make(**changes):
         told = clip | {"text": clip["text"] | changes}
-        return base.generate_clip(told, trained, frames=2, steps=2)
-    made = make()
-    assert torch.equal(made["data"], make(tokens=clip["text"]["tokens"] + 1)["data"])
-    other = make(image_embedding=-clip["text"]["image_embedding"])
-    assert not torch.equal(made["data"], other["data"])
-    assert torch.equal(made["text"]["tokens"], made["text"]["null_tokens"])
+        return base.generate_clip(told, trained, frames=2, steps=2)["data"]
+    assert torch.equal(make(), make(tokens=clip["text"]["tokens"] + 1))
+    assert not torch.equal(make(), make(image_embedding=-clip["text"]["image_embedding"]))
     with pytest.raises(UserError, match="image_encoder alien"):
         base.generate_clip(clip | {"image_encoder": "alien"}, trained)
-    with pytest.raises(UserError, match="--prior"):
-        base.generate_clip(text.encode_clip(["a star"], trained), trained / "make-a-video.pt")
-
-
-def test_from_prompt_or_picture_by_way_of_an_embedding(trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    where = ["--weights", f"{trained}", "--device", "cpu"]
-    sample.main(["a red star", "--prior", "--frames", "2", "--until", "base", "-o", "a.mp4", *where])
-    text.main(["--image", "a.mp4", "-o", "text.pt", *where])
-    base.main(["text.pt", "--frames", "2", "-o", "z.pt", *where])
-    clip = base.load_clip("z.pt", "latents")
-    assert clip["data"].shape[:2] == (1, 2) and clip["text"]["image_embedding"].shape == (1, 128)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1710,12 +1451,12 @@ def fit(shape, cover) -> tuple:
 @cache
 def world_paths(T: int, fps: float):
     """Every motion at every phase, as `fit` has paths. (motions*PHASES, T, 4)"""
-    paths = []
+    times, paths = torch.arange(T) / fps, []
     for name, motion in train.MOTIONS.items():
-        middle = {key: sum(getattr(motion, key)) / 2 for key in ("x", "y", "radius")}
+        scene = {key: sum(getattr(motion, key)) / 2 for key in ("x", "y", "radius")}
         for phase in np.arange(PHASES) / PHASES:
-            scene = middle | {"motion": name, "phase": float(phase)}
-            paths.append(torch.stack(train.trajectory(scene, torch.arange(T) / fps), 1))
+            scene |= {"motion": name, "phase": float(phase)}
+            paths.append(torch.stack(train.trajectory(scene, times), 1))
     return torch.stack(paths) * torch.tensor([SIDE, SIDE, SIDE, 1])
 
 
@@ -1757,7 +1498,7 @@ def describe(video, fps: float = 4.) -> tuple:
 
 
 def psnr(a, b) -> float:
-    """Of uint8 pixels, in dB, over all of them together."""
+    """Of uint8 pixels, in dB."""
     return 10 * math.log10(255 ** 2 / max(1e-9, (a.double() - b).square().mean().item()))
 
 
@@ -1777,8 +1518,8 @@ def outline_psnr(video, factors: tuple):
 
 
 def compare(ours, plain, truth, where=1) -> list:
-    """The cells under ABOVE, of uint8 (N, ...), where `where`: PSNR of ours and of what needs no
-    network; by how much ours is above, and the middle 95 % of 2,000 bootstraps of that."""
+    """The cells under ABOVE, of uint8 (N, ...) where `where`: PSNR of ours and of what needs no
+    network, and by how much ours is above, with the middle 95 % of 2,000 bootstraps."""
     where = torch.ones_like(truth) * where
     error = np.array([((way.float() - truth).square() * where).flatten(1).double().sum(1).numpy()
                       for way in (ours, plain)])  # (2, N)
@@ -1786,12 +1527,6 @@ def compare(ours, plain, truth, where=1) -> list:
     gain = -10 * np.log10(np.divide(*error[:, [range(len(truth)), *draws]].sum(2)))
     interval = "{:+.1f} ({:+.1f} to {:+.1f})".format(gain[0], *np.percentile(gain, (2.5, 97.5)))
     return [*(10 * np.log10(255 ** 2 * where.sum().item() / error.sum(1))), interval]
-
-
-def bicubic(small, scale: int):
-    """uint8 (N, T, 3, h, w), `scale` times as large."""
-    large = F.interpolate(small.flatten(0, 1).float(), scale_factor=scale, mode="bicubic")
-    return large.clamp(0, 255).round().byte().unflatten(0, small.shape[:2])
 
 
 def blend(video, skip: int):
@@ -1810,9 +1545,6 @@ def fine_detail(videos, where) -> float:
     x = vae.to_float(videos)
     return (x - superres.blur(x, 2.)).square().mean((1, 2))[where].mean().item()
 
-
-# ------------------------------------------------------------------------------------------------
-# Tests of the rulers
 
 def rendered(count: int, frames: int = 16, fps: float = 4.):
     for i in range(count):
@@ -1847,16 +1579,13 @@ def test_rulers_measure_what_their_names_say():
     assert (look(video)[1] - SIDE * torch.stack([x, y], 1)).norm(dim=1).max() < .4
     assert outline_psnr(video, red_star).min() > 55 > 30 > outline_psnr(video, ("red", "cross")).max()
     ramp = 10 * torch.arange(6, dtype=torch.uint8).view(1, 6, 1, 1, 1).expand(1, 6, 3, 8, 8)
-    assert torch.equal(blend(ramp, 5), ramp)
-    assert moving(ramp).all() and not moving(ramp[:, :3]).any()
-    assert psnr(ramp, ramp + 1) == pytest.approx(48.13, abs=.01)
+    assert torch.equal(blend(ramp, 5), ramp) and moving(ramp).all() and not moving(ramp[:, :3]).any()
     assert compare(ramp + 2, ramp + 4, ramp)[2] == "+6.0 (+6.0 to +6.0)"
-    assert fine_detail(ramp, torch.ones(1, 8, 8).bool()) < 1e-9
 
 
 # ------------------------------------------------------------------------------------------------
-# Tables: python test_all.py evaluate. All are of held-out triples, except where a row says
-# otherwise, in scenes from seeds that no training uses.
+# Tables: python test_all.py evaluate, or benchmark. Of held-out triples, where no row says more,
+# in scenes from seeds that no training uses.
 
 ARGS = Namespace(prompts=480, seed=0, device="cpu", part=None)  # main changes them
 BLACK, ALL = ("black", [""]), ("all grounds", list(train.GROUNDS))
@@ -1867,7 +1596,7 @@ ABOVE = "ours, dB", "beside", "   ours above it, 95 %"
 
 
 def table(title: str, *heads):
-    """Print the head of a table. Returns a function that prints a row."""
+    """Prints the head of a table; returns a function that prints a row."""
     print(f"\n{title}\n{'':32s}", *heads, sep="  ")
 
     def row(name: str, *cells):
@@ -1879,14 +1608,14 @@ def table(title: str, *heads):
 def prompts_of(share: int, grounds=ALL[1], split="held-out", motion="") -> list:
     """ARGS.prompts / share factors: a fair part of all, or all, repeated."""
     every = [(*triple, ground) for triple in train.TRIPLES[split] for ground in grounds]
-    every = [every[i] for i in np.random.default_rng(0).permutation(len(every))]
-    every = [factors for factors in every if motion in factors[2]]
-    return [every[i % len(every)] for i in range(max(1, ARGS.prompts // share))]
+    shuffled = [every[i] for i in np.random.default_rng(0).permutation(len(every))]
+    fitting = [factors for factors in shuffled if motion in factors[2]]
+    return list(islice(cycle(fitting), max(1, ARGS.prompts // share)))
 
 
 def scene_of(factors: tuple, seed: int) -> dict:
     """A scene with these factors, its free numbers from a seed that no training uses."""
-    for attempt in range(100000):
+    for attempt in count():
         scene = train.draw_scene(np.random.default_rng((77, seed, attempt)), "any", factors[3])
         if scene["motion"] == factors[2]:  # the only factor that the numbers depend on
             return scene | dict(zip(FACTORS, factors))
@@ -1910,7 +1639,7 @@ def where(seed: int = 0) -> tuple:
 
 
 def clip_of(factors: list, data=None, fps: float = 4., prior: bool = False, seed: int = 0) -> dict:
-    """The clip of text of these prompts, with P's image embeddings if `prior`, and data if given."""
+    """A clip with these prompts and data; with `prior` also P's image embeddings."""
     prompts = [train.caption(dict(zip(FACTORS, f))) for f in factors]
     _, clip = next(sample.make_a_video(prompts, *where(seed), prior=prior))
     return clip | {"data": data, "fps": fps}
@@ -1925,8 +1654,7 @@ def decode(latents):
 
 
 def make(factors: list, fps: float = 4., prior: bool = False, **how):
-    """Videos of the prompts, uint8 (N, 16, 3, 64, 64), sampled as their weights want it or as `how`
-    says; by way of P's image embedding if `prior`."""
+    """Videos of the prompts, uint8 (N, 16, 3, 64, 64). `how` goes to base.generate."""
     videos, few = [], 8 if ARGS.device == "cpu" else 64
     for i in tqdm(range(0, len(factors), few), "videos", leave=False):
         clip = clip_of(factors[i:i + few], prior=prior, seed=i)
@@ -1935,7 +1663,8 @@ def make(factors: list, fps: float = 4., prior: bool = False, **how):
 
 
 def extend(z, factors: list, fps: float, **how):  # by 15 frames
-    return decode(interpolate.fill_clip(clip_of(factors, z, fps), *where(), after=15, **how)["data"])
+    clip = clip_of(factors, z, fps)
+    return decode(interpolate.fill_clip(clip, *where(), after=15, **how)["data"])
 
 
 def enlarge(name: str, videos, factors: list, fps: float, **how):
@@ -1959,7 +1688,7 @@ def fidelity(factors: list, videos, fps: float = 4.) -> list:
 
 def agreement(factors: list, read: list) -> list:
     """The cells under FIDELITY, of what was asked and what was read."""
-    right = np.array([[one == other for one, other in zip(*pair)] for pair in zip(factors, read)])
+    right = np.array(factors, object) == np.array(read, object)  # (N, 4)
     first, n = right[:, :3].all(1), len(right) + 4
     middle = (first.sum() + 2) / n  # Agresti and Coull: 0 of 96 is not certainty
     error = 1.96 * math.sqrt(middle * (1 - middle) / n)
@@ -1978,8 +1707,8 @@ def evaluate_autoencoder():
     for name, grounds in (BLACK, ALL):
         truth = render_all(prompts_of(5, grounds), AT_4_FPS)
         made = decode(encode(truth))
-        off = [[(x - y).norm(dim=1).mean() for x, y in zip(*map(look, pair))]
-               for pair in zip(truth, made)]
+        off = [[(x - y).norm(dim=1).mean() for x, y in zip(look(a), look(b))]
+               for a, b in zip(truth, made)]
         row(name, psnr(truth, made), *(np.mean(off, 0) * (255, 1)))
 
 
@@ -1993,10 +1722,10 @@ def evaluate_interpolation():
         made = interpolate.fill_timeline(unet, diffusion, x, known, clip_of(factors)["text"],
                                          4. * skip, where()[2])
         blended = interpolate.blend(x, known.expand(x.shape[:2]))
-        truth, made, plain = map(decode, (z, made, blended))
+        truth, ours, plain = map(decode, (z, made, blended))
         new = moving(truth) & ~known[:, None, None, None]
-        off = [(look(a)[1] - look(b)[1])[~known].norm(dim=1).mean() for a, b in zip(truth, made)]
-        ways = made, blend(truth, skip), plain
+        ways = ours, blend(truth, skip), plain
+        off = [(look(a)[1] - look(b)[1])[~known].norm(dim=1).mean() for a, b in zip(truth, ours)]
         row(f"skip {skip}", *(psnr(way[new], truth[new]) for way in ways), np.mean(off))
     row, factors = table("Fidelity of given and 15 further frames", *FIDELITY), prompts_of(5)
     for given, fps, how in ((16, 8., {"steps": 2}), (1, 4., {"steps": 8, "guidance": 2.})):
@@ -2016,14 +1745,17 @@ def evaluate_superres(which: str):
         seen = render_all(factors, times, ground="").amax((1, 2))[:, None] / 255  # (N, 1, 64, 64)
         still = F.interpolate(F.max_pool2d(seen, 5, 1, 2), size)[:, 0] < .03  # far from the object
         for kind, small in (("clean", clean), ("as made", as_made(which, factors, times, fps))):
-            ways = enlarge(which, small, factors, fps), bicubic(small, stage.scale)
+            plain = F.interpolate(small.flatten(0, 1).float(), scale_factor=stage.scale, mode="bicubic")
+            plain = plain.clamp(0, 255).round().byte().view_as(truth)
+            ways = enlarge(which, small, factors, fps), plain
             whole = fine_detail(truth, still) if name == "textured" else math.nan
             row(f"{name}, {kind}", *compare(*ways, truth),
                 *(100 * fine_detail(way, still) / whole for way in ways))
     for shared in (True, False) if stage.shared_noise else ():
         videos = enlarge(which, clean, factors, fps, shared_noise=shared)
-        change = [(v[1:].int() - v[:-1]).abs()[..., s].float().mean() for v, s in zip(videos, still)]
-        print(f"  flicker of the ground, shared noise {shared}: {np.mean(change):.2f} of 255")
+        changes = [(video[1:].int() - video[:-1]).abs()[..., where].float().mean()
+                   for video, where in zip(videos, still)]
+        print(f"  flicker of the ground, shared noise {shared}: {np.mean(changes):.2f} of 255")
 
 
 def evaluate_tsr():
@@ -2050,8 +1782,7 @@ def evaluate_fidelity():
 
 
 def named(embeddings) -> list:
-    """The factors of the caption that is nearest to each image embedding (N, E), of all captions. CLIP
-    is the judge here, of what P or a first frame tells it."""
+    """The factors of the caption nearest to each image embedding (N, E), by CLIP's judgement."""
     model, tokenizer, _ = text.load(device=ARGS.device)
     every = [(*triple, ground) for triple in train.TRIPLES["any"] for ground in train.GROUNDS]
     lines = [train.caption(dict(zip(FACTORS, factors))) for factors in every]
@@ -2099,14 +1830,13 @@ def evaluate_rate():
 
 
 def evaluate_steps():
-    kinds = [(n, "", {}) for n in (48, 24, 16)]
-    kinds += [(n, "as a student", base.STUDENT) for n in (12, 8, 4, 2)]
-    for split, grounds in (("held-out", BLACK), ("held-out", ALL), ("unseen", ALL)):
-        row = table(f"Steps of base, {split} triples, {grounds[0]}", *FIDELITY, "outlines, dB")
-        factors = prompts_of(4, grounds[1], split)
-        for steps, kind, how in kinds:
+    for split, (name, grounds) in (("held-out", BLACK), ("held-out", ALL), ("unseen", ALL)):
+        row = table(f"Steps of base, {split} triples, {name}", *FIDELITY, "outlines, dB")
+        factors = prompts_of(4, grounds, split)
+        for steps in (48, 24, 16, 12, 8, 4, 2):
+            kind, how = ("as a student", base.STUDENT) if steps < 16 else ("", {})
             videos, outlines = make(factors, steps=steps, **how), ""
-            if grounds is BLACK:
+            if name == "black":
                 outlines = np.mean([outline_psnr(*pair).mean() for pair in zip(videos, factors)])
             row(f"{steps} steps {kind}", *fidelity(factors, videos), outlines)
 
@@ -2123,37 +1853,31 @@ def evaluate():
             globals()[f"evaluate_{part}"]()
 
 
-# ------------------------------------------------------------------------------------------------
-# Speed: python test_all.py benchmark
-
-def measured(cascade: str):
-    """Yields what has been done since the last."""
+def stages_of(cascade: str):
+    """Yields the name of what has been done since the last."""
     layer = torch.nn.Conv2d(128, 128, 3, padding=1, device=ARGS.device).requires_grad_(False)
     x = torch.ones(64, 128, 32, 32, device=ARGS.device).to(memory_format=torch.channels_last)
     for _ in range(10):
         layer(x)
-    yield "ten convolutions"
+    yield "ten convolutions"  # the machine's fastest layer, to compare with
     for name, _ in sample.CASCADES[cascade](["a red star moving left on sand"], *where()):
         yield name
 
 
 def benchmark():
-    """Every stage, beside the machine's fastest layer."""
     for cascade in ARGS.part or sample.CASCADES:
         row = table(cascade, "seconds", "GFLOP/s", "GiB so far")
-        results, start = [], time.time()
-        for name in measured(cascade):
+        again, start = stages_of(cascade), time.time()
+        for name in stages_of(cascade):
             gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
             if ARGS.device == "cuda":
                 torch.cuda.synchronize()
                 gib = torch.cuda.max_memory_allocated() / 2 ** 30
-            results.append((name, time.time() - start, gib))
-            start = time.time()
-        again = measured(cascade)
-        for name, seconds, gib in results:
-            with FlopCounterMode(display=False) as counter:  # slow, so not above
+            seconds = time.time() - start
+            with FlopCounterMode(display=False) as counter:  # slow, so a second time
                 next(again)
             row(name, seconds, counter.get_total_flops() / seconds / 1e9, gib)
+            start = time.time()
 
 
 def main(argv=None):

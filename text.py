@@ -11,7 +11,7 @@ image, for a video network that reads no words.
 
     python text.py "a red star moving left" "a blue ring bouncing on sand" -o text.pt
 
-Layers bear the names of Hugging Face's CLIPModel, whose text half Stable Diffusion reads.
+Layers are named as in Hugging Face's CLIPModel, whose text half Stable Diffusion uses.
 """
 import html
 import json
@@ -52,7 +52,7 @@ def build_tokenizer(vocab: dict, merges: list) -> Tokenizer:
     return tokenizer
 
 
-def number(tokens: list) -> dict:
+def token_ids(tokens: list) -> dict:
     """{token: id} in this order, without repetitions."""
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
@@ -66,14 +66,14 @@ def learn_tokenizer(captions: list) -> tuple[dict, list]:
     merges = json.loads(learner.to_str())["model"]["merges"]  # pairs
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
-    return number(tokens), merges
+    return token_ids(tokens), merges
 
 
 def grow_tokenizer(vocab: dict, merges: list, captions: list) -> tuple[dict, list]:
     """Appends to both until every word of captions is one token. Start and end stay last."""
     tokens, merges = [token for token in vocab if token not in (START, END)], list(merges)
     for word in words_of(captions):
-        tokenizer = build_tokenizer(number([*tokens, START, END]), merges)
+        tokenizer = build_tokenizer(token_ids([*tokens, START, END]), merges)
         left = "</w>"
         for piece in tokenizer.encode(word, add_special_tokens=False).tokens:
             if not left.endswith("</w>"):  # to CLIP, "r2d2" is four words
@@ -81,7 +81,7 @@ def grow_tokenizer(vocab: dict, merges: list, captions: list) -> tuple[dict, lis
                 piece = left + piece
                 tokens.append(piece)
             left = piece
-    return number([*tokens, START, END]), merges
+    return token_ids([*tokens, START, END]), merges
 
 
 def words_of(captions) -> list:
@@ -130,9 +130,6 @@ class CLIPConfig:
     projection_dim: int = 128
 
 
-SD15 = CLIPConfig(vocab_size=49408, context=77, width=768, layers=12, heads=12)  # its text half
-
-
 class SelfAttention(nn.Module):
     """Multi-head attention over (B, L, D)."""
 
@@ -166,6 +163,7 @@ class EncoderLayer(nn.Module):
 
 
 def encoder(width: int, heads: int, layers: int, causal: bool) -> nn.Module:
+    """Transformer layers, called `encoder.layers` as in Hugging Face's files."""
     blocks = (EncoderLayer(width, heads, causal) for _ in range(layers))
     return nn.ModuleDict({"layers": nn.Sequential(*blocks)})
 
@@ -191,8 +189,7 @@ class TextTransformer(nn.Module):
 
 def patch_stem(width: int, patch_size: int) -> nn.Module:
     """Images (B, 3, H, W) -> patches (B, D, H/p, W/p), by convolutions that halve H and W.
-    Differs: in CLIP one linear layer reads each patch. With that, CLIP named half of the shapes after
-    90,000 pictures; with a stem it names nearly all after 125,000 (see 2106.14881)."""
+    Differs: CLIP reads a patch by one linear layer. Convolutions learn shapes sooner (2106.14881)."""
     halvings = int(math.log2(patch_size))
     widths = [3] + [width >> i for i in range(halvings - 1, -1, -1)]  # 3, D/4, D/2, D for p = 8
     layers = []
@@ -211,6 +208,7 @@ class VisionTransformer(nn.Module):
         self.embeddings.class_embedding = nn.Parameter(.02 * torch.randn(c.vision_width))
         self.embeddings.patch_embedding = patch_stem(c.vision_width, c.patch_size)
         self.embeddings.position_embedding = nn.Embedding(patches + 1, c.vision_width)
+        nn.init.normal_(self.embeddings.position_embedding.weight, std=c.vision_width ** -.5)
         self.pre_layrnorm = nn.LayerNorm(c.vision_width)  # spelt as in the files
         self.encoder = encoder(c.vision_width, max(1, c.vision_width // 64), c.vision_layers, False)
         self.post_layernorm = nn.LayerNorm(c.vision_width)
@@ -223,6 +221,8 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
+    """A text and an image transformer, and projections of both into one space."""
+
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config
@@ -240,20 +240,20 @@ class CLIP(nn.Module):
 
     def language_loss(self, ids):
         """Cross-entropy of each next token, plus that of all words of a caption from its last state,
-        which tells "left" from "right"; the same tokens follow both. (M, L) -> (M,)
+        (M, L) -> (M,). The same tokens follow "left" and "right"; only the latter tells them apart.
         Differs: CLIP has no such loss. Here it teaches motion, from captions without images."""
         embeddings = self.text_model.embeddings.token_embedding.weight  # (V, D)
         position = torch.arange(ids.shape[1], device=ids.device)  # (L,)
         end = ids.argmax(1, keepdim=True)  # (M, 1): where the first end stands
-        tokens, last = (states.float() for states in self.text_model(ids))  # (M, L, D), (M, D)
+        tokens, last = self.text_model(ids)  # (M, L, D), (M, D)
         logits = (tokens[:, :-1] @ embeddings.T).transpose(1, 2)  # (M, V, L - 1)
         next_token = F.cross_entropy(logits, ids[:, 1:], reduction="none")  # (M, L - 1)
-        recall = -(last @ embeddings.T).log_softmax(1).gather(1, ids)  # (M, L)
+        named = -(last @ embeddings.T).log_softmax(1).gather(1, ids)  # (M, L)
 
         def mean(losses, counts):
             return (losses * counts).sum(1) / counts.sum(1).clamp(min=1)  # the null prompt: 0 words
         words = (position > 0) & (position < end)
-        return mean(next_token, position[:-1] < end) + mean(recall, words)
+        return mean(next_token, position[:-1] < end) + mean(named, words)
 
 
 def loss(model: CLIP, batch: dict) -> torch.Tensor:
@@ -272,14 +272,16 @@ def loss(model: CLIP, batch: dict) -> torch.Tensor:
 
 def locked_loss(model: CLIP, batch: dict) -> torch.Tensor:
     """Cross-entropy of each image's caption among all M captions of the data, (N,), while the text
-    half is locked, as in LiT (2111.07991). batch: pixels (N, 3, H, W), states (M, D), row (N,) in it.
-    Differs: LiT compares the captions of a batch, of which too few differ only in the shape."""
+    half is locked, as in LiT (2111.07991). batch: pixels (N, 3, H, W), states (M, D) of captions,
+    row (N,), which of them is an image's. Differs: LiT compares the captions of a batch, of which
+    too few differ only in the shape."""
     logits = model.similarity(batch["pixels"], batch["states"])  # (N, M)
     return F.cross_entropy(logits, batch["row"], reduction="none")
 
 
 # ------------------------------------------------------------------------------------------------
-# Make-A-Video's P. It is trained on captioned stills, and never sees a video.
+# Make-A-Video's P. It is trained on captioned stills, and never sees a video. Three in four of its
+# stills are first frames of training scenes, whose captions name the motion.
 
 @dataclass
 class PriorConfig:
@@ -312,29 +314,28 @@ class Prior(nn.Module):
 
 
 def prior_loss(prior: Prior, diffusion: Diffusion, batch: dict) -> torch.Tensor:
-    """|f(z_t, t, y) - z_i|^2, (B,). batch: image embeddings `latents` and noise (B, D), t (B,), and
-    context (B, L + 1, D) of a caption or, for one in ten, of none.                  unCLIP, 2.2"""
+    """Mean of (f(z_t, t, y) - z_i)^2, (B,). batch: image embeddings `latents` and noise (B, D), t
+    (B,), and context (B, L + 1, D) of a caption or, for one in ten, of none.        unCLIP, 2.2"""
     def predict(z, t):
         return prior(z, t, batch["context"])
     return diffusion.loss(predict, batch["latents"], batch["noise"], batch["t"])
 
 
 @torch.inference_mode()
-def sample_prior(prior: Prior, diffusion: Diffusion, context, null_context, seed: int = 0):
-    """An image embedding of norm sqrt(D) for each context (B, L + 1, D), (B, D). null_context is
-    (1, L + 1, D). Differs: unCLIP draws two and keeps the one nearer to the text; it also guides P.
-    Ours is trained for that, but not guided yet: the scale is 1."""
+def sample_prior(prior: Prior, diffusion: Diffusion, context, null_context, seed: int = 0,
+                 guidance: float = 1.):
+    """context (B, L + 1, D) -> image embeddings (B, D) of norm sqrt(D). null_context (1, L + 1, D).
+    Differs: unCLIP draws two and keeps the one nearer to the text."""
     z = initial_noise((len(context), prior.config.width), seed, "prior").to(context.device)
-    predict = classifier_free_guidance(prior, context, null_context, fps=None, scale=1.)
-    return unit_variance(diffusion.sample(predict, z, 16, "ddim")).cpu()
+    predict = classifier_free_guidance(prior, context, null_context, None, guidance)
+    return unit_rms(diffusion.sample(predict, z, 16, "ddim")).cpu()
 
 
 # ------------------------------------------------------------------------------------------------
 # Loading, encoding, the command line. A model is a CLIP; a clip is the dict of base.new_clip.
 
 def load(weights=WEIGHTS, device="cpu"):
-    """CLIP, its tokenizer, and facts: the ids of both halves, and the words it was trained on. A
-    Stable Diffusion folder has only the text half."""
+    """CLIP, its tokenizer, and facts: the ids of both halves, and the words it was trained on."""
     checkpoint = load_checkpoint(weights, "text", "clip")
     s, state = checkpoint["config"], checkpoint["model"]
     if "clip" in s:
@@ -346,22 +347,23 @@ def load(weights=WEIGHTS, device="cpu"):
                             s["num_hidden_layers"], s["num_attention_heads"], vision_layers=0)
         tokenizer = read_tokenizer(Path(weights) / "tokenizer")
         facts = {"id": SD_ID, "image_id": None, "words": []}
-        if config.vocab_size > len(tokenizer["vocab"]):
-            raise UserError(f"{weights} has tokens of textual inversion, which are not read")
-    model = load_state(CLIP(config), state, weights, lambda name: not name.startswith("text_model"))
+
+    def may_lack(name):  # Stable Diffusion has only the text half
+        return "clip" not in s and not name.startswith("text_model.")
+    model = load_state(CLIP(config), state, weights, may_lack)
     return model.to(device).eval(), build_tokenizer(**tokenizer), facts
 
 
 def encoder_id(checkpoint: dict) -> str:
-    """The id of the text half. It outlives new words, since old prompts keep their tokens."""
+    """The id of the text half. New words do not change it, since old prompts keep their tokens."""
     return checkpoint["config"].get("id") or tensors_id(checkpoint["model"], ("text_model.",))
 
 
 def grow(path, captions: list) -> tuple[CLIP, dict]:
     """A trained CLIP with a token for each new word of captions, to train further, and its config.
     As in textual inversion (2208.01618), only new embeddings of the text transformer learn, so that
-    old prompts keep their tokens to the bit. Projections and image half learn too: train P and D^t
-    anew after."""
+    prompts of known words keep their tokens to the bit. Projections and image half learn too, so
+    train prior and make-a-video.pt again."""
     checkpoint = load_checkpoint(path, "clip")
     config, state = checkpoint["config"], checkpoint["model"]
     name = "text_model.embeddings.token_embedding.weight"
@@ -382,7 +384,7 @@ def grow(path, captions: list) -> tuple[CLIP, dict]:
     return model, config
 
 
-def unit_variance(x):
+def unit_rms(x):
     """Vectors (N, D), scaled to norm sqrt(D)."""
     return F.normalize(x.float(), dim=-1) * math.sqrt(x.shape[-1])
 
@@ -400,17 +402,19 @@ def encode_for_prior(model: CLIP, tokenizer: Tokenizer, prompts: list) -> torch.
     """What P reads of prompts: their tokens, then their CLIP embedding, (B, L + 1, D)."""
     ids = tokenize(tokenizer, prompts, model.config.context).to(model.logit_scale.device)  # (B, L)
     tokens, last = model.text_model(ids)  # (B, L, D), (B, D)
-    return torch.cat([tokens, unit_variance(model.text_projection(last))[:, None]], dim=1)
+    return torch.cat([tokens, unit_rms(model.text_projection(last))[:, None]], dim=1)
 
 
 @torch.inference_mode()
 def embed_images(model: CLIP, images) -> torch.Tensor:
     """uint8 images (N, 3, H, W) -> CLIP embeddings (N, E) of norm sqrt(E)."""
+    if not model.config.vision_layers:
+        raise UserError("these weights of CLIP have no image half; Stable Diffusion's do not")
     side, device = model.config.image_size, model.logit_scale.device
     parts = []
     for part in images.split(256):
         pixels = F.interpolate(vae.to_float(part.to(device)), (side, side), mode="area")
-        parts.append(unit_variance(model.visual_projection(model.vision_model(pixels))).cpu())
+        parts.append(unit_rms(model.visual_projection(model.vision_model(pixels))).cpu())
     return torch.cat(parts)
 
 
@@ -444,7 +448,7 @@ def clip_of_image(path, weights=WEIGHTS, device="cpu") -> dict:
     it shows, or the mean of a video's frames, for a variation of it (Make-A-Video, Fig. 4)."""
     model, tokenizer, facts = load(weights, device)
     frames = torch.stack([frame for frame, _ in vae.read_frames(path, model.config.image_size)])
-    mean = unit_variance(embed_images(model, frames).mean(0, keepdim=True))  # (1, E)
+    mean = unit_rms(embed_images(model, frames).mean(0, keepdim=True))  # (1, E)
     return new_clip("text", text=encode(model, tokenizer, [""]) | {"image_embedding": mean},
                     prompts=[""], encoder=facts["id"], image_encoder=facts["image_id"])
 
@@ -468,10 +472,11 @@ def main(argv=None):
     parser = command_line(__doc__, argv)
     parser.add_argument("prompts", nargs="*", help="what to show, one prompt per video")
     parser.add_argument("-o", "--out", default="text.pt", help="tokens to write [text.pt]")
-    parser.add_argument("--prior", action="store_true",
-                        help="add image embeddings by P, for make-a-video.pt [off]")
-    parser.add_argument("--image", metavar="FILE",
-                        help="instead of prompts: embed a picture, or a video to vary")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--prior", action="store_true",
+                     help="add image embeddings by P, for make-a-video.pt [off]")
+    way.add_argument("--image", metavar="FILE",
+                     help="instead of prompts: embed a picture, or a video to vary")
     args = parser.parse_args(argv)
     check_output(args.out, ".pt")
     if bool(args.prompts) == bool(args.image):

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
-from itertools import chain, cycle, islice
+from itertools import chain, islice
 from pathlib import Path
 
 import base
@@ -42,7 +42,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm, trange
 
 RUNS = Path(__file__).resolve().parent / "runs"
@@ -177,7 +176,7 @@ EVERY = [(c, s, m) for c in COLOURS for s in SHAPES for m in MOTIONS]
 TRIPLES = {split: [triple for triple in EVERY if split_of(*triple) == split]
            for split in ("train", "held-out", "unseen")}
 TRIPLES["any"] = TRIPLES["train"] + TRIPLES["held-out"] + TRIPLES["unseen"]
-DRAWN = TRIPLES | {  # of stills, an autoencoder learns turned shapes and rings at the border last
+DRAWN = TRIPLES | {  # turned shapes, and rings at the border, are the hardest stills
     "train": [t for t in TRIPLES["train"] for _ in range(MOTIONS[t[2]].often)],
     "still": [(c, s, m) for c, s, m in TRIPLES["any"]
               for _ in range(4 if m == "spinning" or s == "ring" and m.startswith("moving") else 1)]}
@@ -266,7 +265,7 @@ def cached(name: str, make: Callable) -> dict:
     if RANK == 0 and not path.is_file():
         base.check_output(path, ".pt")
         save_pt(path, make())
-    while not path.is_file():  # process 0 is at it; the file appears whole
+    while not path.is_file():  # process 0 is making it; the file appears whole
         time.sleep(1)
     return load_pt(path)
 
@@ -292,9 +291,9 @@ def folder_id(folder) -> str:
 
 def data_id(args) -> str:
     """Hash of all that a run learns from."""
-    folder = folder_id(args.folder) if args.folder else None
     world = (world_id(), args.amount, STILLS, CLIPS) if args.world else None
-    return digest((folder, world, SIDE, args.seed))
+    folder = folder_id(args.folder) if args.folder else None
+    return digest((world, folder, SIDE, args.seed))
 
 
 def draw_still(rng, side: int):
@@ -306,7 +305,7 @@ def draw_still(rng, side: int):
 
 def draw_beginning(rng, side: int):
     """As draw_still, but three in four are the first frame of a training scene with its full caption.
-    So stills teach words of motion. Differs: the papers take captions from the web."""
+    So stills teach words of motion. Differs: Make-A-Video's captions of pictures are LAION's."""
     if rng.random() < .25:
         return draw_still(rng, side)
     scene = draw_scene(rng, "train")
@@ -327,82 +326,70 @@ DRAW = {"stills": (1, draw_still), "beginnings": (1, draw_beginning), "clips": (
 
 
 def world_clips(kind: str, count: int, seed: int, side: int):
-    """Yields items of a kind in groups: pixels (n, T, 3, side, side), captions, fps (n,)."""
+    """Yields items of a kind, 64 at a time: pixels (n, T, 3, side, side), captions, fps (n,)."""
     key, make = DRAW[kind]
     for first in trange(0, count, 64, desc=f"rendering {kind}"):
         rngs = [np.random.default_rng((seed, key, i)) for i in range(first, min(first + 64, count))]
         videos, captions, rates = zip(*(make(rng, side) for rng in rngs))
-        yield torch.stack(videos), list(captions), torch.tensor(rates)
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig").strip() if path.is_file() else ""
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not written in UTF-8: {error}") from error
-
-
-def read_table(path: Path):
-    """Yields (line, file, caption). Hugging Face's tables say file_name and text."""
-    lines, line = read_text(path).split("\n"), int(path.suffix == ".csv")
-    rows = csv.DictReader(lines, strict=True) if path.suffix == ".csv" else map(json.loads, lines)
-    try:
-        for row in rows:
-            line = getattr(rows, "line_num", line + 1)
-            if None in row:
-                raise ValueError("too many fields; a caption with commas needs quotes")
-            file, words = row.get("file", row.get("file_name")), row.get("caption", row.get("text"))
-            if file is None or words is None:
-                raise ValueError("no 'file' and 'caption', nor 'file_name' and 'text'")
-            yield line, file, str(words)
-    except (ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise UserError(f"{path}, line {line} or the next: {error}") from error
+        yield {"pixels": torch.stack(videos), "captions": captions, "fps": torch.tensor(rates)}
 
 
 def read_captions(folder: Path) -> dict:
-    """{clip: caption} from captions.csv, metadata.csv or metadata.jsonl, else from a .txt beside each
-    clip. Names what has no partner; stops if more than a tenth of both do not find each other."""
+    """{clip: caption} from captions.csv, metadata.csv or metadata.jsonl (Hugging Face's tables say
+    file_name and text), else from a .txt beside each clip. Stops if a tenth find no partner."""
     def plain(file):  # whichever slashes, case or kind of accents it is written with
         name = unicodedata.normalize("NFC", str(file)).strip().replace("\\", "/")
         return os.path.normpath(name).casefold()
-    clips, lost = files_of(folder, *CLIP_KINDS), []
-    captions = {clip: read_text(clip.with_suffix(".txt")) for clip in clips}
-    known = {plain(clip.relative_to(folder)): clip for clip in clips}
-    tables = [folder / name for name in ("captions.csv", "metadata.csv", "metadata.jsonl")]
-    table = next((path for path in tables if path.is_file()), None)
-    for line, file, words in read_table(table) if table else ():
-        if clip := known.get(plain(file)):
-            captions[clip] = words or captions[clip]
-        else:
-            lost.append(f"{table}, line {line}: no such file: {file}")
-    silent = [f"{clip} has no caption" for clip in clips if table and not captions[clip]]
-    for message in lost + silent:
-        base.warn(message)
-    if min(len(lost), len(silent)) > len(clips) / 10:
-        raise UserError(f"{table}: {len(lost)} rows find no file, and {len(silent)} of {len(clips)} "
-                        "clips get no caption; mend or drop the rows named above")
+
+    def read(path: Path) -> str:
+        return path.read_text("utf-8-sig").strip() if path.is_file() else ""
+
+    table, captions, at = {}, {}, ""  # at: the file or row that is being read
+    try:
+        for at in (folder / "captions.csv", folder / "metadata.csv", folder / "metadata.jsonl"):
+            lines = read(at).splitlines()
+            is_csv = at.suffix == ".csv"
+            for at in csv.DictReader(lines, strict=True) if is_csv else map(json.loads, lines):
+                if None in at:
+                    raise ValueError("too many fields; a caption with commas needs quotes")
+                table[plain(at.get("file") or at["file_name"])] = at.get("caption") or at["text"]
+        clips = files_of(folder, *CLIP_KINDS)
+        for clip in clips:
+            at = clip.with_suffix(".txt")
+            captions[clip] = table.pop(plain(clip.relative_to(folder)), "") or read(at)
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise UserError(f"{folder}, captions, {at}: {error!r}") from error
+    silent = [clip for clip in clips if not captions[clip]]
+    if table or 0 < len(silent) < len(clips):
+        some = ", ".join([*map(str, silent[:3]), *list(table)[:3]])
+        base.warn(f"{folder}: {len(silent)} of {len(clips)} clips have no caption, and "
+                  f"{len(table)} captions no clip: {some}")
+    if min(len(table), len(silent)) > len(clips) / 10:
+        raise UserError(f"{folder}: the captions are of other files; mend or drop these rows")
     return captions
 
 
 def look(folder) -> list:
-    """(file, caption, frames, shorter side, fps) of each readable clip of a folder; the first look names
-    the others."""
+    """(file, caption, frames, shorter side, fps) of each readable clip of a folder. The first look
+    names the others."""
     def read():
-        clips = []
+        clips, skipped = [], []
         for path, words in tqdm(read_captions(Path(folder)).items(), desc=f"looking at {folder}"):
             try:
-                sides, rates = zip(*((min(frame.shape[1:]), fps) for frame, fps in vae.read_frames(path)))
+                sides, rates = zip(*((min(x.shape[1:]), fps) for x, fps in vae.read_frames(path)))
                 clips.append((str(path.relative_to(folder)), words, len(sides), sides[0], rates[0]))
             except UserError as error:
-                base.warn(f"skipped {error}")
+                skipped.append(str(error))
+        if skipped:
+            base.warn(f"skipped {len(skipped)} files: {'; '.join(skipped[:3])}")
         return {"clips": clips}
     return cached(f"look-{folder_id(folder)}", read)["clips"]
 
 
 def folder_clips(folder, frames: int, side: int):
-    """Yields (pixels (1, frames, 3, side, side), [caption], fps (1,)), middle squares of all clips that
-    are long and large enough: every frame, every second, every fourth; or four stills per second.
-    Nothing is padded or enlarged."""
+    """Yields pixels (1, frames, 3, side, side), [caption], fps (1,): middle squares of all clips
+    that are long and large enough: every frame, every second, every fourth; or four stills per
+    second. Nothing is padded or enlarged."""
     for file, words, length, shorter, fps in look(folder):
         if length < frames or shorter < side:
             continue
@@ -411,52 +398,49 @@ def folder_clips(folder, frames: int, side: int):
             for skip, window in windows.items():
                 window += [frame] if i % skip == 0 else []
                 if len(window) == frames:
-                    yield torch.stack(window)[None], [words], torch.tensor([fps / skip])
+                    yield {"pixels": torch.stack(window)[None], "captions": [words],
+                           "fps": torch.tensor([fps / skip])}
                     window.clear()
 
 
-def clips_of(args, kind: str, side: int):
-    """Items of a kind in groups. With --with-world, as many of the folder as of the world: those there
-    are fewer of are repeated, or more rendered."""
-    own = folder_clips(args.folder, 16 if kind == "clips" else 1, side)
-    if not args.world:
-        return own
-    count = math.ceil(args.amount * (CLIPS if kind == "clips" else STILLS))
-    if not args.folder:
-        return world_clips(kind, count, args.seed, side)
-    own = list(own)
-    world, endless = world_clips(kind, max(count, len(own)), args.seed, side), cycle(own)
-    return chain.from_iterable((group, *islice(endless, len(group[1]))) for group in world)
-
-
-def gather(args, name: str, kind: str, side: int, key: str, function: Callable) -> dict:
-    """function(pixels) of all items of a kind as `key` (N, ...), with captions (N) and fps (N,)."""
+def gather(args, name: str, own, world, convert: Callable = lambda item: item) -> dict:
+    """convert(item) of all dicts that two generators yield, as tensors (N, ...) and captions (N);
+    and how many of these are the folder's own, which come first."""
     def make():
-        parts, captions, rates = [], [], []
-        for pixels, words, fps in clips_of(args, kind, side):
-            parts.append(function(pixels))
-            captions += words
-            rates.append(fps)
-        if not parts:
-            raise UserError(f"{args.data} holds no clip of {side} x {side} pixels, with frames enough")
-        return {key: torch.cat(parts), "captions": captions, "fps": torch.cat(rates)}
+        items = [convert(item) for item in own] if args.folder else []
+        count = sum(len(item["captions"]) for item in items)
+        items += [convert(item) for item in world] if args.world else []
+        if not items:
+            raise UserError(f"{args.data} holds no clip that is long and large enough for {name}")
+        captions = chain.from_iterable(item["captions"] for item in items)
+        tensors = {key: torch.cat([item[key] for item in items])
+                   for key in items[0].keys() - {"captions"}}
+        return tensors | {"captions": list(captions), "own": count}
     return cached(name, make)
+
+
+def clips_of(args, kind: str, side: int) -> tuple:
+    """What `gather` reads items of a kind from: the folder, and the world."""
+    frames, count = (16, CLIPS) if kind == "clips" else (1, STILLS)
+    world = world_clips(kind, math.ceil(args.amount * count), args.seed, side)
+    return folder_clips(args.folder, frames, side), world
 
 
 def stills(args, kind: str = "stills") -> dict:
     """pixels uint8 (N, 1, 3, side, side), captions, fps."""
-    return gather(args, f"{kind}-{data_id(args)}", kind, SIDE, "pixels", lambda pixels: pixels)
+    return gather(args, f"{kind}-{data_id(args)}", *clips_of(args, kind, SIDE))
 
 
 def latents(args, kind: str, side: int = SIDE) -> dict:
-    """Stills or clips as fp16 latents (N, T, 4, h, w), captions, fps, and facts: ids of what made them.
-    And what add_tokens adds or, with --captions none, add_embeddings."""
+    """Stills or clips as fp16 latents (N, T, 4, h, w), captions, fps, and facts: ids of what made
+    them. And what add_tokens adds or, with --captions none, add_embeddings."""
     autoencoder, vae_id = vae.load(args.weights, args.device)
 
-    def encode(pixels):
-        return vae.encode_video(autoencoder, pixels).half()
+    def encode(item):
+        return item | {"pixels": vae.encode_video(autoencoder, item["pixels"]).half()}
     name = f"{kind}-{side}-{vae_id}-{data_id(args)}"
-    data = gather(args, name, kind, side, "latents", encode)
+    data = gather(args, name, *clips_of(args, kind, side), encode)
+    data["latents"] = data.pop("pixels")
     data["facts"] = {"vae": vae_id, "side": data["latents"].shape[-1]}
     if args.captions == "none":
         return add_embeddings(args, data, autoencoder, name)
@@ -465,31 +449,32 @@ def latents(args, kind: str, side: int = SIDE) -> dict:
 
 def add_tokens(args, data: dict) -> dict:
     """Adds the tokens of each distinct caption (K, L, D), rows (N,) in them, and null_tokens."""
-    clip, tokenizer, known = text.load(args.weights, args.device)
+    clip, tokenizer, facts = text.load(args.weights, args.device)
     distinct = sorted(set(data["captions"]))
-    text.warn_unknown(distinct, known["words"], ". Use words that it knows, or teach it these: `train.py "
-                      "clip --init weights/text.pt`, and train later stages further, on these captions")
+    file = Path(args.weights) / "text.pt"
+    text.warn_unknown(distinct, facts["words"], ". Use words that it knows, or teach it these: `train.py "
+                      f"clip --init {file}`, and train later stages further, on these captions")
     encoded = [text.encode(clip, tokenizer, distinct[i:i + 256]) for i in range(0, len(distinct), 256)]
     row = {words: i for i, words in enumerate(distinct)}
     return data | {"tokens": torch.cat([part["tokens"] for part in encoded]),
                    "rows": torch.tensor([row[words] for words in data["captions"]]),
                    "null_tokens": encoded[0]["null_tokens"],
-                   "facts": data["facts"] | {"text": known["id"]}}
+                   "facts": data["facts"] | {"text": facts["id"]}}
 
 
 def add_embeddings(args, data: dict, autoencoder, name: str) -> dict:
     """Adds tokens (N, 1, E), the CLIP embedding of each item's first frame as the autoencoder shows it,
     and empties the captions."""
-    clip, _, known = text.load(args.weights, args.device)
+    clip, _, facts = text.load(args.weights, args.device)
 
     def make():
         frames = vae.decode_video(autoencoder, data["latents"][:, :1], "decoding")[:, 0]
         return {"tokens": text.embed_images(clip, frames)}
     decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",))
-    tokens = cached(f"{name}-{decoder}-{known['image_id']}", make)["tokens"][:, None]  # (N, 1, E)
+    tokens = cached(f"{name}-{decoder}-{facts['image_id']}", make)["tokens"][:, None]  # (N, 1, E)
     return data | {"tokens": tokens, "rows": torch.arange(len(tokens)), "captions": [""] * len(tokens),
                    "null_tokens": torch.zeros_like(tokens[:1]),
-                   "facts": data["facts"] | {"text": known["id"], "image_encoder": known["image_id"]}}
+                   "facts": data["facts"] | {"text": facts["id"], "image_encoder": facts["image_id"]}}
 
 
 @dataclass
@@ -498,7 +483,7 @@ class Pairs:
     frames: int
     side: int            # of the small clip
     inner: int           # of the window that is cut from it
-    count: int
+    count: int           # of the world's
     rates: tuple = ()    # frames per second; (): from 4 to 30, log-uniform
 
 
@@ -516,8 +501,9 @@ def window_about(x: float, y: float, side: int, size: int) -> tuple:
 
 
 def world_pairs(p: Pairs, scale: int, key: int, seed: int):
-    """Yields (small clip (T, 3, s, s), a function from a window to the large clip, the window's centre,
-    caption, fps). Seven in ten windows are about an outline: little is to be learnt elsewhere."""
+    """Yields a small clip, `whole` (1, T, 3, s, s), a window of it, and as `pixels` that window of
+    the large clip; captions [1] and fps (1,). Seven in ten windows are about an outline: little is
+    to be learnt elsewhere."""
     for i in trange(p.count, desc="rendering pairs"):
         rng = np.random.default_rng((seed, key, i))
         scene = draw_scene(rng, "train")
@@ -527,55 +513,57 @@ def world_pairs(p: Pairs, scale: int, key: int, seed: int):
         x, y, radius, _ = (float(path[p.frames // 2]) for path in trajectory(scene, times))
         turn = 2 * math.pi * rng.random()
         outline = x + radius * math.cos(turn), y + radius * math.sin(turn)
-        centre = outline if rng.random() < .7 else rng.random(2)
-        small = render(scene, times, p.side)
-        large = partial(render, scene, times, scale * p.side) if scale > 1 else partial(crop, small)
-        yield small, large, centre, caption(scene), fps
+        window = window_about(*(outline if rng.random() < .7 else rng.random(2)), p.inner, p.side)
+        large = render(scene, times, scale * p.side, [scale * n for n in window])
+        yield {"whole": render(scene, times, p.side)[None], "window": window, "pixels": large[None],
+               "captions": [caption(scene)], "fps": torch.tensor([fps])}
 
 
 def folder_pairs(folder, p: Pairs, scale: int, seed: int):
     """The same from the clips of a folder."""
     rng = np.random.default_rng((seed, 5))
-    for large, (line,), fps in folder_clips(folder, p.frames, scale * p.side):
-        small = F.interpolate(large[0].float(), (p.side, p.side), mode="area").round().byte()
-        yield small, partial(crop, large[0]), rng.random(2), line, float(fps)
+    for item in folder_clips(folder, p.frames, scale * p.side):
+        large, window = item["pixels"][0], window_about(*rng.random(2), p.inner, p.side)
+        small = F.interpolate(large.float(), (p.side, p.side), mode="area").round().byte()
+        yield item | {"whole": small[None], "window": window,
+                      "pixels": crop(large, [scale * n for n in window])[None]}
 
 
 def pairs(args, name: str) -> dict:
-    """pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (small, if it has 64 pixels as the
-    autoencoder shows it), captions, fps (N,), facts."""
+    """pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (small as the autoencoder shows
+    it, or small again if that has not SIDE pixels), captions, fps (N,), facts."""
     p, scale = PAIRS[name], NETWORKS[name].scale
     p = replace(p, count=math.ceil(args.amount * p.count))
     autoencoder, vae_id = vae.load(args.weights, args.device)
-    own = folder_pairs(args.folder, p, scale, args.seed) if args.folder else ()
-    key = 6 + list(PAIRS).index(name)
-    world = world_pairs(p, scale, key, args.seed) if args.world else ()
 
-    def make():
-        rows = []
-        for small, large, centre, line, fps in chain(own, world):
-            decoded, window = small, window_about(*centre, p.inner, p.side)
-            if p.side == 64:
-                z = vae.encode_video(autoencoder, small[None])
-                decoded = vae.decode_video(autoencoder, z)[0]  # (T, 3, s, s)
-            rows.append((crop(small, window).clone(), crop(decoded, window).clone(),
-                         large([scale * n for n in window]).clone(), torch.tensor(fps), line))
-        *tensors, captions = zip(*rows)
-        keys = "small", "decoded", "pixels", "fps"
-        return dict(zip(keys, map(torch.stack, tensors))) | {"captions": list(captions)}
-    decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",)) if p.side == 64 else ""
-    data = cached(f"{name}-{digest((p, decoder))}-{data_id(args)}", make)
-    return data | {"facts": {"vae": vae_id, "windows": len(data["captions"])}}
+    def cut(item):  # clones, or each window would keep its whole clip in memory
+        whole, window = item.pop("whole"), item.pop("window")
+        item |= {"small": crop(whole, window).clone(), "pixels": item["pixels"].clone()}
+        if p.side == SIDE:
+            whole = vae.decode_video(autoencoder, vae.encode_video(autoencoder, whole))
+        return item | {"decoded": crop(whole, window).clone()}
+    own = folder_pairs(args.folder, p, scale, args.seed)
+    world = world_pairs(p, scale, 6 + list(PAIRS).index(name), args.seed)
+    facts, shown_by = {}, ""
+    if p.side == SIDE:
+        facts, shown_by = {"vae": vae_id}, base.tensors_id(autoencoder.state_dict(), ("",))
+    data = gather(args, f"{name}-{digest((p, shown_by))}-{data_id(args)}", own, world, cut)
+    return data | {"facts": facts}
 
 
 # ------------------------------------------------------------------------------------------------
 # Batches. Each sample of a step has its own generator, seeded by (seed, purpose, ...). Purposes: 1
 # stills, 2 clips, 3 samples, 5 masks and windows of a folder's clips, 6 and up the world's pairs.
 
-def draw(args, step: int, samples, count: int) -> tuple[list, list]:
-    """The generator of each sample of a step, and which of `count` items it is."""
-    rngs = [np.random.default_rng((args.seed, 3, step, i)) for i in samples]
-    return rngs, [int(rng.integers(count)) for rng in rngs]
+def draw(args, step: int, samples, data: dict) -> tuple[list, list]:
+    """The generator of each sample of a step, and which item it is. With --with-world, half are the
+    folder's own, however few it holds."""
+    rngs, picks = [np.random.default_rng((args.seed, 3, step, i)) for i in samples], []
+    own, count = data["own"], len(data["captions"])
+    for rng in rngs:
+        of = (0, count) if own in (0, count) else (0, own) if rng.random() < .5 else (own, count)
+        picks.append(int(rng.integers(*of)))
+    return rngs, picks
 
 
 def normal(rngs, shape) -> torch.Tensor:
@@ -585,7 +573,7 @@ def normal(rngs, shape) -> torch.Tensor:
 
 def middle_timesteps(rngs) -> torch.Tensor:
     """t (N,) of density sin(pi t), most often from the middle. The loss weight has the same shape, so a
-    level counts by its square. Differs: Imagen Video draws t uniformly."""
+    level counts by sin^2. Differs: Imagen Video draws t uniformly."""
     return torch.tensor([int(1000 * math.acos(1 - 2 * rng.random()) / math.pi) for rng in rngs])
 
 
@@ -603,7 +591,8 @@ def drop_prompt(rngs, data: dict, picks: list) -> tuple[torch.Tensor, list]:
 
 
 def diffusion_batch(args, data: dict, step: int, samples, timesteps=middle_timesteps) -> dict:
-    rngs, picks = draw(args, step, samples, len(data["latents"]))
+    """Samples of a step, as base.loss takes them, and their captions."""
+    rngs, picks = draw(args, step, samples, data)
     context, captions = drop_prompt(rngs, data, picks)
     x = data["latents"][picks].float()  # (N, T, 4, h, w)
     return {"latents": x, "context": context, "fps": data["fps"][picks], "captions": captions,
@@ -669,9 +658,8 @@ def generates(diffusion: base.Diffusion, data: dict, **how) -> Callable:
 
 def check_parent(made_by: dict, facts: dict, path):
     """Refuse weights to start from that stand on another autoencoder or text encoder."""
-    for key in ("vae", "text", "image_encoder"):
-        if key in facts and made_by.get(key, facts[key]) != facts[key]:
-            raise UserError(f"{path} stands on {key} {made_by[key]}, not on {facts[key]}: train it anew")
+    ids = [key for key in ("vae", "text", "image_encoder") if key in facts and key in made_by]
+    check_same(path, made_by, {key: facts[key] for key in ids}, "Train it anew")
 
 
 def load_teacher(args, name: str, shift: float) -> tuple:
@@ -693,7 +681,7 @@ def prepare_vae(args) -> Setup:
     latent_shape = c.latent_channels, SIDE // c.factor, SIDE // c.factor
 
     def batch_of(step, samples):
-        rngs, picks = draw(args, step, samples, len(data["pixels"]))
+        rngs, picks = draw(args, step, samples, data)
         return {"pixels": vae.to_float(data["pixels"][picks, 0]), "noise": normal(rngs, latent_shape),
                 "captions": [data["captions"][i] for i in picks]}
 
@@ -704,7 +692,7 @@ def prepare_vae(args) -> Setup:
     def finish(model, config):  # unit variance, measured: latent diffusion, appendix G
         if args.freeze == "encoder":
             return config
-        pixels = vae.to_float(data["pixels"][:2048, 0])  # (N, 3, side, side)
+        pixels = vae.to_float(data["pixels"][draw(args, 0, range(2048), data)[1], 0])  # (N, 3, side, side)
         raw = [model.encode(chunk.to(args.device))[0] for chunk in pixels.split(128)]
         return config | {"scaling_factor": (1 / torch.cat(raw).std()).item()}
     return Setup(model, batch_of, vae.loss, asdict(c), {}, preview, finish)
@@ -736,7 +724,7 @@ def prepare_clip(args) -> Setup:
             states = model.text_model(distinct)[1]  # (K, D)
 
     def batch_of(step, samples):
-        rngs, picks = draw(args, step, samples, len(ids))
+        rngs, picks = draw(args, step, samples, data)
         batch = {"pixels": vae.to_float(data["pixels"][picks, 0]),
                  "captions": [data["captions"][i] for i in picks]}
         if locked:
@@ -755,8 +743,8 @@ def prepare_clip(args) -> Setup:
 
 def prepare_prior(args) -> Setup:
     """P learns from captioned stills which image embedding a caption has. It never sees a video."""
-    clip, tokenizer, known = text.load(args.weights, args.device)
-    facts = {"image_encoder": known["image_id"]}
+    clip, tokenizer, facts = text.load(args.weights, args.device)
+    facts = {"image_encoder": facts["image_id"]}
     data = add_tokens(args, stills(args, "beginnings") | {"facts": facts})
     data["latents"] = text.embed_images(clip, data["pixels"][:, 0])  # (N, D)
     data["tokens"], data["null_tokens"] = (
@@ -790,6 +778,7 @@ def prepare_image(args) -> Setup:
 
 
 def prepare_mean_clip(args) -> Setup:
+    """The mean clip of a prompt, regressed on the clips that base will see."""
     data = latents(args, "clips")
     config = {"context_dim": data["tokens"].shape[-1], "channels": data["latents"].shape[2]}
 
@@ -844,7 +833,8 @@ def prepare_interpolate(args) -> Setup:
     """Make-A-Video, 3.3: the video model learns from clips some of whose frames it is shown."""
     weights = base.load_checkpoint(args.weights, "base")
     if "unet" not in weights["config"]:
-        raise UserError(f"{args.weights} holds no base.pt; train base first")
+        raise UserError(f"{args.weights} holds no base.pt; train it first: `python train.py base --weights "
+                        f"{args.weights}`")
     weights, data = interpolate.widen(weights), latents(args, "clips", 8 * weights["made_by"]["side"])
     check_parent(weights["made_by"], data["facts"], "base.pt")
     model = UNet(base.UNetConfig(**weights["config"]["unet"]))
@@ -883,7 +873,7 @@ def prepare_pixels(args, name: str) -> Setup:
         return superres.loss(model, diffusion, batch, stage)
 
     def batch_of(step, samples):
-        rngs, picks = draw(args, step, samples, len(data["pixels"]))
+        rngs, picks = draw(args, step, samples, data)
         kinds = ["decoded" if rng.random() < .5 else "small" for rng in rngs]
         small = torch.stack([data[kind][i] for kind, i in zip(kinds, picks)])
         x = vae.to_float(data["pixels"][picks])  # (N, T, 3, S, S)
@@ -953,35 +943,29 @@ def make_optimizer(model, recipe: Recipe, freeze: str) -> torch.optim.Optimizer:
                              betas=(.9, .99), weight_decay=.01)
 
 
-class Loss(torch.nn.Module):
-    """The loss as a module: data-parallel training and torch.compile see one forward."""
-
-    def __init__(self, model, loss_of):
-        super().__init__()
-        self.model, self.loss_of = model, loss_of
-
-    def forward(self, batch):
-        return self.loss_of(self.model, batch)  # (N,)
-
-
 def to_device(batch: dict, device) -> dict:
     return {key: value.to(device) for key, value in batch.items() if key != "captions"}
 
 
-def take_step(step: int, parts: list, loss_of: torch.nn.Module, ema, optimizer, recipe, device):
-    """One step of the optimizer and of the average, on the parts of a batch. Returns the loss and the
-    noise level of each sample of this process, (N, 2)."""
-    parameters, seen = list(loss_of.parameters()), []
+def take_step(step: int, parts: list, model, loss_of: Callable, ema, optimizer, recipe, device):
+    """One step of the optimizer and of the average, on the parts of a batch. Returns the loss and
+    the noise level of each sample of this process, (N, 2)."""
+    parameters, seen = list(model.parameters()), []
     for batch in parts:
         batch = to_device(batch, device)
         with fast_autocast(device):
-            losses = loss_of(batch)  # (N,)
+            losses = loss_of(model, batch)  # (N,)
         (losses.mean() / len(parts)).backward()
         losses = losses.detach().float()
         seen.append(torch.stack([losses, batch.get("t", 0 * losses) / 1000], dim=1))
+    if RANKS > 1:  # the mean over all processes, each of which has an equal part of the batch
+        for parameter in parameters:
+            if parameter.grad is not None:  # a still leaves temporal layers unused
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= RANKS
     if not torch.nn.utils.clip_grad_norm_(parameters, 1.).isfinite():
-        raise UserError(f"step {step}: the gradient is not finite, and would be again; use --fresh and "
-                        "a lower --lr")
+        raise UserError(f"step {step}: the gradient is not finite, and would be again; use --fresh "
+                        "and a lower --lr")
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * learning_rate(step, recipe)
     optimizer.step()
@@ -1002,122 +986,74 @@ def ahead(make: Callable, calls, threads: int = 4):
             yield waiting.popleft().result()
 
 
-@dataclass
-class Run:
-    """A stage in training."""
-    setup: Setup
-    recipe: Recipe
-    folder: Path             # of checkpoint, log and pictures
-    origin: dict             # what it is made from
-    parts: dict              # model, optimizer, ema: what else a checkpoint holds
-    step: int = 0
-    minutes: float = 0.
-    loss: float = math.nan
-    wrote: str = ""          # the weights, when it has finished
-
-    def save(self):
-        parts = {key: part.state_dict() for key, part in self.parts.items()}
-        at = {key: getattr(self, key) for key in ("step", "minutes", "loss", "wrote")}
-        save_pt(self.folder / "checkpoint.pt", parts | at | {"run": self.origin})
-
-    def resume(self, state: dict):
-        for key, part in self.parts.items():
-            part.load_state_dict(state[key])
-        self.step, self.minutes, self.loss = state["step"], state["minutes"], state["loss"]
-
-
-def compare(checkpoint: Path, then: dict, now: dict):
-    """Refuse to go on from a checkpoint of another origin. The config counts, not the code; more steps
-    are welcome."""
-    differing = [f"{key} (then {then.get(key)!s:.400}, now {now[key]!s:.400})" for key in sorted(now)
-                 if then.get(key) != now[key] and key not in ("files", "steps")]
-    if differing:
-        raise UserError(f"{checkpoint} differs in {'; '.join(differing)}. Start over with --fresh, or go on "
-                        "from finished weights with --fresh --init FILE")
-
-
-def origin_of(name: str, args, limit: float | None) -> dict:
-    """What a run is made from, as far as it is known before its data are prepared; "files" stands for
-    the dates of the code and of the weights that it reads."""
-    earlier = list(PREPARE)[:list(PREPARE).index(name)]
-    files = [*Path(__file__).parent.glob("*.py"), *(output_of(args, other) for other in earlier)]
-    files += [Path(args.weights) / "image.pt"] if args.captions == "none" else []
-    files += [Path(file) for file in (args.init, args.teacher) if file]
-    files = {path.resolve() for path in files} - {output_of(args, name).resolve()}
-    dates = [(path.name, path.stat().st_mtime_ns) for path in sorted(files) if path.is_file()]
-    flags = "seed", "freeze", "init", "teacher", "captions", "distill"
-    return {"data": data_id(args), "limit": limit, "files": digest(dates),
-            **{key: getattr(args, key) for key in flags}}
-
-
 def my_parts(batch: int, args) -> list:
     """The samples of a step that this process computes, in --accumulate equal parts."""
     return np.array_split(range(RANK, batch, RANKS), args.accumulate)
 
 
 def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
-    """As many steps as fit, by the time of five, with a copy of the model; of fewer samples where 300
-    do not fit. Another machine would decide otherwise, so the checkpoint keeps it."""
-    model, ema, clocks = copy.deepcopy(setup.model), copy.deepcopy(setup.model), [time.time()]
-    loss_of, optimizer = Loss(model, setup.loss_of), make_optimizer(model, recipe, args.freeze)
+    """As many steps as fit into the time, of fewer samples where 300 do not fit. Five steps of a copy
+    are timed. Another machine would decide otherwise, so the checkpoint keeps it."""
+    model, clocks = copy.deepcopy(setup.model), []
+    optimizer = make_optimizer(model, recipe, args.freeze)
     for step in range(5):
         parts = [setup.batch_of(step, part) for part in my_parts(recipe.batch, args)]
-        take_step(step, parts, loss_of, ema, optimizer, recipe, args.device)
+        take_step(step, parts, model, setup.loss_of, model, optimizer, recipe, args.device)
         clocks.append(time.time())
-    seconds -= clocks[5] - clocks[0]
-    steps = [int(4 * seconds / (clocks[5] - clocks[1]))]  # the first is slow, one may be of stills
+    fits = [int(4 * seconds / (clocks[4] - clocks[0]))]  # the first is slow, one may be of stills
     if RANKS > 1:
-        dist.broadcast_object_list(steps, 0)
-    splits = recipe.batch > 4 and recipe.batch % (2 * RANKS * args.accumulate) == 0
-    if steps[0] < 300 and splits:
-        return fit_recipe(replace(recipe, batch=recipe.batch // 2), seconds, setup, args)
-    steps = max(20, steps[0])
-    return replace(recipe, steps=steps, warmup=min(recipe.warmup, steps // 5))
+        dist.broadcast_object_list(fits, 0)
+    steps, batch = fits[0], recipe.batch
+    while steps < 300 and batch > 4 and batch % (2 * RANKS * args.accumulate) == 0:
+        steps, batch = 2 * steps, batch // 2
+    steps = max(20, steps)
+    return replace(recipe, steps=steps, batch=batch, warmup=min(recipe.warmup, steps // 5))
 
 
-def begin(name: str, args, recipe: Recipe, limit: float | None) -> Run | None:
-    """Set up a stage, or go on from its checkpoint. None if it is finished."""
-    folder, output = RUNS / args.name / name, output_of(args, name)
-    checkpoint = folder / "checkpoint.pt"
-    folder.mkdir(parents=True, exist_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    state = load_pt(checkpoint) if checkpoint.is_file() and not args.fresh else None
-    if limit and state:
-        recipe = replace(recipe, **{key: state["run"][key] for key in ("steps", "batch", "warmup")})
-    origin = origin_of(name, args, limit) | asdict(recipe)
-    finished = state and state.get("wrote") == str(output.resolve()) and output.is_file() and (
-        state["step"] >= recipe.steps)
-    if finished and origin.items() <= state["run"].items():  # spares preparing its data
-        return None
-    torch.manual_seed(args.seed)
-    setup = PREPARE[name](args)
-    model = setup.model.to(args.device, memory_format=torch.channels_last).train()
-    model.gradient_checkpointing = args.checkpointing
-    if args.init and name != "clip":  # which grows
-        weights = base.load_checkpoint(args.init, name)
-        check_parent(weights["made_by"], setup.facts, args.init)
-        for part in ("unet", "diffusion"):
-            then, now = weights["config"].get(part, {}), setup.config.get(part, {})
-            differing = [f"{key} {then.get(key)}, not {now[key]}" for key in now if then.get(key) != now[key]]
-            if differing:
-                raise UserError(f"{args.init} was trained with {part} {'; '.join(differing)}")
-        state_dict = {key: tensor for key, tensor in weights["model"].items()
-                      if not key.startswith("mean_clip.")}  # which was just read from mean_clip.pt
-        base.load_state(model, state_dict, args.init, lambda key: key.startswith("mean_clip."))
-    if limit and not state:  # a sixth is for data and pictures
-        recipe = fit_recipe(recipe, 50 * limit, setup, args)
-    origin |= asdict(recipe) | setup.config | setup.facts
-    parts = {"model": model, "optimizer": make_optimizer(model, recipe, args.freeze),
-             "ema": copy.deepcopy(model).eval().requires_grad_(False)}
-    run = Run(setup, recipe, folder, origin, parts)
-    if state:
-        compare(checkpoint, state["run"], origin)
-        run.resume(state)
-    return None if finished else run
+def origin_of(args, recipe: Recipe, limit: float | None) -> dict:
+    """What a run is made from, as its checkpoint keeps it; the model's config and the ids of what it
+    stands on come later. More steps are welcome, so their number is not among it."""
+    flags = "seed", "freeze", "init", "teacher", "captions", "distill"
+    rates = "batch", "lr", "fresh_lr", "warmup", "ema"
+    return {"data": data_id(args), "minutes": limit, **{key: getattr(args, key) for key in flags},
+            **{key: getattr(recipe, key) for key in rates}}
+
+
+def check_same(path, then: dict, now: dict, cure: str):
+    """Refuse a file that was made from something else than this run."""
+    differing = [f"{key} (then {then.get(key)!s:.400}, now {now[key]!s:.400})"
+                 for key in sorted(now) if then.get(key) != now[key]]
+    if differing:
+        raise UserError(f"{path} differs in {'; '.join(differing)}. {cure}")
+
+
+RESTART = "Start over with --fresh, or go on from finished weights with --fresh --init FILE"
+
+
+def is_current(name: str, args) -> bool:
+    """Are the weights of a stage newer than the code and the weights that it reads?"""
+    output, earlier = output_of(args, name), list(PREPARE)[:list(PREPARE).index(name)]
+    files = [*Path(__file__).parent.glob("*.py"), *(output_of(args, other) for other in earlier)]
+    files += [Path(file) for file in (args.init, args.teacher) if file]
+    return all(file.stat().st_mtime <= output.stat().st_mtime for file in files if file.is_file())
+
+
+def load_init(model, setup: Setup, name: str, args):
+    """--init: weights of this stage and config, on the same autoencoder and text encoder."""
+    weights = base.load_checkpoint(args.init, name)
+    check_parent(weights["made_by"], setup.facts, args.init)
+    for part in ("unet", "diffusion"):
+        check_same(args.init, weights["config"].get(part, {}), setup.config.get(part, {}),
+                   "Train from other weights, or change the code back")
+    state = {key: tensor for key, tensor in weights["model"].items()
+             if not key.startswith("mean_clip.")}  # which was just read from mean_clip.pt
+    base.load_state(model, state, args.init, lambda key: key.startswith("mean_clip."))
 
 
 def write_sheet(path: Path, videos, args):
-    """A picture of videos (B, T, C, H, W), uint8 pixels or latents: a row for each, or one of stills."""
+    """A picture of videos or stills (B, ..., C, H, W), uint8 pixels or latents: a row for each
+    video, or one of all stills."""
+    videos = videos.reshape(len(videos), -1, *videos.shape[-3:])  # (B, T, C, H, W)
     if videos.is_floating_point():
         autoencoder, _ = vae.load(args.weights, args.device)
         videos = vae.decode_video(autoencoder, videos)
@@ -1125,86 +1061,108 @@ def write_sheet(path: Path, videos, args):
     vae.write_image(path, vae.contact_sheet(videos.cpu()))
 
 
-def show_first_batch(run: Run, batch: dict, args):
+def show_batch(folder: Path, batch: dict, args):
     """Samples and their captions: errors of range, order or caption show here."""
-    videos = batch.get("latents")
-    if "pixels" in batch:
-        pixels = vae.to_uint8(batch["pixels"])
-        videos = pixels.view(len(pixels), -1, *pixels.shape[-3:])  # (N, T, 3, H, W)
-    if videos.ndim == 5:  # P's are embeddings
-        write_sheet(run.folder / "first_batch.png", videos, args)
-    (run.folder / "first_batch.txt").write_text("\n".join(batch["captions"]) + "\n", encoding="utf-8")
+    videos = vae.to_uint8(batch["pixels"]) if "pixels" in batch else batch["latents"]
+    if videos.ndim > 2:  # P's are embeddings
+        write_sheet(folder / "first_batch.png", videos, args)
+    (folder / "first_batch.txt").write_text("\n".join(batch["captions"]) + "\n", encoding="utf-8")
 
 
-def write_log(run: Run, seen: torch.Tensor):
-    """A line from losses and noise levels (N, 2): the mean loss, and that of each quartile of t."""
-    losses, levels = seen.unbind(1)
-    quartiles = [losses[(levels * 4).long() == q].mean().item() for q in range(4)]
-    run.loss = losses.mean().item()
-    numbers = ",".join(str(round(x, 5)) for x in (run.loss, *quartiles))
-    if RANK == 0:
-        with open(run.folder / "log.csv", "a") as log:
-            log.write(f"{run.step},{run.minutes:.2f},{numbers}\n")
-
-
-@torch.inference_mode()
-def ship(name: str, run: Run, batch: dict, args):
-    """Write the averaged weights, the last checkpoint, and what the weights make of a batch."""
-    setup, ema, output = run.setup, run.parts["ema"], output_of(args, name)
-    facts = setup.facts | ({"distill": args.distill} if args.distill else {})
-    base.save_checkpoint(output, setup.finish(ema, setup.config), ema, stage=name, command=args.command,
-                         steps=run.step, seed=args.seed, data=args.data,
-                         minutes=round(run.minutes, 1), **facts)
-    run.wrote = str(output.resolve())
-    run.save()
-    if setup.preview:
-        videos = setup.preview(ema, to_device(batch, args.device))
-        write_sheet(run.folder / "preview.png", videos, args)
-    print(f"{name}: {run.minutes:.1f} minutes, loss {run.loss:.4f}; wrote {output}; look at {run.folder}")
+def mean_losses(seen: list) -> list:
+    """The mean loss and that of each quartile of t, from losses and noise levels, each (N, 2)."""
+    losses, levels = torch.cat(seen).unbind(1)
+    quartiles = [losses[(levels * 4).long() == q].mean() for q in range(4)]
+    return [round(x.item(), 5) for x in (losses.mean(), *quartiles)]
 
 
 def train(name: str, args, steps: int | None = None, limit: float | None = None):
     """Train a stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
-    recipe = RECIPES[name]
-    lr = args.lr or recipe.lr
-    recipe = replace(recipe, steps=args.steps or steps or recipe.steps, batch=args.batch or recipe.batch,
-                     lr=lr, fresh_lr=recipe.fresh_lr * lr / recipe.lr)
-    run = begin(name, args, recipe, limit)
-    if run is None:
+    recipe, folder, output = RECIPES[name], RUNS / args.name / name, output_of(args, name)
+    lr, checkpoint = args.lr or recipe.lr, folder / "checkpoint.pt"
+    recipe = replace(recipe, steps=args.steps or steps or recipe.steps, lr=lr,
+                     batch=args.batch or recipe.batch, fresh_lr=recipe.fresh_lr * lr / recipe.lr)
+    for path in (checkpoint, output):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    state = load_pt(checkpoint) if checkpoint.is_file() and not args.fresh else {}
+    if limit and state:
+        recipe = replace(recipe, **{key: state[key] for key in ("steps", "batch", "warmup")})
+    finished = output.is_file() and state.get("wrote") == str(output.resolve()) and (
+        state["step"] >= recipe.steps)
+
+    if state:
+        check_same(checkpoint, state["run"], origin_of(args, recipe, limit), RESTART)
+    if finished and is_current(name, args):  # spares preparing its data
+        return print(f"{name}: already trained")
+    torch.manual_seed(args.seed)
+    setup = PREPARE[name](args)
+    if state:
+        check_same(checkpoint, state["run"], setup.config | setup.facts, RESTART)
+    if finished:
         return print(f"{name}: already trained; use --fresh after new weights of an earlier stage")
-    recipe, optimizer, ema = run.recipe, run.parts["optimizer"], run.parts["ema"]
-    loss_of = Loss(run.setup.model, run.setup.loss_of)
-    if RANKS > 1:  # a still leaves temporal layers unused, and a mean clip is frozen
-        loss_of = DistributedDataParallel(loss_of, find_unused_parameters=True)
+
+    model = setup.model.to(args.device, memory_format=torch.channels_last).train()
+    model.gradient_checkpointing = args.checkpointing
+    if args.init and name != "clip":  # which grows
+        load_init(model, setup, name, args)
+    if limit and not state:  # a sixth is for data and pictures
+        recipe = fit_recipe(recipe, 50 * limit, setup, args)
+    origin = origin_of(args, recipe, limit) | setup.config | setup.facts
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = make_optimizer(model, recipe, args.freeze)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
+    for key in parts.keys() & state.keys():
+        parts[key].load_state_dict(state[key])
+    start, minutes = state.get("step", 0), state.get("minutes", 0.)
+
+    def save(step: int, wrote: str = ""):
+        save_pt(checkpoint, {key: part.state_dict() for key, part in parts.items()} | {
+            "step": step, "minutes": minutes, "wrote": wrote, "steps": recipe.steps,
+            "batch": recipe.batch, "warmup": recipe.warmup, "run": origin})
+
+    loss_of = setup.loss_of
     if args.compile:
         torch.compiler.assume_constant_result(base.has_fast_bf16)  # which it cannot look into
         loss_of = torch.compile(loss_of)
     if RANK == 0:
         size = sum(p.numel() for p in ema.parameters()) / 1e6
         print(f"{name}: {size:.2f} M parameters, {recipe}")
-        first_batch = run.setup.batch_of(0, range(min(8, recipe.batch)))
-        show_first_batch(run, first_batch, args)
-        if run.step == 0:
-            (run.folder / "log.csv").write_text("step,minutes,loss,t<1/4,t<1/2,t<3/4,t<1\n")
+        first_batch = setup.batch_of(0, range(min(8, recipe.batch)))
+        show_batch(folder, first_batch, args)
+        if start == 0:
+            (folder / "log.csv").write_text("step,minutes,loss,t<1/4,t<1/2,t<3/4,t<1\n")
+
     mine = my_parts(recipe.batch, args)
-    calls = ((step, part) for step in range(run.step, recipe.steps) for part in mine)
-    batches, seen, clock, last_save = ahead(run.setup.batch_of, calls), [], time.time(), time.time()
-    bar = trange(run.step, recipe.steps, initial=run.step, total=recipe.steps, desc=name,
+    calls = ((step, part) for step in range(start, recipe.steps) for part in mine)
+    batches, seen, clock, last_save = ahead(setup.batch_of, calls), [], time.time(), time.time()
+    bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=name,
                  disable=RANK > 0)
     for step in bar:
-        parts = [next(batches) for _ in mine]
-        seen.append(take_step(step, parts, loss_of, ema, optimizer, recipe, args.device))
-        run.step, run.minutes, clock = step + 1, run.minutes + (time.time() - clock) / 60, time.time()
-        last = run.step == recipe.steps
-        if run.step % 25 == 0 or last:
-            write_log(run, torch.cat(seen))
-            seen.clear()
-            bar.set_postfix(loss=f"{run.loss:.4f}")
+        batch = [next(batches) for _ in mine]
+        seen.append(take_step(step, batch, model, loss_of, ema, optimizer, recipe, args.device))
+        minutes, clock = minutes + (time.time() - clock) / 60, time.time()
+        last = step + 1 == recipe.steps
+        if (step + 1) % 25 == 0 or last:
+            losses, seen = mean_losses(seen), []
+            bar.set_postfix(loss=losses[0])
+            if RANK == 0:
+                with open(folder / "log.csv", "a") as log:
+                    print(step + 1, f"{minutes:.2f}", *losses, sep=",", file=log)
         if RANK == 0 and not last and time.time() - last_save > 60 * SAVE_MINUTES:
-            run.save()
+            save(step + 1)
             last_save = time.time()
     if RANK == 0:
-        ship(name, run, first_batch, args)
+        steps = max(start, recipe.steps)
+        made_by = setup.facts | ({"distill": args.distill} if args.distill else {})
+        with torch.inference_mode():
+            config = setup.finish(ema, setup.config)
+            base.save_checkpoint(output, config, ema, stage=name, command=args.command, steps=steps,
+                                 seed=args.seed, data=args.data, minutes=round(minutes, 1), **made_by)
+            save(steps, wrote=str(output.resolve()))
+            if setup.preview:
+                videos = setup.preview(ema, to_device(first_batch, args.device))
+                write_sheet(folder / "preview.png", videos, args)
+        print(f"{name}: {minutes:.1f} minutes; wrote {output}; look at {folder}")
     if RANKS > 1:
         dist.barrier()  # the next stage reads what this one wrote
 
@@ -1212,34 +1170,37 @@ def train(name: str, args, steps: int | None = None, limit: float | None = None)
 # ------------------------------------------------------------------------------------------------
 # The command line
 
-def plan(folder, stages: list) -> dict:
+def plan(args, stages: list) -> dict:
     """{stage: steps} of the stages that a folder of clips can train: about a hundred passes, at most
     the recipe's. Prints what the folder holds, and what the others would need."""
-    clips, steps = look(folder), {}
-    print(f"{folder}: {len(clips)} clips, {sum(n / fps for *_, n, _, fps in clips):.0f} s; "
-          f"{len(files_of(folder, *CLIP_KINDS)) - len(clips)} files cannot be read, "
-          f"{sum(not words for _, words, *_ in clips)} clips have no caption")
-    needs = {name: (1, SIDE) for name in ("vae", "clip", "prior", "image")}
+    clips, steps = look(args.folder), {}
+    needs = dict.fromkeys(("vae", "clip", "prior", "image"), (1, SIDE))
     needs |= {NETWORKS[key].checkpoint: (p.frames, NETWORKS[key].scale * p.side)
               for key, p in PAIRS.items()}
+    report = [f"{args.folder}: {len(clips)} clips, {sum(n / fps for *_, n, _, fps in clips):.0f} s; "
+              f"{sum(not words for _, words, *_ in clips)} have no caption"]
     for name in stages:
         frames, side = needs.get(name, (16, SIDE))
-        fitting = [n // frames for *_, n, shorter, _ in clips if n >= frames and shorter >= side]
-        said = "so it is not trained"
-        if fitting:
-            windows, recipe = sum(fitting), RECIPES[name]
-            steps[name] = min(recipe.steps, max(200, 100 * windows // recipe.batch))
-            said = f"{steps[name]} steps by default"
-        print(f"  {name:14s} {frames:2d} frames of {side} x {side}: {len(fitting)} clips fit, {said}")
+        fitting = [(n, fps) for *_, n, shorter, fps in clips if n >= frames and shorter >= side]
+        verdict = "so it is not trained"
+        if fitting:  # of stills, four a second are taken
+            samples = sum(n // (frames if frames > 1 else max(1, round(fps / 4))) for n, fps in fitting)
+            batch = args.batch or RECIPES[name].batch
+            steps[name] = min(RECIPES[name].steps, max(200, 100 * samples // batch))
+            verdict = "trained" if args.minutes or args.steps else f"{steps[name]} steps"
+        report.append(f"  {name:14s} {frames:2d} frames of {side} x {side}: {len(fitting)} fit, {verdict}")
+    if RANK == 0:
+        print(*report, sep="\n")
     if not steps:
-        raise UserError(f"{folder} holds no clip that {', '.join(stages)} can learn from")
+        raise UserError(f"{args.folder} holds no clip that {', '.join(stages)} can learn from")
     return steps
 
 
 def check_autoencoder(args):
     """Say how well the autoencoder shows a folder: no later stage can be better."""
     autoencoder, _ = vae.load(args.weights, args.device)
-    x = stills(args)["pixels"]  # (N, 1, 3, side, side)
+    data = stills(args)
+    x = data["pixels"][:data["own"]]  # (N, 1, 3, side, side)
     x = x[::math.ceil(len(x) / 32)]
     shown = vae.decode_video(autoencoder, vae.encode_video(autoencoder, x))
     psnr = 10 * math.log10(255 ** 2 / (shown.float() - x).square().mean())
@@ -1247,7 +1208,7 @@ def check_autoencoder(args):
           + ", which is blurred: train vae on them first" * (psnr < 20))
 
 
-FREEZES = {"none": "", "spatial": "base", "encoder": "vae", "text": "clip"}  # what: of which stage
+FREEZES = {"none": "", "spatial": "base", "encoder": "vae", "text": "clip"}  # part: of which stage
 
 
 def read_flags(argv=None):
@@ -1269,7 +1230,7 @@ def read_flags(argv=None):
     flag("--accumulate", type=base.positive, default=1, metavar="N", help="make batches in N parts [1]")
     flag("--checkpointing", action="store_true", help="U-Nets: less memory, more time")
     flag("--compile", action="store_true", help="torch.compile the model")
-    flag("--distill", type=int, nargs=2, metavar=("TEACHER", "STUDENT"),
+    flag("--distill", type=base.positive, nargs=2, metavar=("TEACHER", "STUDENT"),
          help="base, superres, ssr: do in STUDENT steps what --init does in TEACHER")
     flag("--teacher", metavar="FILE", help="--distill: the teacher [--init]")
     flag("--name", default="", help="runs/NAME/STAGE/ instead of runs/STAGE/")
@@ -1283,15 +1244,21 @@ def read_flags(argv=None):
 
 def check_flags(args, stages: list):
     """Refuse what cannot work before the first stage is trained for hours."""
-    wrong = {"--init": args.init and args.stage == "all",
-             "--with-world": args.with_world and not args.folder,
-             "--freeze": FREEZES[args.freeze] not in ("", args.stage) or (
-                 args.freeze in ("encoder", "text") and not args.init),
-             "--captions none": args.captions == "none" and not set(stages) <= UNCAPTIONED.keys(),
-             "--distill": args.distill and not (
-                 args.init and args.stage.startswith(("base", "superres", "ssr")))}
-    for name in filter(wrong.get, wrong):
-        raise UserError(f"{name} does not go with stage {args.stage}, or wants --init or --data; see --help")
+    rules = {
+        "--seed is 0 or more": args.seed < 0,
+        "--minutes and --lr are above 0": any(x is not None and x <= 0 for x in (args.minutes, args.lr)),
+        "--init goes with one stage": args.init and args.stage == "all",
+        "--with-world goes with --data FOLDER": args.with_world and not args.folder,
+        f"--freeze {args.freeze} goes with {FREEZES[args.freeze]}":
+            FREEZES[args.freeze] not in ("", args.stage),
+        f"--freeze {args.freeze} wants --init": args.freeze in ("encoder", "text") and not args.init,
+        f"--captions none goes with {', '.join(UNCAPTIONED)}":
+            args.captions == "none" and not set(stages) <= UNCAPTIONED.keys(),
+        "--distill goes with base, superres or ssr, and wants --init":
+            args.distill and not (args.init and args.stage.startswith(("base", "superres", "ssr"))),
+        "--teacher goes with --distill": args.teacher and not args.distill}
+    for rule in filter(rules.get, rules):
+        raise UserError(rule)
     for file in filter(None, (args.init, args.teacher)):
         if not Path(file).is_file():
             raise UserError(f"{file}: no such file")
@@ -1315,20 +1282,17 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if args.device == "cuda" and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    steps = plan(args.folder, stages) if args.folder else dict.fromkeys(stages)
+    steps = plan(args, stages) if args.folder else dict.fromkeys(stages)
     size = sum(path.stat().st_size for path in files_of(RUNS / "cache", ".pt"))
-    print(f"{RUNS / 'cache'} holds {size / 1e9:.1f} GB, and may be deleted at any time")
+    if RANK == 0:
+        print(f"{RUNS / 'cache'} holds {size / 1e9:.1f} GB, and may be deleted at any time")
     args.amount, limits = .125 if args.with_world else 1., dict.fromkeys(steps)  # of the world
     if args.minutes:
         unit = args.minutes / sum(RECIPES[name].share for name in steps)
         limits = {name: unit * RECIPES[name].share for name in steps}
         args.amount *= min(1., unit / 6)  # all for ten hours
-    if args.folder and "vae" not in steps and "clip" not in steps:
+    if args.folder and not {"vae", "clip", "prior"} & steps.keys():
         check_autoencoder(args)
-    for name in steps:  # before the first is trained, for hours
-        checkpoint = RUNS / args.name / name / "checkpoint.pt"
-        if checkpoint.is_file() and not args.fresh:
-            compare(checkpoint, load_pt(checkpoint)["run"], origin_of(name, args, limits[name]))
     for name in steps:
         train(name, args, steps[name], limits[name])
     if RANKS > 1:

@@ -40,9 +40,6 @@ class VAEConfig:
         return 2 ** (len(self.channels) - 1)
 
 
-SD15 = VAEConfig(channels=(128, 256, 512, 512), layers=2, groups=32, scaling_factor=.18215)
-
-
 class MidAttention(Attention):
     """One head over all positions of a frame, with norm and residual."""
 
@@ -120,7 +117,7 @@ class AutoencoderKL(nn.Module):
 def loss(vae: AutoencoderKL, batch: dict):
     """Reconstruction plus KL (N,). batch: pixels (N, 3, H, W), noise (N, 4, h, w). A pixel counts
     more the further it is from its image's mean colour, or small objects would be lost.
-    Differs: the authors use L1, a perceptual and an adversarial loss, and a KL that weighs
+    Differs: the authors use plain L1, a perceptual and an adversarial loss, and a KL that weighs
     thousands of times less."""
     x = batch["pixels"]
     mean, logvar = (part.float() for part in vae.encode(x))
@@ -142,8 +139,7 @@ def load(weights=WEIGHTS, device="cpu"):
     s, state = checkpoint["config"], checkpoint["model"]
     if "block_out_channels" in s:  # Stable Diffusion's
         config = VAEConfig(s["block_out_channels"], s["layers_per_block"], s["latent_channels"],
-                           s.get("norm_num_groups", SD15.groups),
-                           s.get("scaling_factor", SD15.scaling_factor))
+                           s.get("norm_num_groups", 32), s.get("scaling_factor", .18215))
         vae_id = base.SD_ID
     else:
         config, vae_id = VAEConfig(**s), base.tensors_id(state, ("encoder.", "quant_conv."))
@@ -350,7 +346,7 @@ def write_clip(path, clip: dict, command: str):
 
 
 def encode_clip(path, weights=WEIGHTS, device="cpu") -> dict:
-    """Any video or image -> a clip of latents. Its sides are cut to multiples of 8."""
+    """Any video or image -> a clip of latents. Sides are cut to multiples of the VAE's factor, 8."""
     vae, vae_id = load(weights, device)
     video, fps = read_video(path)
     H, W = (side - side % vae.config.factor for side in video.shape[-2:])
