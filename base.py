@@ -888,7 +888,7 @@ def tensors_id(model: dict, prefixes: tuple) -> str:
     """Eight hex digits for the tensors whose names begin with one of the prefixes."""
     digest = hashlib.sha256()
     for name in sorted(name for name in model if name.startswith(prefixes)):
-        digest.update(name.encode() + model[name].half().contiguous().numpy().tobytes())
+        digest.update(name.encode() + model[name].half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:8]
 
 

@@ -168,6 +168,14 @@ def test_every_fresh_parameter_learns():
     assert learned == {n for n, _ in model.named_parameters() if not n.startswith("mean_clip.")}
 
 
+@cases("temporal", [SMALL.temporal, ("attention", "conv")])
+def test_fps_reaches_the_output_and_pictures_have_none(temporal):
+    model, (x, t, context, fps) = randomize(UNet(replace(SMALL, temporal=temporal))), inputs()
+    for clip, heard in ((x, True), (x[:, :1], False)):
+        a, b = model(clip, t, context, fps), model(clip, t, context, 2 * fps)
+        assert torch.allclose(a, b) != heard
+
+
 def test_patchify_round_trip():
     x, model = randn(2, 3, 4, 19, 11), UNet(replace(SMALL, patch_size=4))
     y = F.pixel_shuffle(model.patchify(x), 4).unflatten(0, (2, 3))

@@ -17,6 +17,7 @@ pictures of the first batch, and preview.png, what a network that makes pictures
 import copy
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -254,6 +255,12 @@ def render(scene: dict, times, size: int = SIDE, window=None) -> torch.Tensor:
 CLIP_KINDS = vae.VIDEOS + vae.IMAGES
 
 
+def say(message: str):
+    """Print once, however many processes there are."""
+    if RANK == 0:
+        print(message)
+
+
 def digest(thing) -> str:
     """Eight letters for anything that its repr tells from others."""
     return hashlib.sha256(repr(thing).encode()).hexdigest()[:8]
@@ -336,7 +343,8 @@ def world_clips(kind: str, count: int, seed: int, side: int):
 
 def read_captions(folder: Path) -> dict:
     """{clip: caption} from captions.csv, metadata.csv or metadata.jsonl (Hugging Face's tables say
-    file_name and text), else from a .txt beside each clip. Stops if a tenth find no partner."""
+    file_name and text), else from a .txt beside each clip. Stops if more than a tenth of both find no
+    partner."""
     def plain(file):  # whichever slashes, case or kind of accents it is written with
         name = unicodedata.normalize("NFC", str(file)).strip().replace("\\", "/")
         return os.path.normpath(name).casefold()
@@ -344,15 +352,19 @@ def read_captions(folder: Path) -> dict:
     def read(path: Path) -> str:
         return path.read_text("utf-8-sig").strip() if path.is_file() else ""
 
-    table, captions, at = {}, {}, ""  # at: the file or row that is being read
+    table, captions, at = {}, {}, ""  # at: the file or row that was read last
     try:
         for at in (folder / "captions.csv", folder / "metadata.csv", folder / "metadata.jsonl"):
-            lines = read(at).splitlines()
+            lines = io.StringIO("" if table else read(at))  # the first table counts
             is_csv = at.suffix == ".csv"
             for at in csv.DictReader(lines, strict=True) if is_csv else map(json.loads, lines):
                 if None in at:
                     raise ValueError("too many fields; a caption with commas needs quotes")
-                table[plain(at.get("file") or at["file_name"])] = at.get("caption") or at["text"]
+                file, words = (at[key] if key in at else at[other] for key, other in (
+                    ("file", "file_name"), ("caption", "text")))
+                if None in (file, words):
+                    raise ValueError("a field is missing")
+                table[plain(file)] = str(words)
         clips = files_of(folder, *CLIP_KINDS)
         for clip in clips:
             at = clip.with_suffix(".txt")
@@ -411,7 +423,7 @@ def gather(args, name: str, own, world, convert: Callable = lambda item: item) -
         count = sum(len(item["captions"]) for item in items)
         items += [convert(item) for item in world] if args.world else []
         if not items:
-            raise UserError(f"{args.data} holds no clip that is long and large enough for {name}")
+            raise UserError(f"{args.data} holds no clip long and large enough: {name.rsplit('-', 2)[0]}")
         captions = chain.from_iterable(item["captions"] for item in items)
         tensors = {key: torch.cat([item[key] for item in items])
                    for key in items[0].keys() - {"captions"}}
@@ -451,9 +463,10 @@ def add_tokens(args, data: dict) -> dict:
     """Adds the tokens of each distinct caption (K, L, D), rows (N,) in them, and null_tokens."""
     clip, tokenizer, facts = text.load(args.weights, args.device)
     distinct = sorted(set(data["captions"]))
-    file = Path(args.weights) / "text.pt"
-    text.warn_unknown(distinct, facts["words"], ". Use words that it knows, or teach it these: `train.py "
-                      f"clip --init {file}`, and train later stages further, on these captions")
+    cure = (f". Use words that it knows, or teach it these: `train.py clip --init {args.weights}/text.pt`, "
+            "and train later stages further, on these captions")
+    if RANK == 0:
+        text.warn_unknown(distinct, facts["words"], cure)
     encoded = [text.encode(clip, tokenizer, distinct[i:i + 256]) for i in range(0, len(distinct), 256)]
     row = {words: i for i, words in enumerate(distinct)}
     return data | {"tokens": torch.cat([part["tokens"] for part in encoded]),
@@ -1000,14 +1013,22 @@ def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
         parts = [setup.batch_of(step, part) for part in my_parts(recipe.batch, args)]
         take_step(step, parts, model, setup.loss_of, model, optimizer, recipe, args.device)
         clocks.append(time.time())
-    fits = [int(4 * seconds / (clocks[4] - clocks[0]))]  # the first is slow, one may be of stills
+    steps = [int(4 * seconds / (clocks[4] - clocks[0]))]  # the first is slow, one may be of stills
     if RANKS > 1:
-        dist.broadcast_object_list(fits, 0)
-    steps, batch = fits[0], recipe.batch
-    while steps < 300 and batch > 4 and batch % (2 * RANKS * args.accumulate) == 0:
-        steps, batch = 2 * steps, batch // 2
-    steps = max(20, steps)
-    return replace(recipe, steps=steps, batch=batch, warmup=min(recipe.warmup, steps // 5))
+        dist.broadcast_object_list(steps, 0)
+    splits = recipe.batch > 4 and recipe.batch % (2 * RANKS * args.accumulate) == 0
+    if steps[0] < 300 and splits:
+        return fit_recipe(replace(recipe, batch=recipe.batch // 2), seconds, setup, args)
+    steps = max(20, steps[0])
+    return replace(recipe, steps=steps, warmup=min(recipe.warmup, steps // 5))
+
+
+def recipe_of(name: str, args, steps: int | None) -> Recipe:
+    """A stage's recipe, as the flags change it."""
+    recipe = RECIPES[name]
+    lr = args.lr or recipe.lr
+    return replace(recipe, steps=args.steps or steps or recipe.steps, lr=lr,
+                   batch=args.batch or recipe.batch, fresh_lr=recipe.fresh_lr * lr / recipe.lr)
 
 
 def origin_of(args, recipe: Recipe, limit: float | None) -> dict:
@@ -1027,6 +1048,7 @@ def check_same(path, then: dict, now: dict, cure: str):
         raise UserError(f"{path} differs in {'; '.join(differing)}. {cure}")
 
 
+FITTED = "steps", "batch", "warmup"  # what fit_recipe decides
 RESTART = "Start over with --fresh, or go on from finished weights with --fresh --init FILE"
 
 
@@ -1035,6 +1057,7 @@ def is_current(name: str, args) -> bool:
     output, earlier = output_of(args, name), list(PREPARE)[:list(PREPARE).index(name)]
     files = [*Path(__file__).parent.glob("*.py"), *(output_of(args, other) for other in earlier)]
     files += [Path(file) for file in (args.init, args.teacher) if file]
+    files += [Path(args.weights) / "image.pt"] if args.captions == "none" else []
     return all(file.stat().st_mtime <= output.stat().st_mtime for file in files if file.is_file())
 
 
@@ -1078,28 +1101,24 @@ def mean_losses(seen: list) -> list:
 
 def train(name: str, args, steps: int | None = None, limit: float | None = None):
     """Train a stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
-    recipe, folder, output = RECIPES[name], RUNS / args.name / name, output_of(args, name)
-    lr, checkpoint = args.lr or recipe.lr, folder / "checkpoint.pt"
-    recipe = replace(recipe, steps=args.steps or steps or recipe.steps, lr=lr,
-                     batch=args.batch or recipe.batch, fresh_lr=recipe.fresh_lr * lr / recipe.lr)
+    recipe, folder, output = recipe_of(name, args, steps), RUNS / args.name / name, output_of(args, name)
+    checkpoint = folder / "checkpoint.pt"
     for path in (checkpoint, output):
         path.parent.mkdir(parents=True, exist_ok=True)
     state = load_pt(checkpoint) if checkpoint.is_file() and not args.fresh else {}
     if limit and state:
-        recipe = replace(recipe, **{key: state[key] for key in ("steps", "batch", "warmup")})
+        recipe = replace(recipe, **{key: state[key] for key in FITTED})
     finished = output.is_file() and state.get("wrote") == str(output.resolve()) and (
         state["step"] >= recipe.steps)
 
-    if state:
-        check_same(checkpoint, state["run"], origin_of(args, recipe, limit), RESTART)
     if finished and is_current(name, args):  # spares preparing its data
-        return print(f"{name}: already trained")
+        return say(f"{name}: already trained")
     torch.manual_seed(args.seed)
     setup = PREPARE[name](args)
     if state:
         check_same(checkpoint, state["run"], setup.config | setup.facts, RESTART)
     if finished:
-        return print(f"{name}: already trained; use --fresh after new weights of an earlier stage")
+        return say(f"{name}: already trained; use --fresh after new weights of an earlier stage")
 
     model = setup.model.to(args.device, memory_format=torch.channels_last).train()
     model.gradient_checkpointing = args.checkpointing
@@ -1117,8 +1136,8 @@ def train(name: str, args, steps: int | None = None, limit: float | None = None)
 
     def save(step: int, wrote: str = ""):
         save_pt(checkpoint, {key: part.state_dict() for key, part in parts.items()} | {
-            "step": step, "minutes": minutes, "wrote": wrote, "steps": recipe.steps,
-            "batch": recipe.batch, "warmup": recipe.warmup, "run": origin})
+            "step": step, "minutes": minutes, "wrote": wrote, "run": origin,
+            **{key: getattr(recipe, key) for key in FITTED}})
 
     loss_of = setup.loss_of
     if args.compile:
@@ -1189,8 +1208,7 @@ def plan(args, stages: list) -> dict:
             steps[name] = min(RECIPES[name].steps, max(200, 100 * samples // batch))
             verdict = "trained" if args.minutes or args.steps else f"{steps[name]} steps"
         report.append(f"  {name:14s} {frames:2d} frames of {side} x {side}: {len(fitting)} fit, {verdict}")
-    if RANK == 0:
-        print(*report, sep="\n")
+    say("\n".join(report))
     if not steps:
         raise UserError(f"{args.folder} holds no clip that {', '.join(stages)} can learn from")
     return steps
@@ -1204,8 +1222,8 @@ def check_autoencoder(args):
     x = x[::math.ceil(len(x) / 32)]
     shown = vae.decode_video(autoencoder, vae.encode_video(autoencoder, x))
     psnr = 10 * math.log10(255 ** 2 / (shown.float() - x).square().mean())
-    print(f"the autoencoder shows these clips at {psnr:.1f} dB"
-          + ", which is blurred: train vae on them first" * (psnr < 20))
+    say(f"the autoencoder shows these clips at {psnr:.1f} dB"
+        + ", which is blurred: train vae on them first" * (psnr < 20))
 
 
 FREEZES = {"none": "", "spatial": "base", "encoder": "vae", "text": "clip"}  # part: of which stage
@@ -1284,8 +1302,7 @@ def main(argv=None):
         dist.init_process_group(backend, timeout=timedelta(days=1))
     steps = plan(args, stages) if args.folder else dict.fromkeys(stages)
     size = sum(path.stat().st_size for path in files_of(RUNS / "cache", ".pt"))
-    if RANK == 0:
-        print(f"{RUNS / 'cache'} holds {size / 1e9:.1f} GB, and may be deleted at any time")
+    say(f"{RUNS / 'cache'} holds {size / 1e9:.1f} GB, and may be deleted at any time")
     args.amount, limits = .125 if args.with_world else 1., dict.fromkeys(steps)  # of the world
     if args.minutes:
         unit = args.minutes / sum(RECIPES[name].share for name in steps)
@@ -1293,6 +1310,13 @@ def main(argv=None):
         args.amount *= min(1., unit / 6)  # all for ten hours
     if args.folder and not {"vae", "clip", "prior"} & steps.keys():
         check_autoencoder(args)
+    for name in steps:  # before the first is trained, for hours
+        checkpoint = RUNS / args.name / name / "checkpoint.pt"
+        if checkpoint.is_file() and not args.fresh:
+            now = origin_of(args, recipe_of(name, args, steps[name]), limits[name])
+            fitted = FITTED if limits[name] else ()
+            check_same(checkpoint, load_pt(checkpoint)["run"],
+                       {key: now[key] for key in now if key not in fitted}, RESTART)
     for name in steps:
         train(name, args, steps[name], limits[name])
     if RANKS > 1:
