@@ -402,8 +402,8 @@ def test_contrastive_loss_is_symmetric_and_equal_captions_all_count():
     assert loss([[2., 0.], [9., 11.]], [[1, 2], [1, 3]]) == pytest.approx(
         [(e[0] + e[1]) / 2, (e[0] + e[2]) / 2 + 1])
     assert loss([[9., 9.], [9., 9.]], [[1, 2], [1, 2]]) == pytest.approx([.69315, 1.69315], 1e-4)
-    judge = Namespace(similarity=lambda *a: torch.tensor([[2., 0., 2.]]))
-    batch = {"pixels": 0, "states": 0, "row": torch.tensor([2])}
+    judge = Namespace(similarity=lambda pixels, states: 2 * pixels + states)
+    batch = {"pixels": torch.zeros(1, 3), "states": torch.tensor([[2., 0., 2.]]), "row": torch.tensor([2])}
     assert text.locked_loss(judge, batch).item() == pytest.approx(math.log(2 + math.exp(-2)))
 
 
