@@ -409,7 +409,7 @@ def encode_for_prior(model: CLIP, tokenizer: Tokenizer, prompts: list) -> torch.
 def embed_images(model: CLIP, images) -> torch.Tensor:
     """uint8 images (N, 3, H, W) -> CLIP embeddings (N, E) of norm sqrt(E)."""
     if not model.config.vision_layers:
-        raise UserError("these weights of CLIP have no image half; Stable Diffusion's do not")
+        raise UserError("this CLIP has no image half; Stable Diffusion 1.x has only its text half")
     side, device = model.config.image_size, model.logit_scale.device
     parts = []
     for part in images.split(256):

@@ -262,7 +262,7 @@ def say(message: str):
 
 
 def digest(thing) -> str:
-    """Eight letters for anything that its repr tells from others."""
+    """Eight hex digits for anything that its repr tells from others."""
     return hashlib.sha256(repr(thing).encode()).hexdigest()[:8]
 
 
@@ -290,6 +290,7 @@ def world_id() -> str:
                    [(words, video.numpy().tobytes(), fps) for video, words, fps in clips]))
 
 
+@cache
 def folder_id(folder) -> str:
     """Hash of the names, sizes and dates of a folder's files."""
     return digest([(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
@@ -449,10 +450,10 @@ def latents(args, kind: str, side: int = SIDE) -> dict:
     autoencoder, vae_id = vae.load(args.weights, args.device)
 
     def encode(item):
-        return item | {"pixels": vae.encode_video(autoencoder, item["pixels"]).half()}
+        z = vae.encode_video(autoencoder, item["pixels"]).half()  # (n, T, 4, h, w)
+        return {"latents": z, "captions": item["captions"], "fps": item["fps"]}
     name = f"{kind}-{side}-{vae_id}-{data_id(args)}"
     data = gather(args, name, *clips_of(args, kind, side), encode)
-    data["latents"] = data.pop("pixels")
     data["facts"] = {"vae": vae_id, "side": data["latents"].shape[-1]}
     if args.captions == "none":
         return add_embeddings(args, data, autoencoder, name)
@@ -547,19 +548,19 @@ def pairs(args, name: str) -> dict:
     it, or small again if that has not SIDE pixels), captions, fps (N,), facts."""
     p, scale = PAIRS[name], NETWORKS[name].scale
     p = replace(p, count=math.ceil(args.amount * p.count))
-    autoencoder, vae_id = vae.load(args.weights, args.device)
+    autoencoder, facts, shown_by = None, {}, ""
+    if p.side == SIDE:
+        autoencoder, vae_id = vae.load(args.weights, args.device)
+        facts, shown_by = {"vae": vae_id}, base.tensors_id(autoencoder.state_dict(), ("",))
 
     def cut(item):  # clones, or each window would keep its whole clip in memory
         whole, window = item.pop("whole"), item.pop("window")
         item |= {"small": crop(whole, window).clone(), "pixels": item["pixels"].clone()}
-        if p.side == SIDE:
+        if autoencoder:
             whole = vae.decode_video(autoencoder, vae.encode_video(autoencoder, whole))
         return item | {"decoded": crop(whole, window).clone()}
     own = folder_pairs(args.folder, p, scale, args.seed)
     world = world_pairs(p, scale, 6 + list(PAIRS).index(name), args.seed)
-    facts, shown_by = {}, ""
-    if p.side == SIDE:
-        facts, shown_by = {"vae": vae_id}, base.tensors_id(autoencoder.state_dict(), ("",))
     data = gather(args, f"{name}-{digest((p, shown_by))}-{data_id(args)}", own, world, cut)
     return data | {"facts": facts}
 
@@ -757,8 +758,8 @@ def prepare_clip(args) -> Setup:
 def prepare_prior(args) -> Setup:
     """P learns from captioned stills which image embedding a caption has. It never sees a video."""
     clip, tokenizer, facts = text.load(args.weights, args.device)
-    facts = {"image_encoder": facts["image_id"]}
-    data = add_tokens(args, stills(args, "beginnings") | {"facts": facts})
+    data = stills(args, "beginnings") | {"facts": {"image_encoder": facts["image_id"]}}
+    data = add_tokens(args, data)
     data["latents"] = text.embed_images(clip, data["pixels"][:, 0])  # (N, D)
     data["tokens"], data["null_tokens"] = (
         text.encode_for_prior(clip, tokenizer, prompts).cpu()  # (K, L + 1, D)
@@ -1007,13 +1008,14 @@ def my_parts(batch: int, args) -> list:
 def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
     """As many steps as fit into the time, of fewer samples where 300 do not fit. Five steps of a copy
     are timed. Another machine would decide otherwise, so the checkpoint keeps it."""
-    model, clocks = copy.deepcopy(setup.model), []
+    model, clocks = copy.deepcopy(setup.model), [time.time()]
     optimizer = make_optimizer(model, recipe, args.freeze)
     for step in range(5):
         parts = [setup.batch_of(step, part) for part in my_parts(recipe.batch, args)]
         take_step(step, parts, model, setup.loss_of, model, optimizer, recipe, args.device)
         clocks.append(time.time())
-    steps = [int(4 * seconds / (clocks[4] - clocks[0]))]  # the first is slow, one may be of stills
+    seconds -= clocks[5] - clocks[0]
+    steps = [int(4 * seconds / (clocks[5] - clocks[1]))]  # the first is slow, one may be of stills
     if RANKS > 1:
         dist.broadcast_object_list(steps, 0)
     splits = recipe.batch > 4 and recipe.batch % (2 * RANKS * args.accumulate) == 0
