@@ -231,8 +231,9 @@ class AttentionGate(nn.Module):
     With emb_dim the gate also reads the embedding of timestep and image, and alpha starts at .95.
     Without it (all networks but make-a-video.pt) alpha is doubled: it starts at 1 and may reach 2.
     In base.pt, interpolate.pt and make-a-video.pt the deepest gate, up_blocks.0.gates.0, is 0
-    everywhere. Differs: the video papers have no gates. In 1804.03999 alpha is at most 1 and on g's
-    coarser grid."""
+    everywhere: its skip is the middle block's input, which that block's residual path brings too.
+    Differs: the video papers have no gates. In 1804.03999 alpha is at most 1 and on g's coarser
+    grid."""
 
     def __init__(self, skip_channels: int, gating_channels: int, emb_dim: int | None = None):
         super().__init__()
@@ -572,18 +573,6 @@ class Diffusion:
         alpha_s, sigma_s = self.alpha_sigma(path[:, -1], z)
         return (z_s - sigma_s / sigma_t * z) / (alpha_s - sigma_s / sigma_t * alpha_t)
 
-    def distillation_loss(self, student, teacher, x, noise, path, taught=None):
-        """Squared error of a student's x per video, (B,). student, teacher: predict(z, t). path: as
-        above. Where `taught` (B,) is false, the target is the true x.          Imagen Video, 2.7
-        Differs: 2202.00512 weights it by max(SNR, 1) or SNR + 1."""
-        t = path[:, 0]
-        z = self.add_noise(x, noise, t)  # (B, T, C, H, W)
-        with torch.no_grad():
-            target = self.distillation_target(teacher, z, path)
-        if taught is not None:
-            target = torch.where(taught.view(-1, *[1] * (x.ndim - 1)), target, x)
-        return (self.to_x(student(z, t), z, t) - target).pow(2).flatten(1).mean(1)
-
     @torch.no_grad()
     def sample(self, predict, z, steps: int = 16, sampler: str = "dpmpp", shift: float = 1.,
                gamma: float = 0., step_noise=None, threshold: bool = False, label: str = ""):
@@ -677,10 +666,8 @@ def has_fast_bf16(device) -> bool:
 
 
 def fast_autocast(device):
-    """bf16 where it is fast, else fp32; on CUDA cards without bf16, fp16 to sample (never run)."""
-    device, bf16 = torch.device(device).type, has_fast_bf16(device)
-    fp16 = device == "cuda" and not torch.is_grad_enabled()
-    return torch.autocast(device, torch.bfloat16 if bf16 else torch.float16, enabled=bf16 or fp16)
+    """bf16 where it is fast, else fp32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_fast_bf16(device))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -692,18 +679,6 @@ def loss(unet: UNet, diffusion: Diffusion, batch: dict) -> torch.Tensor:
         return unet(z, t, batch["context"], batch["fps"])
     x, t = batch["latents"], batch["t"]
     return diffusion.loss(predict, x, batch["noise"], t, diffusion.loss_weight(t, x))
-
-
-def distillation_loss(unet: UNet, diffusion: Diffusion, batch: dict, teacher: UNet,
-                      guidance: float = 2.) -> torch.Tensor:
-    """Per video, (B,). batch: as for `loss`, null_context, path (B, K + 1), whose rows are equal,
-    as guidance depends on t. The student, unguided, learns what the guided teacher does. Differs:
-    Imagen Video distils guidance first, then halves the steps again and again; here at once."""
-    text = batch["context"], batch["null_context"], batch["fps"]
-    student = classifier_free_guidance(unet, *text, 1.)
-    guided = classifier_free_guidance(teacher, *text, interval_guidance(diffusion, guidance))
-    x, noise = batch["latents"], batch["noise"]
-    return diffusion.distillation_loss(student, guided, x, noise, batch["path"])
 
 
 def mean_clip_loss(mean_clip: MeanClip, batch: dict) -> torch.Tensor:
@@ -721,9 +696,6 @@ def initial_noise(shape: tuple, seed: int, stage: str, index: int = 0) -> torch.
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
         return torch.randn(shape[1:], generator=generator)
     return torch.stack([video(i) for i in range(shape[0])])
-
-
-STUDENT = {"guidance": 1., "sampler": "stochastic", "shift": 2.}  # how to sample distilled weights
 
 
 def generate(unet: UNet, diffusion: Diffusion, text: dict, frames: int = 16, fps: float = 4.,
@@ -994,8 +966,6 @@ def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, fram
         condition = {"tokens": tokens, "null_tokens": torch.zeros_like(tokens[:1])}
         text = text | {"tokens": text["null_tokens"].expand_as(text["tokens"])}
     check_ids(clip | {"text": condition}, made_by, unet.config.context_dim)
-    if "distill" in made_by:
-        how = STUDENT | {"steps": made_by["distill"][1]} | how
     z = generate(unet, diffusion, condition, frames, fps, made_by["side"], seed=seed, label=name,
                  **how)
     return clip | {"kind": "latents", "data": z, "text": text, "fps": fps, "seed": seed,
@@ -1008,10 +978,10 @@ def main(argv=None):
     parser.add_argument("-o", "--out", default="base.pt", help="latents to write [base.pt]")
     parser.add_argument("--frames", type=positive, default=16, help="1 makes a picture [16]")
     parser.add_argument("--fps", type=float, default=4., help="trained on 4 to 30 [4]")
-    parser.add_argument("--steps", type=positive, help="[24; a student's own]")
-    parser.add_argument("--guidance", type=float, help="scale; 1 is none [2; students: 1]")
+    parser.add_argument("--steps", type=positive, help="[24]")
+    parser.add_argument("--guidance", type=float, help="scale; 1 is none [2]")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral", "stochastic"),
-                        help="[ancestral, or dpmpp for a picture; students: stochastic]")
+                        help="[ancestral, or dpmpp for a picture]")
     args = parser.parse_args(argv)
     check_output(args.out, ".pt")
     if not 0 < args.fps < math.inf:

@@ -144,19 +144,24 @@ def has_texture(pixels) -> torch.Tensor:
 
 def distillation_loss(unet: UNet, teacher: UNet, diffusion: Diffusion, batch: dict,
                       stage: StageConfig) -> torch.Tensor:
-    """Loss per clip, (B,). batch: as for `loss`, and path (B, K + 1), timesteps from t down.
+    """Squared error of x per clip, (B,). batch: as for `loss`, and path (B, K + 1), the timesteps
+    that the teacher takes.                                                     Imagen Video, 2.7
 
     A network of one step predicts the mean of all plausible details, a blur; its student learns
     what many steps of the teacher draw. Where there is no texture to invent, the truth teaches
     better.
     Differs: Imagen Video halves the steps again and again and samples with fresh noise; here the
-    student takes any K steps of the teacher at once, by DDIM."""
+    student takes any K steps of the teacher at once, by DDIM. 2202.00512 weights the error by
+    max(SNR, 1) or SNR + 1."""
     x, large = batch["pixels"], enlarge(batch["small"], stage.scale, batch["level"])
     condition = large, batch["level"], batch["fps"], batch.get("context")
-    student = clean_predictor(unet, *condition)
-    teacher = clean_predictor(teacher, *condition)
-    return diffusion.distillation_loss(student, teacher, x, batch["noise"], batch["path"],
-                                       has_texture(x))
+    student, teacher = (clean_predictor(network, *condition) for network in (unet, teacher))
+    t = batch["path"][:, 0]
+    z = diffusion.add_noise(x, batch["noise"], t)  # (B, T, 3, H, W)
+    with torch.no_grad():
+        target = diffusion.distillation_target(teacher, z, batch["path"])
+    target = torch.where(has_texture(x).view(-1, 1, 1, 1, 1), target, x)
+    return (student(z, t) - target).pow(2).flatten(1).mean(1)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -676,17 +676,6 @@ def check_parent(made_by: dict, facts: dict, path):
     check_same(path, made_by, {key: facts[key] for key in ids}, "Train it anew")
 
 
-def load_teacher(args, name: str, shift: float) -> tuple:
-    """--distill's teacher, its paths (STUDENT, K + 1), and whether it is a student itself."""
-    if not args.distill:
-        return None, None, False
-    teacher, _, made_by = base.load(args.teacher or args.init, args.device, name)
-    steps = made_by.get("distill", args.distill[:1])[-1]
-    if steps != args.distill[0]:
-        raise UserError(f"the teacher takes {steps} steps, not {args.distill[0]}")
-    return teacher, base.teacher_paths(*args.distill, shift), "distill" in made_by
-
-
 def prepare_vae(args) -> Setup:
     data, model = stills(args), vae.AutoencoderKL(vae.VAEConfig())
     if args.freeze == "encoder":  # latents stay what they are, and so does their scale
@@ -823,24 +812,15 @@ def prepare_base(args) -> Setup:
         weights = base.load_checkpoint(mean_clip, "mean-clip")
         check_parent(weights["made_by"], data["facts"], mean_clip)
         base.load_state(model.mean_clip, weights["model"], mean_clip)
-    teacher, paths, unguided = load_teacher(args, "base", base.STUDENT["shift"])
-    loss, sampling = base.loss, {"steps": 16}
-    if teacher:
-        loss = partial(base.distillation_loss, teacher=teacher, guidance=1. if unguided else 2.)
-        sampling = base.STUDENT | {"steps": args.distill[1]}
-    use_stills = args.freeze == "none" and args.captions == "all" and not teacher
+    use_stills = args.freeze == "none" and args.captions == "all"
     joint = latents(args, "stills", side) if use_stills else None
 
     def batch_of(step, samples):
-        if teacher:  # all on one path, as guidance depends on t
-            path = paths[step % len(paths)].expand(len(samples), -1)  # (N, K + 1)
-            batch = diffusion_batch(args, data, step, samples, lambda rngs: path[:, 0])
-            return batch | {"path": path, "null_context": data["null_tokens"]}
         if joint and step % 4 == 3:
             return diffusion_batch(args, joint, step, [4 * i + k for i in samples for k in range(4)])
         return diffusion_batch(args, data, step, samples, shifted_timesteps)
-    return unet_setup(model, diffusion, loss, batch_of, data["facts"],
-                      generates(diffusion, data, **sampling))
+    return unet_setup(model, diffusion, base.loss, batch_of, data["facts"],
+                      generates(diffusion, data, steps=16))
 
 
 def prepare_interpolate(args) -> Setup:
@@ -873,16 +853,20 @@ def prepare_pixels(args, name: str) -> Setup:
     whole frames, the last one crops. Here all see windows of short clips."""
     stage, diffusion = NETWORKS[name], base.Diffusion(target="sample")
     is_tsr, reads_text = name in interpolate.TSR, "text" in stage.unet.embeddings
-    teacher, paths, _ = load_teacher(args, stage.checkpoint, stage.shift)
     data = pairs(args, name)
-    if teacher:
-        stage = replace(stage, steps=args.distill[1])
+    if args.distill:
+        teacher, _, made_by = base.load(args.teacher or args.init, args.device, stage.checkpoint)
+        steps, student_steps = args.distill
+        if made_by.get("distill", [steps])[-1] != steps:
+            raise UserError(f"the teacher takes {made_by['distill'][-1]} steps, not {steps}")
+        paths = base.teacher_paths(steps, student_steps, stage.shift)  # (STUDENT, K + 1)
+        stage = replace(stage, steps=student_steps)
     if reads_text:
         data = add_tokens(args, data)
         stage = replace(stage, unet=replace(stage.unet, context_dim=data["tokens"].shape[-1]))
 
     def loss(model, diffusion, batch):
-        if teacher:
+        if args.distill:
             return superres.distillation_loss(model, teacher, diffusion, batch, stage)
         return superres.loss(model, diffusion, batch, stage)
 
@@ -900,7 +884,7 @@ def prepare_pixels(args, name: str) -> Setup:
         level = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32)
         batch = {"pixels": x, "small": vae.to_float(small), "level": level, "noise": noise,
                  "fps": data["fps"][picks].float(), "captions": [data["captions"][i] for i in picks]}
-        if teacher:
+        if args.distill:
             batch["path"] = paths[[int(rng.integers(len(paths))) for rng in rngs]]  # (N, K + 1)
             batch["t"] = batch["path"][:, 0]
         else:
@@ -1251,7 +1235,7 @@ def read_flags(argv=None):
     flag("--checkpointing", action="store_true", help="U-Nets: less memory, more time")
     flag("--compile", action="store_true", help="torch.compile the model")
     flag("--distill", type=base.positive, nargs=2, metavar=("TEACHER", "STUDENT"),
-         help="base, superres, ssr: do in STUDENT steps what --init does in TEACHER")
+         help="superres, ssr: do in STUDENT steps what --init does in TEACHER")
     flag("--teacher", metavar="FILE", help="--distill: the teacher [--init]")
     flag("--name", default="", help="runs/NAME/STAGE/ instead of runs/STAGE/")
     flag("--fresh", action="store_true", help="ignore the checkpoint")
@@ -1274,8 +1258,8 @@ def check_flags(args, stages: list):
         f"--freeze {args.freeze} wants --init": args.freeze in ("encoder", "text") and not args.init,
         f"--captions none goes with {', '.join(UNCAPTIONED)}":
             args.captions == "none" and not set(stages) <= UNCAPTIONED.keys(),
-        "--distill goes with base, superres or ssr, and wants --init":
-            args.distill and not (args.init and args.stage.startswith(("base", "superres", "ssr"))),
+        "--distill goes with superres or ssr, and wants --init":
+            args.distill and not (args.init and args.stage.startswith(("superres", "ssr"))),
         "--teacher goes with --distill": args.teacher and not args.distill}
     for rule in filter(rules.get, rules):
         raise UserError(rule)
