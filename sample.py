@@ -82,7 +82,7 @@ def main(argv=None):
     parser.add_argument("-o", "--out", default="out", help="a folder, or .mp4, .gif, .png [out/]")
     parser.add_argument("--samples", type=base.positive, default=1, help="videos per prompt [1]")
     parser.add_argument("--frames", type=base.positive, default=16, help="1 makes a picture [16]")
-    parser.add_argument("--guidance", type=float, help="of base; 1 is none [2; students: 1]")
+    parser.add_argument("--guidance", type=float, help="of base; 1 is none [2]")
     parser.add_argument("--cascade", choices=CASCADES, default="make-a-video", help="[%(default)s]")
     parser.add_argument("--until", metavar="STAGE", help="stop after base, low, ... [the last one]")
     first = parser.add_mutually_exclusive_group()
