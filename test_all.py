@@ -955,7 +955,7 @@ def test_the_pipeline_by_hand_is_the_cascade(weights, capsys, cascade, shape, fp
     (interpolate.main, "z.pt --skip 16", "nothing to fill"),
     (sample.main, "star --until high --cascade imagen-video", "imagen-video has base, tsr-32"),
     (sample.main, "star --frames 1 --cascade imagen-video", "one frame has none"),
-    (train.main, "all --batch 12 --accumulate 5", "vae: a batch of 12 does not split into 5")])
+    (train.main, "all --batch 12 --accumulate 5", "a batch of 12 does not split into 5")])
 def test_a_mistake_is_one_line_and_writes_nothing(files, monkeypatch, main, argv, message):
     monkeypatch.setattr(train, "train", pytest.fail)
     words, weights = base.load_pt("text.pt"), base.load_pt(WEIGHTS / "base.pt")

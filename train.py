@@ -986,6 +986,9 @@ def ahead(make: Callable, calls, threads: int = 4):
 
 def my_parts(batch: int, args) -> list:
     """The samples of a step that this process computes, in --accumulate equal parts."""
+    if batch % (RANKS * args.accumulate):
+        raise UserError(f"a batch of {batch} does not split into {RANKS * args.accumulate} equal parts, "
+                        "processes times --accumulate")
     return np.array_split(range(RANK, batch, RANKS), args.accumulate)
 
 
@@ -1268,12 +1271,8 @@ def check_flags(args, stages: list):
             raise UserError(f"{file}: no such file")
     if args.folder and not Path(args.folder).is_dir():
         raise UserError(f"{args.folder}: no such folder of clips")
-    parts = RANKS * args.accumulate
     for name in stages:
-        batch = args.batch or RECIPES[name].batch
-        if batch % parts:
-            raise UserError(f"{name}: a batch of {batch} does not split into {parts} equal parts, "
-                            "processes times --accumulate")
+        my_parts(args.batch or RECIPES[name].batch, args)
 
 
 def main(argv=None):
