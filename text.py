@@ -17,7 +17,6 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import vae
@@ -180,12 +179,12 @@ class TextTransformer(nn.Module):
 def patch_stem(width: int, patch_size: int) -> nn.Module:
     """Images (B, 3, H, W) -> patches (B, D, H/p, W/p), by convolutions that halve H and W. Differs:
     CLIP reads a patch by one linear layer. Convolutions learn shapes sooner (2106.14881)."""
-    halvings = int(math.log2(patch_size))
-    widths = [3] + [width >> i for i in range(halvings - 1, -1, -1)]  # 3, D/4, D/2, D for p = 8
-    layers = []
-    for before, after in pairwise(widths):
+    layers, before = [], 3
+    for i in reversed(range(int(math.log2(patch_size)))):
+        after = width >> i  # D/4, D/2, D for p = 8
         layers += [nn.Conv2d(before, after, 3, stride=2, padding=1)]
         layers += [nn.GroupNorm(8, after), nn.GELU()]
+        before = after
     return nn.Sequential(*layers, nn.Conv2d(width, width, 1))
 
 

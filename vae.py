@@ -341,7 +341,7 @@ def write_clip(path, clip: dict, command: str):
 
 
 def encode_clip(path, weights=WEIGHTS, device="cpu") -> dict:
-    """Any video or image -> a clip of latents. Sides are cut to multiples of the VAE's factor, 8."""
+    """Any video or image -> a clip of latents. Sides are cut to multiples of the VAE's 8."""
     vae, vae_id = load(weights, device)
     video, fps = read_video(path)
     H, W = (side - side % vae.config.factor for side in video.shape[-2:])
