@@ -237,6 +237,8 @@ def as_shown(frames, side: int | None, header: float = 1., aspect: float = 1.):
         pixels, sdr = "gbrp", {"dst_color_trc": BT709, "dst_color_primaries": BT709}
     steps = [f"buffer=video_size={head.width}x{head.height}:pix_fmt={pixels}"
              f":time_base={head.time_base}"]
+    if head.interlaced_frame:
+        steps += ["bwdif=send_frame:deint=interlaced"]
     if head.format.has_palette or any(part.is_alpha for part in head.format.components):
         steps += ["format=gbrapf32le", "premultiply=inplace=1"]  # what is hidden is black
     steps += [f"scale={round(W * scale)}:{round(H * scale)}"
@@ -260,6 +262,8 @@ def read_frames(path, side: int | None = None):
     for an image). With a side: the middle square, shrunk."""
     try:
         if Path(path).suffix.lower() in IMAGES:
+            if iio.immeta(path, index=0, plugin="pillow")["mode"].startswith("I"):
+                raise ValueError("it has 16 bits per value, not 8")
             rgba = iio.imread(path, index=0, plugin="pillow", mode="RGBA", rotate=True)
             frame = av.VideoFrame.from_ndarray(rgba, "rgba")
             frame.pts, frame.duration, frame.time_base = 0, 1, Fraction(1)
