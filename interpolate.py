@@ -205,7 +205,6 @@ def fill_clip(clip: dict, weights=base.WEIGHTS, device="cpu", seed: int = 0, ski
               before: int = 0, after: int = 0, guidance: float = 1., steps: int = STEPS) -> dict:
     """A clip of latents with skip - 1 new frames in every gap, and `after` more at the end or, if
     skip is 1, `before` at the start."""
-    assert not before or (skip == 1 and not after)
     unet, diffusion, made_by = base.load(weights, device, "interpolate")
     clip = text.with_text(clip, weights, device)
     base.check_ids(clip, made_by, unet.config.context_dim)

@@ -1,7 +1,7 @@
 """text.py - from a prompt to the tokens that later stages read.
 
 CLIP (2103.00020): a text and an image transformer learn which caption belongs to which image. As in
-Stable Diffusion, later stages read the text half's last hidden states.
+Stable Diffusion, later stages read the last hidden states of its text half.
 Make-A-Video's P (2209.14792, 3.1; unCLIP, 2204.06125) turns a prompt into the CLIP embedding of an
 image, for a video network that reads no words.
 
@@ -11,14 +11,12 @@ image, for a video network that reads no words.
 
     python text.py "a red star moving left" "a blue ring bouncing on sand" -o text.pt
 
-Layers are named as in Hugging Face's CLIPModel, whose text half Stable Diffusion uses.
+Layers are named as in Hugging Face's CLIPModel.
 """
-import html
 import json
 import math
 import re
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import vae
@@ -32,15 +30,15 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-STRAIGHT = str.maketrans("‘’‚‛“”„‟", 4 * "'" + 4 * '"')
-WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+WORD = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
+        r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
 # ------------------------------------------------------------------------------------------------
 # Byte-pair encoding as CLIP does it: over bytes, and "</w>" marks the end of a word.
 
 def build_tokenizer(vocab: dict, merges: list) -> Tokenizer:
-    """CLIP's tokenizer. vocab: {token: id}; merges: pairs (a, b), or in some files "a b"."""
+    """vocab: {token: id}; merges: pairs (a, b), or in some files "a b"."""
     pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
     tokenizer = Tokenizer(models.BPE(vocab, pairs, end_of_word_suffix="</w>", unk_token=END))
     tokenizer.normalizer = normalizers.Sequence([
@@ -52,36 +50,37 @@ def build_tokenizer(vocab: dict, merges: list) -> Tokenizer:
     return tokenizer
 
 
-def token_ids(tokens: list) -> dict:
-    """{token: id} in this order, without repetitions."""
-    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+def vocabulary(tokens) -> dict:
+    """{token: id} in the order of tokens, without repetitions; start and end come last."""
+    others = [token for token in dict.fromkeys(tokens) if token not in (START, END)]
+    return {token: i for i, token in enumerate([*others, START, END])}
 
 
 def learn_tokenizer(captions: list) -> tuple[dict, list]:
-    """A vocabulary and merges that make one token of every word of a small world's captions.
-    Ids are in CLIP's order: bytes, bytes that end a word, merges, start, end."""
-    learner = build_tokenizer({START: 0, END: 1}, [])
+    """A vocabulary and merges that make one token of each word of captions of a small world. In
+    CLIP's order: bytes, bytes that end a word, merges, start, end."""
+    learner = build_tokenizer(vocabulary([]), [])
     learner.train_from_iterator(captions, trainers.BpeTrainer(
         vocab_size=2000, end_of_word_suffix="</w>", show_progress=False, special_tokens=[END]))
-    merges = json.loads(learner.to_str())["model"]["merges"]  # pairs
+    merges = json.loads(learner.to_str())["model"]["merges"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
-    return token_ids(tokens), merges
+    ends = [letter + "</w>" for letter in letters]
+    return vocabulary([*letters, *ends, *map("".join, merges)]), merges
 
 
 def grow_tokenizer(vocab: dict, merges: list, captions: list) -> tuple[dict, list]:
-    """Appends to both until every word of captions is one token. Start and end stay last."""
-    tokens, merges = [token for token in vocab if token not in (START, END)], list(merges)
+    """Appends to both until every word of captions is one token."""
+    tokens, merges = list(vocab), list(merges)
     for word in words_of(captions):
-        tokenizer = build_tokenizer(token_ids([*tokens, START, END]), merges)
-        left = "</w>"
-        for piece in tokenizer.encode(word, add_special_tokens=False).tokens:
-            if not left.endswith("</w>"):  # to CLIP, "r2d2" is four words
+        left, *pieces = build_tokenizer(vocabulary(tokens), merges).encode(word).tokens
+        for piece in pieces:
+            if left.endswith("</w>"):  # to CLIP, "r2d2" is four words
+                left = piece
+            else:
                 merges.append([left, piece])
-                piece = left + piece
-                tokens.append(piece)
-            left = piece
-    return token_ids([*tokens, START, END]), merges
+                left += piece
+                tokens.append(left)
+    return vocabulary(tokens), merges
 
 
 def words_of(captions) -> list:
@@ -90,22 +89,21 @@ def words_of(captions) -> list:
 
 def read_tokenizer(folder: Path) -> dict:
     """CLIP's own vocabulary and merges: tokenizer.json, or vocab.json and merges.txt."""
-    if (folder / "tokenizer.json").is_file():
-        model = json.loads((folder / "tokenizer.json").read_bytes())["model"]
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        model = json.loads(file.read_bytes())["model"]
         return {"vocab": model["vocab"], "merges": model["merges"]}
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [line for line in lines if line and not line.startswith("#version")]
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]  # 0: the version
     return {"vocab": json.loads((folder / "vocab.json").read_bytes()), "merges": merges}
 
 
 def tokenize(tokenizer: Tokenizer, prompts: list, context: int) -> torch.Tensor:
     """Ids (B, context): start, the prompt, then ends. A longer prompt is cut, with a warning.
-    Differs: CLIP's ftfy also splits ligatures, narrows full-width forms and mends mojibake."""
+    Differs: CLIP first mends the text, with ftfy and html.unescape."""
     start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
     rows = []
     for prompt in prompts:
-        plain = html.unescape(html.unescape(prompt)).translate(STRAIGHT)
-        ids = tokenizer.encode(plain, add_special_tokens=False).ids
+        ids = tokenizer.encode(prompt).ids
         if len(ids) > context - 2:
             warn(f"'{prompt}' has {len(ids)} tokens; only the first {context - 2} are read")
         ids = [start, *ids[:context - 2], end]
@@ -130,35 +128,26 @@ class CLIPConfig:
     projection_dim: int = 128
 
 
-class SelfAttention(nn.Module):
-    """Multi-head attention over (B, L, D)."""
-
-    def __init__(self, width: int, heads: int, causal: bool):
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x):
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, heads, L, d)
-        h = attend(q, k, v, is_causal=self.causal)
-        return self.out_proj(h.transpose(1, 2).flatten(2))  # (B, L, D)
-
-
 class EncoderLayer(nn.Module):
     """Pre-norm transformer layer, (B, L, D) -> (B, L, D)."""
 
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
-        self.layer_norm1, self.self_attn = nn.LayerNorm(width), SelfAttention(width, heads, causal)
+        self.heads, self.causal = heads, causal
+        projections = ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in projections})
         self.layer_norm2 = nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width),
                                   "fc2": nn.Linear(4 * width, width)})
 
     def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        h = self.mlp.fc1(self.layer_norm2(x))
+        h, attn = self.layer_norm1(x), self.self_attn
+        q, k, v = (proj(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for proj in (attn.q_proj, attn.k_proj, attn.v_proj))  # (B, heads, L, d)
+        h = attend(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)  # (B, L, D)
+        x = x + attn.out_proj(h)
+        h = self.mlp.fc1(self.layer_norm2(x))  # (B, L, 4 * D)
         return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))  # CLIP's quick GELU
 
 
@@ -188,13 +177,14 @@ class TextTransformer(nn.Module):
 
 
 def patch_stem(width: int, patch_size: int) -> nn.Module:
-    """Images (B, 3, H, W) -> patches (B, D, H/p, W/p), by convolutions that halve H and W.
-    Differs: CLIP reads a patch by one linear layer. Convolutions learn shapes sooner (2106.14881)."""
-    halvings = int(math.log2(patch_size))
-    widths = [3] + [width >> i for i in range(halvings - 1, -1, -1)]  # 3, D/4, D/2, D for p = 8
-    layers = []
-    for before, after in pairwise(widths):
-        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
+    """Images (B, 3, H, W) -> patches (B, D, H/p, W/p), by convolutions that halve H and W. Differs:
+    CLIP reads a patch by one linear layer. Convolutions learn shapes sooner (2106.14881)."""
+    layers, before = [], 3
+    for i in reversed(range(int(math.log2(patch_size)))):
+        after = width >> i  # D/4, D/2, D for p = 8
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1)]
+        layers += [nn.GroupNorm(8, after), nn.GELU()]
+        before = after
     return nn.Sequential(*layers, nn.Conv2d(width, width, 1))
 
 
@@ -239,28 +229,27 @@ class CLIP(nn.Module):
         return self.logit_scale.exp().clamp(max=100) * images @ captions.T
 
     def language_loss(self, ids):
-        """Cross-entropy of each next token, plus that of all words of a caption from its last state,
-        (M, L) -> (M,). The same tokens follow "left" and "right"; only the latter tells them apart.
-        Differs: CLIP has no such loss. Here it teaches motion, from captions without images."""
+        """Cross-entropy of each next token, plus that of all words of a caption from its last
+        state, (M, L) -> (M,). Without the latter "left" and "right", which are followed by the same
+        tokens, stay alike. Differs: CLIP has no such loss. It teaches motion without images."""
         embeddings = self.text_model.embeddings.token_embedding.weight  # (V, D)
         position = torch.arange(ids.shape[1], device=ids.device)  # (L,)
         end = ids.argmax(1, keepdim=True)  # (M, 1): where the first end stands
         tokens, last = self.text_model(ids)  # (M, L, D), (M, D)
         logits = (tokens[:, :-1] @ embeddings.T).transpose(1, 2)  # (M, V, L - 1)
         next_token = F.cross_entropy(logits, ids[:, 1:], reduction="none")  # (M, L - 1)
+        read = position[:-1] < end  # (M, L - 1)
         named = -(last @ embeddings.T).log_softmax(1).gather(1, ids)  # (M, L)
-
-        def mean(losses, counts):
-            return (losses * counts).sum(1) / counts.sum(1).clamp(min=1)  # the null prompt: 0 words
-        words = (position > 0) & (position < end)
-        return mean(next_token, position[:-1] < end) + mean(named, words)
+        words = (position > 0) & (position < end)  # (M, L); the null prompt has none
+        return ((next_token * read).sum(1) / read.sum(1)
+                + (named * words).sum(1) / words.sum(1).clamp(min=1))
 
 
 def loss(model: CLIP, batch: dict) -> torch.Tensor:
     """Symmetric contrastive loss (CLIP, Fig. 3) plus the language loss, (N,). batch: pixels
     (N, 3, H, W), ids (N, L) of their captions, motion_ids (N, L) of captions without images.
-    Differs: several images of so small a world share a caption, and all of them count as right. With
-    --accumulate or several processes, only a part of a batch is compared."""
+    Differs: several images of so small a world share a caption, and all of them count as right.
+    With --accumulate or several processes, only a part of a batch is compared."""
     ids = batch["ids"]
     logits = model.similarity(batch["pixels"], model.text_model(ids)[1])  # (N, N)
     same = (ids[:, None] == ids[None]).all(-1).float()  # (N, N)
@@ -271,17 +260,43 @@ def loss(model: CLIP, batch: dict) -> torch.Tensor:
 
 
 def locked_loss(model: CLIP, batch: dict) -> torch.Tensor:
-    """Cross-entropy of each image's caption among all M captions of the data, (N,), while the text
-    half is locked, as in LiT (2111.07991). batch: pixels (N, 3, H, W), states (M, D) of captions,
+    """Cross-entropy of each image's caption among all M captions of the data, (N,), with a locked
+    text half, as in LiT (2111.07991). batch: pixels (N, 3, H, W), states (M, D) of the captions,
     row (N,), which of them is an image's. Differs: LiT compares the captions of a batch, of which
     too few differ only in the shape."""
     logits = model.similarity(batch["pixels"], batch["states"])  # (N, M)
     return F.cross_entropy(logits, batch["row"], reduction="none")
 
 
+def unit_rms(x):
+    """Vectors (N, E), scaled to norm sqrt(E)."""
+    return F.normalize(x.float(), dim=-1) * math.sqrt(x.shape[-1])
+
+
+@torch.inference_mode()
+def encode(model: CLIP, tokenizer: Tokenizer, prompts: list):
+    """Tokens (B, L, D) of prompts, and their CLIP embeddings (B, E), of norm sqrt(E)."""
+    ids = tokenize(tokenizer, prompts, model.config.context).to(model.logit_scale.device)  # (B, L)
+    tokens, last = model.text_model(ids)  # (B, L, D), (B, D)
+    return tokens.cpu(), unit_rms(model.text_projection(last)).cpu()
+
+
+@torch.inference_mode()
+def embed_images(model: CLIP, images) -> torch.Tensor:
+    """uint8 images (N, 3, H, W) -> CLIP embeddings (N, E), of norm sqrt(E)."""
+    if not model.config.vision_layers:
+        raise UserError("this CLIP has no image half; Stable Diffusion 1.x has only its text half")
+    side, device = model.config.image_size, model.logit_scale.device
+    parts = []
+    for part in images.split(256):
+        pixels = F.interpolate(vae.to_float(part.to(device)), (side, side), mode="area")
+        parts.append(unit_rms(model.visual_projection(model.vision_model(pixels))).cpu())
+    return torch.cat(parts)
+
+
 # ------------------------------------------------------------------------------------------------
-# Make-A-Video's P. It is trained on captioned stills, and never sees a video. Three in four of its
-# stills are first frames of training scenes, whose captions name the motion.
+# Make-A-Video's P, trained on captioned stills; it never sees a video. Three in four of its stills
+# are first frames of training scenes, whose captions name the motion.
 
 @dataclass
 class PriorConfig:
@@ -324,15 +339,16 @@ def prior_loss(prior: Prior, diffusion: Diffusion, batch: dict) -> torch.Tensor:
 @torch.inference_mode()
 def sample_prior(prior: Prior, diffusion: Diffusion, context, null_context, seed: int = 0,
                  guidance: float = 1.):
-    """context (B, L + 1, D) -> image embeddings (B, D) of norm sqrt(D). null_context (1, L + 1, D).
-    Differs: unCLIP draws two and keeps the one nearer to the text."""
-    z = initial_noise((len(context), prior.config.width), seed, "prior").to(context.device)
+    """context (B, L + 1, D) and null_context (1, L + 1, D) -> image embeddings (B, D) of norm
+    sqrt(D). Differs: unCLIP draws two and keeps the one nearer to the text."""
+    z = initial_noise((len(context), prior.config.width), seed, "prior")
+    z = z.to(next(prior.parameters()).device)
     predict = classifier_free_guidance(prior, context, null_context, None, guidance)
     return unit_rms(diffusion.sample(predict, z, 16, "ddim")).cpu()
 
 
 # ------------------------------------------------------------------------------------------------
-# Loading, encoding, the command line. A model is a CLIP; a clip is the dict of base.new_clip.
+# Weights, files and the command line. A clip is the dict of base.new_clip.
 
 def load(weights=WEIGHTS, device="cpu"):
     """CLIP, its tokenizer, and facts: the ids of both halves, and the words it was trained on."""
@@ -346,7 +362,7 @@ def load(weights=WEIGHTS, device="cpu"):
         config = CLIPConfig(s["vocab_size"], s["max_position_embeddings"], s["hidden_size"],
                             s["num_hidden_layers"], s["num_attention_heads"], vision_layers=0)
         tokenizer = read_tokenizer(Path(weights) / "tokenizer")
-        facts = {"id": SD_ID, "image_id": None, "words": []}
+        facts = {"id": SD_ID, "words": [], "image_id": None}
 
     def may_lack(name):  # Stable Diffusion has only the text half
         return "clip" not in s and not name.startswith("text_model.")
@@ -361,9 +377,9 @@ def encoder_id(checkpoint: dict) -> str:
 
 def grow(path, captions: list) -> tuple[CLIP, dict]:
     """A trained CLIP with a token for each new word of captions, to train further, and its config.
-    As in textual inversion (2208.01618), only new embeddings of the text transformer learn, so that
-    prompts of known words keep their tokens to the bit. Projections and image half learn too, so
-    train prior and make-a-video.pt again."""
+    As in textual inversion (2208.01618), of the text transformer only the new embeddings learn, so
+    prompts of known words keep their tokens. The projections and the image half learn too, so train
+    prior.pt and make-a-video.pt again."""
     checkpoint = load_checkpoint(path, "clip")
     config, state = checkpoint["config"], checkpoint["model"]
     name = "text_model.embeddings.token_embedding.weight"
@@ -384,40 +400,6 @@ def grow(path, captions: list) -> tuple[CLIP, dict]:
     return model, config
 
 
-def unit_rms(x):
-    """Vectors (N, D), scaled to norm sqrt(D)."""
-    return F.normalize(x.float(), dim=-1) * math.sqrt(x.shape[-1])
-
-
-@torch.inference_mode()
-def encode(model: CLIP, tokenizer: Tokenizer, prompts: list) -> dict:
-    """tokens (B, L, D) of the prompts and null_tokens (1, L, D) of the empty one."""
-    ids = tokenize(tokenizer, [*prompts, ""], model.config.context)  # (B + 1, L)
-    tokens = model.text_model(ids.to(model.logit_scale.device))[0].cpu()  # (B + 1, L, D)
-    return {"tokens": tokens[:-1], "null_tokens": tokens[-1:]}
-
-
-@torch.inference_mode()
-def encode_for_prior(model: CLIP, tokenizer: Tokenizer, prompts: list) -> torch.Tensor:
-    """What P reads of prompts: their tokens, then their CLIP embedding, (B, L + 1, D)."""
-    ids = tokenize(tokenizer, prompts, model.config.context).to(model.logit_scale.device)  # (B, L)
-    tokens, last = model.text_model(ids)  # (B, L, D), (B, D)
-    return torch.cat([tokens, unit_rms(model.text_projection(last))[:, None]], dim=1)
-
-
-@torch.inference_mode()
-def embed_images(model: CLIP, images) -> torch.Tensor:
-    """uint8 images (N, 3, H, W) -> CLIP embeddings (N, E) of norm sqrt(E)."""
-    if not model.config.vision_layers:
-        raise UserError("this CLIP has no image half; Stable Diffusion 1.x has only its text half")
-    side, device = model.config.image_size, model.logit_scale.device
-    parts = []
-    for part in images.split(256):
-        pixels = F.interpolate(vae.to_float(part.to(device)), (side, side), mode="area")
-        parts.append(unit_rms(model.visual_projection(model.vision_model(pixels))).cpu())
-    return torch.cat(parts)
-
-
 def load_prior(weights, device, image_id: str) -> Prior:
     """P, which makes image embeddings of the CLIP with this id."""
     checkpoint = load_checkpoint(weights, "prior")
@@ -427,30 +409,25 @@ def load_prior(weights, device, image_id: str) -> Prior:
     return load_state(prior, checkpoint["model"], "prior.pt").to(device).eval()
 
 
-def encode_clip(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0,
-                prior: bool = False) -> dict:
-    """Prompts -> a clip of text. With `prior`, P adds image embeddings; only P needs the seed."""
+def encode_clip(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, prior: bool = False,
+                image=None) -> dict:
+    """Prompts -> a clip of text. It gets image embeddings if `prior`, made by P from the seed; or
+    that of a file `image`: of a picture, for a video of what it shows, or the mean of a video's
+    frames, for a variation of it (Make-A-Video, Fig. 4)."""
     model, tokenizer, facts = load(weights, device)
     warn_unknown(prompts, facts["words"])
-    clip = new_clip("text", text=encode(model, tokenizer, prompts), prompts=prompts,
-                    encoder=facts["id"])
+    tokens, embedding = encode(model, tokenizer, [*prompts, ""])  # (B + 1, L, D), (B + 1, E)
+    text = {"tokens": tokens[:-1], "null_tokens": tokens[-1:]}
     if prior:
-        clip["image_encoder"] = facts["image_id"]
         P, diffusion = load_prior(weights, device, facts["image_id"]), Diffusion(target="sample")
-        context = encode_for_prior(model, tokenizer, [*prompts, ""])  # (B + 1, L + 1, D)
-        embedding = sample_prior(P, diffusion, context[:-1], context[-1:], seed)  # (B, E)
-        clip["text"]["image_embedding"] = embedding
-    return clip
-
-
-def clip_of_image(path, weights=WEIGHTS, device="cpu") -> dict:
-    """A clip of text without a prompt, with the image embedding of a picture, for a video of what
-    it shows, or the mean of a video's frames, for a variation of it (Make-A-Video, Fig. 4)."""
-    model, tokenizer, facts = load(weights, device)
-    frames = torch.stack([frame for frame, _ in vae.read_frames(path, model.config.image_size)])
-    mean = unit_rms(embed_images(model, frames).mean(0, keepdim=True))  # (1, E)
-    return new_clip("text", text=encode(model, tokenizer, [""]) | {"image_embedding": mean},
-                    prompts=[""], encoder=facts["id"], image_encoder=facts["image_id"])
+        context = torch.cat([tokens, embedding[:, None]], dim=1)  # (B + 1, L + 1, D)
+        text["image_embedding"] = sample_prior(P, diffusion, context[:-1], context[-1:], seed)
+    elif image:
+        frames = [frame for frame, _ in vae.read_frames(image, model.config.image_size)]
+        mean = embed_images(model, torch.stack(frames)).mean(0, keepdim=True)  # (1, E)
+        text["image_embedding"] = unit_rms(mean)
+    return new_clip("text", text=text, prompts=prompts, encoder=facts["id"],
+                    image_encoder=facts["image_id"] if prior or image else None)
 
 
 def with_text(clip: dict, weights=WEIGHTS, device="cpu") -> dict:
@@ -481,10 +458,8 @@ def main(argv=None):
     check_output(args.out, ".pt")
     if bool(args.prompts) == bool(args.image):
         raise UserError("give prompts, or --image FILE")
-    if args.image:
-        clip = clip_of_image(args.image, args.weights, args.device)
-    else:
-        clip = encode_clip(args.prompts, args.weights, args.device, args.seed, args.prior)
+    clip = encode_clip(args.prompts or [""], args.weights, args.device, args.seed, args.prior,
+                       args.image)
     save_clip(args.out, clip, args.command)
 
 

@@ -468,11 +468,11 @@ def add_tokens(args, data: dict) -> dict:
             "and train later stages further, on these captions")
     if RANK == 0:
         text.warn_unknown(distinct, facts["words"], cure)
-    encoded = [text.encode(clip, tokenizer, distinct[i:i + 256]) for i in range(0, len(distinct), 256)]
+    encoded = [text.encode(clip, tokenizer, distinct[i:i + 256])[0] for i in range(0, len(distinct), 256)]
     row = {words: i for i, words in enumerate(distinct)}
-    return data | {"tokens": torch.cat([part["tokens"] for part in encoded]),
+    return data | {"tokens": torch.cat(encoded),
                    "rows": torch.tensor([row[words] for words in data["captions"]]),
-                   "null_tokens": encoded[0]["null_tokens"],
+                   "null_tokens": text.encode(clip, tokenizer, [""])[0],
                    "facts": data["facts"] | {"text": facts["id"]}}
 
 
@@ -750,9 +750,12 @@ def prepare_prior(args) -> Setup:
     data = stills(args, "beginnings") | {"facts": {"image_encoder": facts["image_id"]}}
     data = add_tokens(args, data)
     data["latents"] = text.embed_images(clip, data["pixels"][:, 0])  # (N, D)
-    data["tokens"], data["null_tokens"] = (
-        text.encode_for_prior(clip, tokenizer, prompts).cpu()  # (K, L + 1, D)
-        for prompts in (sorted(set(data["captions"])), [""]))
+
+    def context_of(prompts):  # tokens and CLIP embeddings, (K, L + 1, D)
+        tokens, embedding = text.encode(clip, tokenizer, prompts)
+        return torch.cat([tokens, embedding[:, None]], dim=1)
+    data["tokens"] = context_of(sorted(set(data["captions"])))
+    data["null_tokens"] = context_of([""])
     config = text.PriorConfig(*data["tokens"].shape[1:])
     model, diffusion = text.Prior(config), base.Diffusion(target="sample")
 

@@ -193,13 +193,11 @@ REFORMATTER = av.video.reformatter.VideoReformatter()  # keeps a table that HDR 
 
 def decode_stream(file, stream):
     """The frames of a stream, with the times at which players show them."""
-    decoder, container, end = stream.codec_context, file.format.name, 0
-    if stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own decoders of webm drop alpha
-        decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name], "r")
-    decoder.thread_type = "AUTO"
+    container, end = file.format.name, 0
+    stream.thread_type = "AUTO"
     for packet in file.demux(stream):
         with suppress(av.InvalidDataError):  # damaged frames are left out
-            for frame in decoder.decode(packet):
+            for frame in packet.decode():
                 if container == "gif" and frame.duration < 2:  # 1/100 s; browsers make it 10
                     frame.duration = 10
                 time = {"avi": frame.dts, "gif": end}.get(container, frame.pts)
@@ -211,8 +209,8 @@ def decode_stream(file, stream):
 
 
 def frame_rate(frames: list, header: float) -> float:
-    """The header's rate, if the frames keep it within 2 %; else that of their usual distance,
-    without pauses."""
+    """Frames per second: the header's, if the frames keep it within 2 %; else from the mean of
+    their gaps, except pauses."""
     times = [frame.pts for frame in frames] + [frames[-1].pts + frames[-1].duration]
     gaps = np.diff(times) * float(frames[0].time_base)  # seconds
     gaps = gaps[gaps > 0]
@@ -224,7 +222,8 @@ def frame_rate(frames: list, header: float) -> float:
 
 
 def as_shown(frames, side: int | None, header: float = 1., aspect: float = 1.):
-    """See read_frames. header: the file's frames per second; aspect: W / H of its pixels."""
+    """Yields what read_frames does, from decoded frames. header: the file's frames per second;
+    aspect: W / H of its pixels."""
     first = list(islice(frames, 32))
     if not first:
         raise ValueError("it holds no frames")
@@ -236,19 +235,19 @@ def as_shown(frames, side: int | None, header: float = 1., aspect: float = 1.):
     pixels, sdr = head.format.name, {}
     if head.color_trc in (PQ, HLG):  # HDR
         pixels, sdr = "gbrp", {"dst_color_trc": BT709, "dst_color_primaries": BT709}
-    size = f"{head.width}x{head.height}"
-    steps = [f"buffer=video_size={size}:pix_fmt={pixels}:time_base={head.time_base}"]
+    steps = [f"buffer=video_size={head.width}x{head.height}:pix_fmt={pixels}"
+             f":time_base={head.time_base}"]
     if head.interlaced_frame:
         steps += ["bwdif=send_frame:deint=interlaced"]
     if head.format.has_palette or any(part.is_alpha for part in head.format.components):
         steps += ["format=gbrapf32le", "premultiply=inplace=1"]  # what is hidden is black
-    flags = "flags=bicubic+accurate_rnd+full_chroma_int"
-    steps += [f"scale={round(W * scale)}:{round(H * scale)}:{flags}", "format=rgb24",
+    steps += [f"scale={round(W * scale)}:{round(H * scale)}"
+              ":flags=bicubic+accurate_rnd+full_chroma_int", "format=rgb24",
               f"crop={side or 'iw'}:{side or 'ih'}", f"fps={fps}", "buffersink"]
     graph = av.filter.Graph()
     graph.link_nodes(*(graph.add(*step.split("=", 1)) for step in steps)).configure()
     for frame in chain(first, frames, [None]):
-        if frame:  # the last one's duration counts; in live files it is too short
+        if frame:  # only the last one's duration counts; in live recordings it is too short
             frame.duration = max(frame.duration, round(1 / fps / frame.time_base))
             frame = REFORMATTER.reformat(frame, head.width, head.height, pixels, **sdr)
         graph.push(frame)
@@ -346,12 +345,10 @@ def write_clip(path, clip: dict, command: str):
 
 
 def encode_clip(path, weights=WEIGHTS, device="cpu") -> dict:
-    """Any video or image -> a clip of latents. Sides are cut to multiples of the VAE's factor, 8."""
+    """Any video or image -> a clip of latents. Sides are cut to multiples of the VAE's 8."""
     vae, vae_id = load(weights, device)
     video, fps = read_video(path)
     H, W = (side - side % vae.config.factor for side in video.shape[-2:])
-    if not H * W:
-        raise UserError(f"{path} is smaller than {vae.config.factor} pixels")
     z = encode_video(vae, video[None, ..., :H, :W], "vae encode")
     return base.new_clip("latents", z, prompts=[Path(path).stem], fps=fps, vae=vae_id)
 
