@@ -807,7 +807,7 @@ def test_an_image_is_animated(weights):
     (vae.main, "encode a.mp4 -o o.pt", "cannot be read"),
     (base.main, "text.pt -o o.mp4", "extension"),
     (base.main, "text.pt --weights thin.pt", "does not fit"),
-    (train.main, "all --batch 12 --accumulate 5", "vae: a batch of 12 does not split into 5")])
+    (train.main, "all --batch 12 --accumulate 5", "a batch of 12 does not split into 5")])
 def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, main, argv, message):
     monkeypatch.setattr(train, "train", pytest.fail)
     monkeypatch.chdir(tmp_path)
