@@ -6,20 +6,17 @@
 
 Prompt fidelity is read from pixels by `describe`, by fixed rules: no trained model judges another.
 """
-import contextlib
-import io
 import json
 import math
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import time
 from argparse import Namespace
 from dataclasses import asdict, replace
 from functools import cache, partial
-from itertools import count, cycle, islice
+from itertools import count, cycle, islice, pairwise
 from pathlib import Path
 
 import base
@@ -36,19 +33,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 SMALL = UNetConfig(channels=(16, 32), heads=2, context_dim=8, groups=4)
+INTERPOLATOR = replace(SMALL, in_channels=9)
 SAMPLERS = "ddim", "dpmpp", "ancestral", "stochastic"
 V, X = Diffusion(), Diffusion(target="sample")
 cases = pytest.mark.parametrize
 
-
-# ------------------------------------------------------------------------------------------------
-# Helpers
 
 @pytest.fixture(autouse=True)
 def fp32(monkeypatch):
@@ -67,10 +61,6 @@ def randn(*shape, seed: int = 0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def is_old(name: str) -> bool:
-    return not UNet.is_inflation(name)
-
-
 def randomize(model, only=lambda name: True, scale: float = .3):
     """Random weights; zero layers hide errors."""
     for i, (name, p) in enumerate(model.named_parameters()):
@@ -82,8 +72,8 @@ def randomize(model, only=lambda name: True, scale: float = .3):
 
 def inputs(dim: int = 8):
     """A noisy video, timesteps, text and frame rates."""
-    t, fps = torch.tensor([950, 400]), torch.tensor([4., 24.])
-    return randn(2, 5, 4, 8, 8), t, randn(2, 6, dim), fps
+    return (randn(2, 5, 4, 8, 8), torch.tensor([950, 400]), randn(2, 6, dim),
+            torch.tensor([4., 24.]))
 
 
 def base_batch() -> dict:
@@ -110,16 +100,8 @@ def guided_steps(model, call) -> tuple:
     return [t for t, _ in calls], [t for t, n in calls if n == 4]
 
 
-def refusal(main, *argv) -> str:
-    """What a program that must refuse says, in one line on stderr."""
-    with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as stop:
-        base.run(lambda: main([*argv]))
-    assert stop.value.code == 2 and stderr.getvalue().count("\n") == 1
-    return stderr.getvalue()
-
-
 # ------------------------------------------------------------------------------------------------
-# base.py: the U-Net
+# base.py: the U-Net, diffusion, guidance, sampling
 
 def test_attention_over_very_many_sequences_is_split():
     q, k, v = randn(3, 2 ** 16 + 3, 1, 2, 2)
@@ -158,7 +140,7 @@ def test_temporal_layers_relate_frames_of_one_pixel_and_know_their_order(layer, 
 
 def test_every_fresh_parameter_learns():
     model, learned = UNet(SMALL), set()
-    randomize(model, lambda name: is_old(name) or name.startswith("mean_clip.")).train()
+    randomize(model, lambda name: "mean_clip." in name or not model.is_inflation(name)).train()
     for model.gradient_checkpointing in (False, True, True):  # one step opens a zero projection
         base.loss(model, V, base_batch()).mean().backward()
         for name, p in model.named_parameters():
@@ -176,13 +158,6 @@ def test_fps_reaches_the_output_and_pictures_have_none(temporal):
         assert torch.allclose(a, b) != heard
 
 
-def test_patchify_round_trip():
-    x, model = randn(2, 3, 4, 19, 11), UNet(replace(SMALL, patch_size=4))
-    y = F.pixel_shuffle(model.patchify(x), 4).unflatten(0, (2, 3))
-    assert torch.equal(y[..., :19, :11], x) and y.shape[3:] == (24, 16)  # two patches, two levels
-    assert torch.equal(y[..., -1, -1], x[..., -1, -1])  # padded with the edge
-
-
 def test_mean_clip_counts_seconds_and_reads_the_last_token():
     model, context, one = randomize(base.MeanClip(8, 4)), randn(2, 6, 8), torch.ones(2)
     base.zero_module(model.fps_proj)
@@ -194,9 +169,6 @@ def test_mean_clip_counts_seconds_and_reads_the_last_token():
     batch = {"context": context, "fps": 4 * one, "latents": slow + off}
     close(base.mean_clip_loss(model, batch), torch.tensor([4., 9.]))
 
-
-# ------------------------------------------------------------------------------------------------
-# base.py: diffusion, guidance, sampling
 
 @cases("schedule, expected", [
     ("cosine", [.9999994, .5007854, 6.1685e-7]), ("scaled_linear", [.99915, .27767, .0046601])])
@@ -210,11 +182,7 @@ def test_schedules_and_fp32_coefficients_for_fp16_z(schedule, expected):
 
 def test_base_loss_is_weighted_and_tells_the_network_its_batch():
     batch, told = base_batch(), []
-
-    def unet(*args):
-        told[:] = args
-        return torch.zeros_like(args[0])
-    loss = base.loss(unet, V, batch)
+    loss = base.loss(lambda *args: told.extend(args) or torch.zeros_like(args[0]), V, batch)
     z, t, context, fps = told
     alpha, sigma = V.alpha_sigma(t, z)
     assert torch.equal(z, alpha * batch["latents"] + sigma * batch["noise"])
@@ -288,8 +256,6 @@ def test_a_distilled_student_walks_as_its_teacher_does(teacher, student):
         (mixture, z, teacher), (distilled, z, student), (mixture, z, student)))
     close(fast, slow)
     assert differ(fast, coarse)
-    with pytest.raises(UserError):
-        base.teacher_paths(teacher, 3, shift)
 
 
 @cases("shift", [1 / 4, 1., 4.])
@@ -320,12 +286,10 @@ def test_guidance_is_linear_in_all_channels():
     assert ((guided - text_only).abs().mean((0, 1, 3, 4)) > .01).all()
 
 
-@cases("shift", [1 / 4, 4.])
-def test_guidance_oscillates_in_the_second_half(shift):
+def test_guidance_oscillates_in_the_second_half():
     for steps, expected in ((10, [9.] * 5 + [1., 9., 1., 9., 1.]), (3, [9., 9., 1.])):
-        timesteps = base.sampling_timesteps(steps, shift)
-        scale = base.oscillating_guidance(9., 1., timesteps)
-        assert [scale(t) for t in timesteps] == expected
+        timesteps = base.sampling_timesteps(steps, 4.)
+        assert [*map(base.oscillating_guidance(9., 1., timesteps), timesteps)] == expected
 
 
 @cases("schedule", ["cosine", "scaled_linear"])
@@ -348,13 +312,13 @@ def test_a_clip_is_guided_at_middling_noise_and_hears_prompt_and_fps():
     every, guided = guided_steps(model, lambda: make(1))
     assert every == guided  # of pictures
     assert differ(make(gamma=0.), make(gamma=1.))
-    for frames, sampler in ((2, "ancestral"), (1, "dpmpp")):
-        close(make(frames), make(frames, sampler=sampler), 0)
+    close(make(1), make(1, sampler="dpmpp"), 0)
 
 
 @cases("sampler", SAMPLERS)
 def test_a_video_does_not_depend_on_what_else_is_made(sampler, monkeypatch):
-    model, noise, used = randomize(UNet(SMALL), is_old), base.initial_noise, []
+    model, noise, used = UNet(SMALL), base.initial_noise, []
+    randomize(model, lambda name: not model.is_inflation(name))
     monkeypatch.setattr(base, "initial_noise", lambda *how: used.append(noise(*how)) or used[-1])
     a, b, c = (base.generate(model, V, text_emb(i), 3, 4., 4, 2., 4, sampler, seed=seed)
                for i, seed in ((0, 7), (1, 8), (1, 9)))
@@ -364,16 +328,13 @@ def test_a_video_does_not_depend_on_what_else_is_made(sampler, monkeypatch):
 
 
 def test_every_use_of_noise_has_its_own_stream():
-    uses = [(seed, stage, i) for seed in (0, 1, 10 ** 30) for stage in ("base", "low")
-            for i in (0, 1)]
+    uses = [(seed, stage, i) for seed in (0, 1) for stage in ("base", "low") for i in (0, 1)]
     drawn = torch.stack([base.initial_noise((1, 64), *use)[0] for use in uses])
     assert (drawn.corrcoef() - torch.eye(len(uses))).abs().max() < .6
-    third, alone = (base.initial_noise((n, 8), seed, "base", 2) for n, seed in ((3, 5), (1, 7)))
-    assert torch.equal(third[2], alone[0])
 
 
 # ------------------------------------------------------------------------------------------------
-# text.py, and vae.py's autoencoder
+# text.py and vae.py
 
 def test_long_prompts_and_unknown_words_are_named(tmp_path, capsys):
     text.main(["a red Elephant", "", "star " * 15, "日本 🙂", "-o", str(tmp_path / "t.pt")])
@@ -399,10 +360,10 @@ def test_contrastive_loss_is_symmetric_and_equal_captions_all_count():
 
 def test_language_loss_is_of_next_tokens_and_of_all_words_from_the_last():
     tokens, last, end = randn(2, 8, 12), randn(2, 12), 11
-    model, ids = torch.nn.Module(), torch.tensor([[10, 3, 4] + [end] * 5, [10] + [end] * 7])
+    ids = torch.tensor([[10, 3, 4] + [end] * 5, [10] + [end] * 7])
+    model = torch.nn.Module()
     model.forward = lambda ids: (tokens, last)
-    eye = Namespace(weight=torch.eye(12))  # states are logits
-    model.embeddings = Namespace(token_embedding=eye)
+    model.embeddings = Namespace(token_embedding=Namespace(weight=torch.eye(12)))  # states: logits
     following = [F.cross_entropy(tokens[i, :n], ids[i, 1:n + 1]) for i, n in ((0, 3), (1, 1))]
     words = -last[0].log_softmax(0)[[3, 4]].mean()
     loss = text.CLIP.language_loss(Namespace(text_model=model), ids)
@@ -434,91 +395,24 @@ def test_all_256_values_survive_the_round_trip():
     assert torch.equal(vae.to_uint8(1.001 * vae.to_float(values)), values)
 
 
-# ------------------------------------------------------------------------------------------------
-# Image and video files, and folders of them
-
-def bars(frames: int = 6, H: int = 48, W: int = 64):
-    """A red bar that moves right over a gradient, uint8 (T, 3, H, W)."""
-    video = torch.zeros(frames, 3, H, W, dtype=torch.uint8)
-    video[:, 2] = torch.linspace(20, 120, H)[:, None]
-    for i in range(frames):
-        video[i, 0, :H // 2, 4 + 6 * i:16 + 6 * i] = 220
-    return video
+def film(frames: int = 6, H: int = 48, W: int = 64):
+    """A star that slides to the right, uint8 (T, 3, H, W)."""
+    scene = a_scene(motion="moving right", x=.2, y=.4, radius=.2)
+    return train.render(scene, np.arange(frames) / 4, max(H, W))[..., :H, :W]
 
 
-@cases("suffix, fps, W", [(".mp4", 4., 64), (".mp4", 30., 63), (".gif", 10., 64)])
+@cases("suffix, fps, W", [(".mp4", 4., 64), (".mp4", 30., 63), (".gif", 20., 64)])
 def test_video_files_keep_frames_and_fps(tmp_path, suffix, fps, W):
-    video, path = bars(W=W), tmp_path / f"clip{suffix}"
+    video, path = film(W=W), tmp_path / f"clip{suffix}"
     video[:2] = video[0]  # a gif's writer makes one long frame of these
     vae.write_video(path, video, fps)
     read, rate = vae.read_video(path)
     assert read.shape == (6, 3, 48, 64) and rate == pytest.approx(fps, abs=.01)
-    assert (read[..., :W].float() - video.float()).abs().mean() < 1.5  # mirrored it is off by 10
-
-
-@cases("delays, frames, fps", [([60, 70, 70] * 2, 6, 15.), ([10, 10], 2, 10.),
-                               ([50] * 8 + [400, 400], 24, 20.)])
-def test_uneven_gifs_keep_their_time(tmp_path, delays, frames, fps):
-    first, *others = (Image.fromarray(f.permute(1, 2, 0).numpy()) for f in bars(len(delays), W=80))
-    first.save(tmp_path / "a.gif", save_all=True, append_images=others, duration=delays)
-    read, rate = vae.read_video(tmp_path / "a.gif")
-    assert len(read) == frames and rate == pytest.approx(fps, abs=.01)
-
-
-def test_images_are_upright_and_on_black(tmp_path):
-    pixels, exif = np.full((8, 4, 4), 200, np.uint8), Image.Exif()
-    pixels[:4, :2, 3], pixels[:4, 2:, 3], pixels[4:, :, 3] = 0, 51, 255
-    exif[0x0112] = 6  # orientation: the left edge is the top
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    expected = torch.full((8, 4), 200)
-    expected[:4, :2], expected[:4, 2:] = 0, 40
-    read = vae.read_video(tmp_path / "a.png")[0]
-    assert torch.equal(read[0], expected.rot90(-1).expand(3, 4, 8).byte())
-
-
-def test_an_mp4_is_tagged_and_read_as_bt709(tmp_path):
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (250, 140, 30)]
-    video = torch.tensor(colours).byte().view(5, 3, 1, 1).expand(5, 3, 32, 48)
-    vae.write_video(tmp_path / "a.mp4", video, 8.)
-    assert (vae.read_video(tmp_path / "a.mp4")[0].int() - video).abs().max() <= 3
-    with vae.av.open(str(tmp_path / "a.mp4")) as file:
-        frame = next(file.decode(video=0))
-    assert frame.colorspace == frame.color_primaries == frame.color_trc == frame.color_range == 1
-    red = frame.to_ndarray(format="rgb24", src_colorspace="ITU709")  # by a player
-    assert abs(red.astype(int) - colours[0]).max() <= 3
-
-
-@cases("table", ["captions.csv", "metadata.jsonl"])
-def test_captions_find_their_clips(tmp_path, table):
-    rows = {"./a.gif": "a dog", "B.GIF ": "b", "sub\\c.gif": "c", "cafe\u0301.gif": "d"}
-    lines = [json.dumps({"file_name": file, "text": words}) for file, words in rows.items()]
-    if table == "captions.csv":
-        lines = ["file,caption", *map(",".join, rows.items())]
-    (tmp_path / table).write_text("\n".join(lines), encoding="utf-8")
-    (tmp_path / "sub").mkdir()
-    for name in ("a.gif", "b.gif", "sub/c.gif", "caf\u00e9.gif"):
-        vae.write_video(tmp_path / name, bars(4, 32, 32), 10.)
-    read = [words for item in train.folder_clips(tmp_path, 4, 16) for words in item["captions"]]
-    assert sorted(read) == list(rows.values())
-
-
-@cases("table, rows, message", [
-    ("metadata.csv", b"file_name,text\na.gif,a dog, running\n", "too many fields"),
-    ("captions.csv", b'file,caption\na.gif,"a dog\n', "unexpected end"),
-    ("captions.csv", b"file,caption\nx.gif,b\n", "other files"),
-    ("a.txt", "sch\u00f6n".encode("cp1252"), "a.txt.*utf-8")])
-def test_captions_that_help_no_clip_are_refused(tmp_path, table, rows, message):
-    (tmp_path / "a.gif").touch()
-    (tmp_path / table).write_bytes(rows)
-    with pytest.raises(UserError, match=message):
-        train.read_captions(tmp_path)
+    assert (read[..., :W].float() - video.float()).abs().mean() < 1.5  # mirrored it is off by 18
 
 
 # ------------------------------------------------------------------------------------------------
 # interpolate.py
-
-INTERPOLATOR = replace(SMALL, in_channels=9)
-
 
 def fill(latents, skip=1, before=0, after=0, first=0, seed=0):
     """known and the filled timelines of the videos from `first` on."""
@@ -540,31 +434,28 @@ def windows(monkeypatch):
 
 
 def test_condition_is_known_frames_their_blend_and_a_mask_of_one():
-    x, known = randn(1, 7, 4, 2, 2), torch.tensor([[0, 1, 0, 0, 1, 1, 0]]).bool()
+    x, known = randn(1, 8, 4, 2, 2), torch.tensor([[0, 0, 1, 0, 0, 1, 1, 0]]).bool()
     cond = interpolate.condition(torch.where(known[:, :, None, None, None], x, math.inf), known)[0]
-    a, b, c = x[0, [1, 4, 5]]
-    close(cond[:, :4], torch.stack([a, a, (2 * a + b) / 3, (a + 2 * b) / 3, b, c, c]))
+    a, b, c = x[0, [2, 5, 6]]
+    close(cond[:, :4], torch.stack([a, a, a, (2 * a + b) / 3, (a + 2 * b) / 3, b, c, c]))
     assert cond[:, 4, 0, 0].tolist() == known[0].tolist()
 
 
 def test_interpolation_loss_counts_only_unknown_frames_over_their_rms():
-    batch = base_batch() | {"known": torch.tensor([[1, 0, 0, 1, 1], [1, 1, 0, 1, 0]]).bool()}
-    x, known = batch["latents"], batch["known"]
+    x, batch = base_batch()["latents"], base_batch()
+    known = batch["known"] = torch.tensor([[1, 0, 0, 1, 1], [1, 1, 0, 1, 0]]).bool()
     left = x - interpolate.blend(x, known)
 
-    def loss(error):
-        def unet(z, t, context, fps, level, cond):
-            assert torch.equal(z, V.add_noise(x, batch["noise"], batch["t"]))
-            assert torch.equal(cond, interpolate.condition(x, known))
-            assert context is batch["context"] and fps is batch["fps"]
-            return left + error[:, :, None, None, None]
-        return interpolate.loss(unet, X, batch)
-    assert loss(known * 5.).max() < 1e-9
+    def unet(z, t, context, fps, level, cond):
+        assert torch.equal(z, V.add_noise(x, batch["noise"], batch["t"]))
+        assert torch.equal(cond, interpolate.condition(x, known))
+        assert context is batch["context"] and fps is batch["fps"]
+        return left + torch.where(known, 5., 3.)[:, :, None, None, None]
     rms = torch.stack([left[i][~known[i]].pow(2).mean().sqrt() for i in range(2)])
-    close(loss(~known * 3.), 9 / rms, 1e-3)
+    close(interpolate.loss(unet, X, batch), 9 / rms, 1e-3)
 
 
-@cases("skip, before, after", [(5, 0, 0), (1, 0, 20), (1, 20, 0), (2, 3, 4)])
+@cases("skip, before, after", [(5, 0, 0), (1, 0, 20), (1, 20, 0)])
 def test_known_frames_come_back_bit_identical_where_they_belong(skip, before, after):
     latents = randn(2, 7, 4, 4, 4)
     known, made = fill(latents, skip, before, after, seed=7)
@@ -697,12 +588,11 @@ def test_training_and_sampling_tell_a_network_the_same(name, shift, sampling_lev
         assert (fps == 24).all() and (level == torch.tensor(sampling_level)).all()
         assert context is prompt.get("context")
         close(cond, superres.enlarge(small, stage.scale, level))
-    x = randn(2, 2, 3, 8 * stage.scale, 8 * stage.scale)
-    batch = base_batch() | {"pixels": x, "noise": randn(*x.shape, seed=1),
-                            "level": torch.tensor([.5, .9]), "small": randn(2, 2, *clip.shape[1:])}
-    z, told = X.add_noise(x, batch["noise"], batch["t"]), ("t", "context", "fps", "level")
-    told = {key: batch[key] for key in told}
-    cond = superres.enlarge(batch["small"], stage.scale, batch["level"])
+    x, small = randn(2, 2, 3, 8 * stage.scale, 8 * stage.scale), randn(2, 2, *clip.shape[1:])
+    _, t, context, fps = inputs()
+    told = {"t": t, "context": context, "fps": fps, "level": torch.tensor([.5, .9])}
+    batch = told | {"pixels": x, "noise": randn(*x.shape, seed=1), "small": small}
+    z, cond = X.add_noise(x, batch["noise"], t), superres.enlarge(small, stage.scale, told["level"])
     out = unet(z, cond=cond, **told)
     if name != "tsr-32":
         close(superres.loss(unet, X, batch, stage), (cond + out - x).pow(2).mean((1, 2, 3, 4)))
@@ -788,13 +678,13 @@ def stable(tmp_path_factory):
     for part, model in models.items():
         model.eval().save_pretrained(folder / part)
     (folder / "tokenizer").mkdir()
-    files = [str(folder / "tokenizer" / name) for name in ("vocab.json", "merges.txt")]
-    Path(files[0]).write_text(json.dumps(vocab))
-    Path(files[1]).write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
-    return Namespace(folder=folder, tokenizer=transformers.CLIPTokenizer(*files), **models)
+    files = folder / "tokenizer/vocab.json", folder / "tokenizer/merges.txt"
+    files[0].write_text(json.dumps(vocab))
+    files[1].write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
+    return Namespace(folder=folder, tokenizer=transformers.CLIPTokenizer(*map(str, files)), **models)
 
 
-def test_stable_diffusion_gives_the_same_numbers(stable):
+def test_stable_diffusion_gives_the_same_numbers_and_a_picture(stable, tmp_path):
     ours, diffusion, _ = base.load(stable.folder)
     assert (diffusion.schedule, diffusion.target) == ("scaled_linear", "epsilon")
     (x, t, context, fps), pixels = inputs(dim=32), randn(2, 3, 32, 32)
@@ -806,27 +696,17 @@ def test_stable_diffusion_gives_the_same_numbers(stable):
     ids = torch.arange(48).view(2, 24)
     states = stable.text_encoder(ids).last_hidden_state
     close(text.load(stable.folder)[0].text_model(ids)[0], states)
+    sample.main(["a horse", "--weights", str(stable.folder), "--frames", "1", "--until", "base",
+                 "--out", str(tmp_path / "a.png")])
+    assert vae.read_video(tmp_path / "a.png")[0].shape == (1, 3, 16, 16)
 
 
-def test_stable_diffusion_parameter_counts():
-    unet = UNetConfig(channels=(320, 640, 1280, 1280), layers=2, attention=(True, True, True, False),
-                      heads=8, context_dim=768, groups=32)
-    clip = text.CLIPConfig(49408, context=77, width=768, layers=12, heads=12)
-    with torch.device("meta"):
-        autoencoder = vae.AutoencoderKL(vae.VAEConfig((128, 256, 512, 512), layers=2, groups=32))
-        models = UNet(unet), autoencoder, text.CLIP(clip).text_model
-    counts = [sum(p.numel() for n, p in model.named_parameters() if is_old(n)) for model in models]
-    assert counts == [859_520_964, 83_653_863, 123_060_480]
-
-
-@cases("sampler, scheduler, how", [
-    ("ddim", "DDIMScheduler", {"clip_sample": False}),
-    ("dpmpp", "DPMSolverMultistepScheduler", {"final_sigmas_type": "zero"})])
+@cases("sampler, scheduler", [("ddim", "DDIMScheduler"), ("dpmpp", "DPMSolverMultistepScheduler")])
 @cases("target, name", [("epsilon", "epsilon"), ("v", "v_prediction")])
-def test_samplers_equal_those_of_diffusers(sampler, scheduler, how, target, name):
-    scheduler = getattr(pytest.importorskip("diffusers"), scheduler)(
-        beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", prediction_type=name,
-        timestep_spacing="trailing", **how)
+def test_samplers_equal_those_of_diffusers(sampler, scheduler, target, name):
+    scheduler = getattr(pytest.importorskip("diffusers"), scheduler).from_config({
+        "beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear", "clip_sample": False,
+        "prediction_type": name, "timestep_spacing": "trailing", "final_sigmas_type": "zero"})
     scheduler.set_timesteps(20)
     z = randn(1, 4, 8, 8)
 
@@ -858,49 +738,16 @@ def test_shards_variants_and_names_of_2022_are_read(stable, tmp_path):
     close(*(vae.load(folder)[0].state_dict() for folder in (tmp_path, stable.folder)), 0)
 
 
-def test_stable_diffusion_from_prompt_to_picture(stable, tmp_path):
-    sample.main(["a horse", "--weights", str(stable.folder), "--frames", "1", "--until", "base",
-                 "--out", str(tmp_path / "a.png")])
-    assert vae.read_video(tmp_path / "a.png")[0].shape == (1, 3, 16, 16)
-
-
 # ------------------------------------------------------------------------------------------------
 # Files and the command line
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
-    """A folder, the current one, with good files."""
-    monkeypatch.chdir(tmp_path)
-    words, z = text.encode_clip(["a red star"]), randn(1, 2, 4, 8, 8)
-    base.save_pt("text.pt", words)
-    base.save_pt("z.pt", words | {"kind": "latents", "data": z, "vae": vae.load()[1]})
-    return tmp_path
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("bombed",)
-
-
-@cases("content, message", [
-    ({"bomb": Bomb()}, "bad.pt is damaged"), ({"vae": "other"}, "vae other"),
-    ({"kind": "pixels"}, "holds pixels, not latents; make one with `python base.py"),
-    *[(content, "B prompts") for content in (
-        {"prompts": []}, {"data": randn(1, 4, 8, 8)}, {"data": randn(1, 2, 3, 8, 8)},
-        {"data": randn(1, 2, 4, 8, 8).byte()}, {"data": randn(1, 2, 4, 8, 8) / 0},
-        {"text": text_emb()}, {"text": text_emb(1) | {"null_tokens": randn(2, 6, 8)}})]])
-def test_stage_files_are_refused_and_no_code_runs(files, content, message):
-    torch.save(base.load_pt("z.pt") | content, "bad.pt")
-    assert message in refusal(vae.main, "decode", "bad.pt", "-o", "out.mp4")
-    assert not Path("out.mp4").exists() and not Path("bombed").exists()
-
-
-@pytest.fixture
-def weights(files):
+def weights(tmp_path, monkeypatch):
     """Flags for small random weights, whose base makes 16 x 16 pixels."""
-    (files / "w").mkdir()
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("w")
     for name in ("text.pt", "vae.pt"):
-        (files / "w" / name).symlink_to(WEIGHTS / name)
+        os.symlink(WEIGHTS / name, f"w/{name}")
     made_by = base.load_pt(WEIGHTS / "base.pt")["made_by"] | {"side": 2}
     models = {s.checkpoint: replace(s.unet, channels=(8,) * 3, groups=4) for s in NETWORKS.values()}
     models["base"] = replace(SMALL, context_dim=128)
@@ -912,71 +759,73 @@ def weights(files):
     return ["--weights", "w", "--device", "cpu"]
 
 
-@cases("cascade, shape, fps, commands", [
-    ("make-a-video", (2, 6, 3, 192, 192), 20, [
-        "interpolate base.pt --skip 5 -o interpolate.pt", "vae decode interpolate.pt -o decode.pt",
-        "superres low decode.pt -o low.pt", "superres high low.pt -o high.pt"]),
-    ("imagen-video", (2, 16, 3, 192, 192), 32, [
-        "vae decode base.pt -o decode.pt", "interpolate --double tsr-32 decode.pt -o tsr-32.pt",
-        "superres ssr-128 tsr-32.pt -o ssr-128.pt", "superres ssr-256 ssr-128.pt -o ssr-256.pt",
-        "interpolate --double tsr-128 ssr-256.pt -o tsr-64.pt",
-        "interpolate --double tsr-128 tsr-64.pt -o tsr-128.pt",
-        "superres ssr-768 tsr-128.pt -o ssr-768.pt"])])
-def test_the_pipeline_by_hand_is_the_cascade(weights, capsys, cascade, shape, fps, commands):
-    prompts, commands = ["a Red star!", "ring"], ["base text.pt --frames 2 -o base.pt", *commands]
-    flags = ["--frames", "2", "--cascade", cascade, "--out", "made", *weights]
-    sample.main([*prompts, *flags, "--seed", "3", "--keep", "kept"])
-    size = f"{shape[1]} frames of 192 x 192 at {fps} fps\n"
-    assert f"made/a-red-star.mp4: {size}made/ring.mp4: {size}" in capsys.readouterr().out
-    text.main([*prompts, "-o", "text.pt", *weights])
-    for script, *argv in map(str.split, commands):
+@cases("cascade, stages, shape, fps", [
+    ("make-a-video", "base interpolate decode low high", (2, 6, 3, 192, 192), 20),
+    ("imagen-video", "base decode tsr-32 ssr-128 ssr-256 tsr-64 tsr-128 ssr-768",
+     (2, 16, 3, 192, 192), 32)])
+def test_the_pipeline_by_hand_is_the_cascade(weights, cascade, stages, shape, fps):
+    flags = ["--frames", "2", "--cascade", cascade, "--out", "made", "--keep", "kept", *weights]
+    sample.main(["a Red star!", "ring", "--seed", "3", *flags])
+    assert sorted(os.listdir("made")) == ["a-red-star.mp4", "ring.mp4"]
+    text.main(["a Red star!", "ring", "-o", "text.pt", *weights])
+    commands = {
+        "base": "base --frames 2", "interpolate": "interpolate --skip 5", "decode": "vae decode",
+        "tsr-32": "interpolate --double tsr-32", "tsr-64": "interpolate --double tsr-128",
+        "tsr-128": "interpolate --double tsr-128"}
+    for last, stage in pairwise(["text", *stages.split()]):
+        command = commands.get(stage, f"superres {stage}")
+        script, *argv = f"{command} {last}.pt -o {stage}.pt".split()
         globals()[script].main(argv + weights + ["--seed", "3"] * (script != "vae"))
-        ours, theirs = (base.load_pt(f"{folder}/{argv[-1]}") for folder in (".", "kept"))
-        assert torch.equal(ours["data"], theirs["data"]) and ours["fps"] == theirs["fps"], argv
-    assert (ours["data"].shape, ours["fps"], ours["prompts"]) == (shape, fps, prompts)
-    scripts = ["text", *(command.split()[0] for command in commands)]
-    assert [line.split(".py")[0] for line in ours["history"]] == scripts
-    sample.main(["ring", *flags, "--seed", "4", "--keep", "kept"])  # whatever else is made
-    assert (base.load_pt(f"kept/{argv[-1]}")["data"][0].int() - ours["data"][1]).abs().max() <= 1
-
-
-@cases("main, argv, message", [
-    (base.main, "text.pt --frames 0", "--frames"), (base.main, "text.pt --fps 0", "0.0 frames per"),
-    (base.main, "text.pt -o o.mp4", "extension"), (base.main, "alien.pt", "encoder alien"),
-    (base.main, "narrow.pt", "tokens 128 wide"),
-    (base.main, "text.pt --weights thin.pt", "without LCM or inpainting"),
-    (base.main, "text.pt --weights runwayml/sd-v1-5", "a local folder"),
-    (vae.main, "encode a.mp4 -o o.pt", "cannot be read"),
-    (vae.main, "decode a.mp4 -o o.mp4", "is damaged, foreign or a Git-LFS pointer"),
-    (vae.main, "decode z.pt -o o.mp4 --weights no.pt", "python train.py vae"),
-    (vae.main, "decode z.pt -o o.mp4 --weights text.pt", "not vae"),
-    (interpolate.main, "z.pt --skip 16", "nothing to fill"),
-    (sample.main, "star --until high --cascade imagen-video", "imagen-video has base, tsr-32"),
-    (sample.main, "star --frames 1 --cascade imagen-video", "one frame has none"),
-    (train.main, "all --batch 12 --accumulate 5", "a batch of 12 does not split into 5")])
-def test_a_mistake_is_one_line_and_writes_nothing(files, monkeypatch, main, argv, message):
-    monkeypatch.setattr(train, "train", pytest.fail)
-    words, weights = base.load_pt("text.pt"), base.load_pt(WEIGHTS / "base.pt")
-    base.save_pt("alien.pt", words | {"encoder": "alien"})
-    base.save_pt("narrow.pt", words | {"text": text_emb(1)})
-    base.save_pt("thin.pt", weights | {"model": {}})
-    Path("a.mp4").write_text("dear diary")
-    before = sorted(files.iterdir())
-    assert message in refusal(main, *argv.split()) and sorted(files.iterdir()) == before
+        ours, theirs = (base.load_pt(f"{folder}/{stage}.pt") for folder in (".", "kept"))
+        assert torch.equal(ours["data"], theirs["data"]) and ours["fps"] == theirs["fps"], stage
+    assert (ours["data"].shape, ours["fps"]) == (shape, fps)
+    assert len(ours["history"]) == 1 + len(stages.split())
+    sample.main(["ring", "--seed", "4", *flags])  # whatever else is made
+    again = base.load_pt(f"kept/{stage}.pt")["data"][0]
+    assert (again.int() - ours["data"][1]).abs().max() <= 1
 
 
 def test_an_image_is_animated(weights):
-    vae.write_videos("a.png", bars(1, 40, 60)[None], 1.)
+    vae.write_videos("a.png", film(1, 40, 60)[None], 1.)
     sample.main("star star --animate a.png --frames 20 --until base --keep kept".split() + weights)
-    small = F.interpolate(bars(1, 40, 60).float(), (16, 24), mode="bilinear", antialias=True)
+    small = F.interpolate(film(1, 40, 60).float(), (16, 24), mode="bilinear", antialias=True)
     first = vae.encode_video(vae.load()[0], small.round().byte()[None])
     z = base.load_pt("kept/base.pt")["data"]
     assert z.shape == (2, 20, 4, 2, 3) and torch.equal(z[:1, :1], first)
     assert sorted(os.listdir("out")) == ["star-0.mp4", "star-1.mp4"]
 
 
+@cases("main, argv, message", [
+    (vae.main, "decode code.pt -o o.mp4", "code.pt is damaged, foreign or a Git-LFS pointer"),
+    (vae.main, "decode text.pt -o o.mp4", "holds text, not latents; make one with `python base"),
+    (vae.main, "decode inf.pt -o o.mp4", "needs finite data (B, T, C, H, W)"),
+    (vae.main, "decode other.pt -o o.mp4", "vae other"),
+    (vae.main, "decode z.pt -o o.mp4 --weights no.pt", "python train.py vae"),
+    (vae.main, "decode z.pt -o o.mp4 --weights text.pt", "not vae"),
+    (vae.main, "encode a.mp4 -o o.pt", "cannot be read"),
+    (base.main, "text.pt -o o.mp4", "extension"),
+    (base.main, "text.pt --weights thin.pt", "does not fit"),
+    (train.main, "all --batch 12 --accumulate 5", "a batch of 12 does not split into 5")])
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, main, argv, message):
+    monkeypatch.setattr(train, "train", pytest.fail)
+    monkeypatch.chdir(tmp_path)
+    words = text.encode_clip(["a red star"])
+    z = words | {"kind": "latents", "data": randn(1, 2, 4, 8, 8), "vae": vae.load()[1]}
+    for name, content in {"text": words, "z": z, "code": z | {"code": os.mkdir},
+                          "inf": z | {"data": z["data"] / 0}, "other": z | {"vae": "other"},
+                          "thin": base.load_pt(WEIGHTS / "base.pt") | {"model": {}}}.items():
+        torch.save(content, f"{name}.pt")
+    Path("a.mp4").write_text("dear diary")
+    before = sorted(os.listdir())
+    with pytest.raises(SystemExit) as stop:
+        base.run(lambda: main(argv.split()))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and message in said and said.count("\n") == 1
+    assert sorted(os.listdir()) == before
+
+
 # ------------------------------------------------------------------------------------------------
-# train.py
+# train.py, Make-A-Video's P, and its video network that reads no words
 
 def a_scene(shape: str = "star", motion: str = "spinning", **changes) -> dict:
     return {"colour": "red", "shape": shape, "motion": motion, "ground": "", "x": .5, "y": .5,
@@ -999,8 +848,8 @@ def test_held_out_triples_and_unseen_pairs():
 def test_what_video_stages_draw_and_when(monkeypatch):
     shown = []
     patch_all(monkeypatch, render=lambda *a: shown.append(a[1]) or torch.zeros(1))
-    items = list(train.world_clips("clips", 3000, 0, 64))
-    items += train.world_pairs(replace(train.PAIRS["tsr-128"], count=2000), 2, 6, 0)
+    items = [*train.world_clips("clips", 3000, 0, 64),
+             *train.world_pairs(replace(train.PAIRS["tsr-128"], count=2000), 2, 6, 0)]
     lines = [line for item in items for line in item["captions"]]
     rates = torch.cat([item["fps"] for item in items])
     seen = {f"a {' '.join(t)} {g}".strip() for t in train.TRIPLES["train"] for g in train.GROUNDS}
@@ -1046,32 +895,33 @@ def test_a_scene_is_the_same_at_any_size_and_in_a_window(ground):
     assert window == (9, 56, 40) and torch.equal(cut.float(), whole[..., 56:, 9:49])
 
 
-def test_folders_of_clips(tmp_path, capsys, monkeypatch):
+@cases("table, rows", [("captions.csv", "\ufefffile,caption\n./A.mp4,schön\n"),
+                       ("metadata.jsonl", '{"file_name": "a.mp4", "text": "schön"}\n')])
+def test_folders_of_clips(tmp_path, capsys, monkeypatch, table, rows):
     shade = torch.arange(0, 256, 4, dtype=torch.uint8)
     wide = F.pad(shade.view(64, 1, 1, 1).expand(-1, 3, 32, 32), (16, 16))
     for name, video in zip("abcd", (wide, wide[:16], wide[:15], wide[:, :, :14])):
         vae.write_video(tmp_path / f"{name}.mp4", video, 20.)  # c is short, d is low
     (tmp_path / "e.mp4").touch()
-    (tmp_path / "captions.csv").write_text("\ufefffile,caption\na.mp4,schön\n", "utf-8")
+    (tmp_path / table).write_text(rows, "utf-8")
     (tmp_path / "b.txt").write_text("a thing\n")
     patch_all(monkeypatch, RUNS=tmp_path / "runs", SIDE=32)
-    items = train.folder_clips(tmp_path, 16, 16)
-    groups = [(item["pixels"], item["captions"], item["fps"]) for item in items]
+    clips = [(item["pixels"][0], item["captions"], item["fps"].item())
+             for item in train.folder_clips(tmp_path, 16, 16)]
     for skip, n in ((1, 4), (2, 2), (4, 1)):  # frames skipped, windows of a.mp4
-        clips = [clip[0] for clip, (line,), fps in groups if (line, fps) == ("schön", 20 / skip)]
-        for clip, shades in zip(clips, shade[::skip].view(n, 16), strict=True):  # of middle squares
-            assert (clip.float().mean((1, 2, 3)) - shades).abs().max() < 4
-    assert len(groups) == 8 and groups[-1][1:] == (["a thing"], torch.tensor([20.]))
+        windows = [clip for clip, *about in clips if about == [["schön"], 20 / skip]]
+        for clip, shades in zip(windows, shade[::skip].view(n, 16), strict=True):
+            assert (clip.float().mean((1, 2, 3)) - shades).abs().max() < 4  # of middle squares
+    assert len(clips) == 8 and clips[-1][1:] == (["a thing"], 20)
     warnings = capsys.readouterr().err
-    assert f"skipped 1 files: {tmp_path}/e.mp4" in warnings
-    assert "3 of 5 clips have no caption" in warnings
+    assert f"skipped 1 files: {tmp_path}/e.mp4" in warnings and "3 of 5 clips have no" in warnings
     args = train.read_flags(["all", "--data", f"{tmp_path}", "--batch", "1"])
     steps = train.plan(args, ["vae", "base", "superres-high"])
     assert steps == {"vae": 1800, "base": 500}  # no clip is large enough for the third
 
 
 def test_pairs_agree_and_their_cache_follows_the_world(tmp_path, monkeypatch):
-    vae.write_video(tmp_path / "a.mp4", bars(6, 256, 256), 20.)
+    vae.write_video(tmp_path / "a.mp4", film(6, 256, 256), 20.)
     patch_all(monkeypatch, RUNS=tmp_path / "runs", world_id=train.world_id.__wrapped__)
     pairs = replace(train.PAIRS["ssr-256"], frames=2, count=6, inner=24)
     monkeypatch.setitem(train.PAIRS, "ssr-256", pairs)
@@ -1086,7 +936,7 @@ def test_pairs_agree_and_their_cache_follows_the_world(tmp_path, monkeypatch):
 
 
 class Args:  # what train.main hands to a stage
-    folder, world, amount, weights, device, seed = None, True, 1, base.WEIGHTS, "cpu", 0
+    folder, world, amount, weights, device, seed = None, True, 1, WEIGHTS, "cpu", 0
     freeze, captions, init, teacher, distill = "none", "all", None, None, None
 
 
@@ -1242,15 +1092,13 @@ def trained(tmp_path_factory):
         for captions in ("all", "none"):
             train.main(f"all --captions {captions} --steps 2 --batch 2 --weights {folder} "
                        "--device cpu".split())
-        for cascade in sample.CASCADES.values():
-            list(zip(range(5), cascade(["a red star"], folder, frames=2)))
+        list(zip(range(5), sample.imagen_video(["a red star"], folder, frames=2)))
     return folder
 
 
 def test_clip_learns_new_words_and_keeps_the_tokens_of_old_ones(tmp_path, monkeypatch, capsys):
     miniature(monkeypatch, tmp_path)
     monkeypatch.setattr(train, "SIDE", 64)
-    shutil.copy(WEIGHTS / "text.pt", tmp_path)
     vae.write_video(tmp_path / "a.mp4", torch.randint(255, (16, 3, 64, 64)).byte(), 4.)
     (tmp_path / "a.txt").write_text("a plump heart moving left")
     train.main(f"clip --init {WEIGHTS}/text.pt --data {tmp_path} --with-world --steps 3 --batch 4 "
@@ -1301,25 +1149,16 @@ def test_weights_are_trained_further_frozen_or_distilled(trained, tmp_path, monk
     assert superres.load(superres.STAGES["high"], tmp_path)[2].steps == 1
 
 
-# ------------------------------------------------------------------------------------------------
-# Make-A-Video without captions: P, and the video network that reads an image embedding
-
-PRIOR = text.PriorConfig(context=6, width=8, heads=2)
-
-
-def test_a_prior_that_knows_the_embedding_returns_it(monkeypatch):
+def test_a_prior_reads_every_input_and_returns_the_embedding_that_it_knows(monkeypatch):
+    prior = randomize(text.Prior(text.PriorConfig(context=6, width=8, heads=2)))
+    given = [randn(1, 8), torch.tensor([500]), randn(1, 6, 8)]
+    for i, other in enumerate([randn(1, 8, seed=1), given[1] + 400, randn(1, 6, 8, seed=1)]):
+        assert differ(prior(*given), prior(*given[:i], other, *given[i + 1:]))
     e = math.sqrt(8) * F.normalize(randn(2, 8, seed=3), dim=-1)
-    prior = text.Prior(PRIOR)
     monkeypatch.setattr(prior, "forward", lambda *inputs: e)
     close(text.sample_prior(prior, X, randn(2, 6, 8), randn(1, 6, 8)), e)
     batch = {"latents": e, "noise": randn(2, 8), "t": torch.tensor([9, 900]), "context": None}
     assert (text.prior_loss(prior, X, batch) == 0).all()
-
-
-def test_a_prior_reads_every_input():
-    prior, given = randomize(text.Prior(PRIOR)), [randn(1, 8), torch.tensor([500]), randn(1, 6, 8)]
-    for i, other in enumerate([randn(1, 8, seed=1), given[1] + 400, randn(1, 6, 8, seed=1)]):
-        assert differ(prior(*given), prior(*given[:i], other, *given[i + 1:]))
 
 
 def test_prior_never_sees_a_clip_and_misses_one_prompt_in_ten(trained, monkeypatch):
@@ -1341,10 +1180,9 @@ def test_no_caption_reaches_a_network_trained_without(name, trained, monkeypatch
     for step in (0, 3):  # base: of clips, of stills
         batch = batch_of(step, range(40))
         assert not any(batch["captions"]) and batch["context"].shape[1:] == (1, 128)
-        norms = batch["context"].norm(dim=-1)
-        dropped = norms == 0
-        assert 0 < dropped.float().mean() < .3
-        close(norms[~dropped] ** 2, torch.tensor(128.).expand((~dropped).sum()), 1e-2)
+        square = batch["context"].square().sum(-1)
+        close(square, 128. * (square > 0), 1e-2)
+        assert 0 < (square == 0).float().mean() < .3
 
 
 def test_only_an_embedding_reaches_the_video(trained, tmp_path, monkeypatch):
@@ -1359,8 +1197,6 @@ def test_only_an_embedding_reaches_the_video(trained, tmp_path, monkeypatch):
         return base.generate_clip(told, trained, frames=2, steps=2)["data"]
     assert torch.equal(make(), make(tokens=clip["text"]["tokens"] + 1))
     assert not torch.equal(make(), make(image_embedding=-clip["text"]["image_embedding"]))
-    with pytest.raises(UserError, match="image_encoder alien"):
-        base.generate_clip(clip | {"image_encoder": "alien"}, trained)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1488,14 +1324,12 @@ def describe(video, fps: float = 4.) -> tuple:
             elect(train.GROUNDS, ground, error < .15))
 
 
-def psnr(a, b) -> float:
-    """Of uint8 pixels, in dB."""
+def psnr(a, b) -> float:  # of uint8 pixels, in dB
     return 10 * math.log10(255 ** 2 / max(1e-9, (a.double() - b).square().mean().item()))
 
 
 def outline_psnr(video, factors: tuple):
-    """PSNR (T,) of frames on black, uint8 (T, 3, 64, 64), against their shape at the place, size
-    and angle that suit best, found by ever smaller steps."""
+    """PSNR (T,) of frames uint8 (T, 3, 64, 64) on black against the nearest picture of their shape."""
     scene, least = dict(zip(FACTORS, factors)) | {"ground": "", "seed": 0}, torch.tensor(math.inf)
     path = fit(train.SHAPES[factors[1]], segment(video)[1])[1] / torch.tensor([SIDE, SIDE, SIDE, 1])
     for halvings in range(8):
@@ -1509,8 +1343,7 @@ def outline_psnr(video, factors: tuple):
 
 
 def compare(ours, plain, truth, where=1) -> list:
-    """The cells under ABOVE, of uint8 (N, ...) where `where`: PSNR of ours and of what needs no
-    network, and by how much ours is above, with the middle 95 % of 2,000 bootstraps."""
+    """The cells under ABOVE, of uint8 (N, ...): both PSNR, the gain, 95 % of 2,000 bootstraps."""
     where = torch.ones_like(truth) * where
     error = np.array([((way.float() - truth).square() * where).flatten(1).double().sum(1).numpy()
                       for way in (ours, plain)])  # (2, N)
@@ -1537,19 +1370,16 @@ def fine_detail(videos, where) -> float:
     return (x - superres.blur(x, 2.)).square().mean((1, 2))[where].mean().item()
 
 
-def rendered(count: int, frames: int = 16, fps: float = 4.):
-    for i in range(count):
-        scene = train.draw_scene(np.random.default_rng((78, i)), "any")
-        yield tuple(scene[key] for key in FACTORS), train.render(scene, np.arange(frames) / fps)
-
-
-@cases("count, frames, fps", [(50, 16, 4.), (4, 31, 8.)])
-def test_rendered_clips_are_read_back(count, frames, fps):
-    assert all(describe(video, fps) == factors for factors, video in rendered(count, frames, fps))
+@cases("share, times", [(8, AT_4_FPS), (120, np.arange(31) / 8)])
+def test_rendered_clips_are_read_back(share, times):
+    factors = prompts_of(share, split="any")
+    read = [describe(video, 1 / times[1]) for video in render_all(factors, times)]
+    assert read == factors
 
 
 def test_a_wrong_motion_is_not_read_as_a_right_one():
-    for (_, _, motion, _), video in rendered(8):
+    for factors in prompts_of(60, split="any"):
+        video, motion = render_all([factors], AT_4_FPS)[0], factors[2]
         assert describe(video[:1].expand(16, -1, -1, -1))[2] is None  # nothing moves
         assert describe(torch.zeros_like(video))[:3] == (None, None, None)
         assert describe(video[torch.arange(16) * 7 % 16])[2] != motion
@@ -1566,8 +1396,6 @@ def test_clip_names_what_a_first_frame_shows():
 def test_rulers_measure_what_their_names_say():
     red_star = "red", "star", "moving right", ""
     video = render_all([red_star], AT_4_FPS)[0]
-    x, y, *_ = train.trajectory(scene_of(red_star, 0), torch.tensor(AT_4_FPS))
-    assert (look(video)[1] - SIDE * torch.stack([x, y], 1)).norm(dim=1).max() < .4
     assert outline_psnr(video, red_star).min() > 55 > 30 > outline_psnr(video, ("red", "cross")).max()
     ramp = 10 * torch.arange(6, dtype=torch.uint8).view(1, 6, 1, 1, 1).expand(1, 6, 3, 8, 8)
     assert torch.equal(blend(ramp, 5), ramp) and moving(ramp).all() and not moving(ramp[:, :3]).any()
