@@ -1197,6 +1197,8 @@ def test_only_an_embedding_reaches_the_video(trained, tmp_path, monkeypatch):
         return base.generate_clip(told, trained, frames=2, steps=2)["data"]
     assert torch.equal(make(), make(tokens=clip["text"]["tokens"] + 1))
     assert not torch.equal(make(), make(image_embedding=-clip["text"]["image_embedding"]))
+    with pytest.raises(UserError, match="image_encoder alien"):
+        base.generate_clip(clip | {"image_encoder": "alien"}, trained)
 
 
 # ------------------------------------------------------------------------------------------------
