@@ -1,35 +1,33 @@
-"""train.py - the toy world, and one loop that trains every stage on it, or on a folder of your clips.
+"""train.py - the toy world, and one loop that trains every stage on it, or on your own clips.
 
     python train.py all                        all captioned stages, one after the other: days
-    python train.py all --minutes 60           the same in an hour: fewer data, steps, samples per step
-    python train.py base                       one stage; goes on from runs/base/checkpoint.pt if there
-    python train.py base --data clips/         on videos with a captions.csv, or a .txt beside each
+    python train.py all --minutes 60           the same in an hour: fewer data, steps, samples
+    python train.py base                       one stage, from its checkpoint if there is one
+    python train.py base --data clips/         on videos with a captions.csv, or a .txt for each
     torchrun --nproc_per_node 2 train.py base  each batch shared by two processes
 
-Stages, in order: vae; clip, the text encoder; prior, Make-A-Video's P; image, a text-to-image U-Net;
-mean-clip; base, the same U-Net on video (Make-A-Video, 3.4); interpolate, base fine-tuned on masked
-frames; superres-low, -high; and Imagen Video's ssr-128, ssr-256, ssr-768, tsr-32, tsr-128.
+Stages, in order: vae; clip; prior, Make-A-Video's P; image, a text-to-image U-Net; mean-clip; base,
+that U-Net on video (Make-A-Video, 3.4); interpolate, base on masked frames; superres-low, -high; and
+Imagen Video's ssr-128, ssr-256, ssr-768, tsr-32, tsr-128.
 
-Sample i of step n is a pure function of (seed, n, i), so a run that was stopped reaches the very bits
-of one that was not. runs/STAGE/ gets checkpoint.pt, log.csv (loss by quartile of t), the captions and
-pictures of the first batch, and preview.png, what a network that makes pictures makes of that batch.
+Sample i of step n is a pure function of (seed, n, i), so a stopped run goes on to the same bits.
+runs/STAGE/ gets checkpoint.pt, log.csv (loss by quartile of t), the first batch as pictures and
+captions, and preview.png, what the network makes of that batch.
 """
 import copy
 import csv
 import hashlib
 import io
-import json
 import math
 import os
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import base
@@ -53,8 +51,8 @@ SAVE_MINUTES = 3
 
 # ------------------------------------------------------------------------------------------------
 # The toy world: one shaded shape, one motion, one quiet ground. Positions are in the unit square (x
-# right, y down), times in seconds, so a scene renders at any size and frame rate: the truth of every
-# stage. A new colour, shape, motion or ground is one entry at the end of its table.
+# right, y down), times in seconds, so a scene renders at any size and frame rate. A new colour,
+# shape, motion or ground is one entry at the end of its table.
 
 SCENE_SECONDS = 3.75  # 16 frames at 4 fps, or 76 at 20
 
@@ -88,11 +86,11 @@ ROUND = ("circle", "ring")  # a round shape that spins stands still
 
 @dataclass
 class Motion:
-    path: Callable              # (x, y, radius, phase, seconds t (T,)) -> x, y, radius, clockwise angle
-    x: tuple = (.35, .65)       # ranges of the scene's free numbers
+    path: Callable           # (x, y, r, phase, seconds t (T,)) -> x, y, r, clockwise angle
+    x: tuple = (.35, .65)    # ranges of the scene's free numbers
     y: tuple = (.35, .65)
     radius: tuple = (.10, .14)
-    often: int = 1              # how many times as often as others it is drawn in training
+    often: int = 1           # how many times as often as others it is drawn in training
 
 
 # Motions whose frames must agree on a phase p, or show turned shapes, are drawn more often.
@@ -105,17 +103,19 @@ MOTIONS = {
     "moving down": Motion(lambda x, y, r, p, t: (x, y + .14 * t, r, 0.), x=(.3, .7), y=(.22, .32)),
     "growing": Motion(lambda x, y, r, p, t: (x, y, .07 + .17 * t / SCENE_SECONDS, 0.)),
     "shrinking": Motion(lambda x, y, r, p, t: (x, y, .24 - .17 * t / SCENE_SECONDS, 0.)),
-    "bouncing": Motion(lambda x, y, r, p, t: (x, .74 - .42 * (TURN / 2 * (t / 2.5 + p)).sin().abs(), r, 0.),
+    "bouncing": Motion(lambda x, y, r, p, t:
+                       (x, .74 - .42 * (TURN / 2 * (t / 2.5 + p)).sin().abs(), r, 0.),
                        x=(.3, .7), radius=(.10, .13), often=4),
     "circling": Motion(lambda x, y, r, p, t: (x + .22 * (TURN * (t / 5 + p)).cos(),
                                               y + .22 * (TURN * (t / 5 + p)).sin(), r, 0.),
                        (.45, .55), (.45, .55), (.09, .12), often=2),
-    "spinning": Motion(lambda x, y, r, p, t: (x, y, r, TURN / 6 * t + TURN * p), radius=(.14, .2), often=4)}
+    "spinning": Motion(lambda x, y, r, p, t: (x, y, r, TURN / 6 * t + TURN * p),
+                       radius=(.14, .2), often=4)}
 
 
 def octaves(*layers):
-    """Value noise as the light of a ground: the sum of lattices given as (weight, rows, columns). One
-    that is finer than the pixels is averaged, as a lens would; small pictures show less, never an alias."""
+    """The light of a ground: a sum of random lattices (weight, rows, columns), averaged where they
+    are finer than the pixels, so that nothing aliases."""
     def light(seed: int, size: int):
         total = torch.zeros(size, size)
         for weight, rows, columns in layers:
@@ -147,15 +147,18 @@ def night(seed: int, size: int):
     stars = torch.from_numpy(np.random.default_rng((seed, 7)).uniform(size=(16, 3))).float()
     for x, y, bright in stars:  # a star smaller than a pixel keeps its light
         square = (centre[None, :] - x) ** 2 + (centre[:, None] - y) ** 2
-        light = light + (.4 + .6 * bright) * (.003 / seen) ** 2 * torch.exp(-square / (2 * seen ** 2))
+        peak = (.4 + .6 * bright) * (.003 / seen) ** 2
+        light = light + peak * torch.exp(-square / (2 * seen ** 2))
     return light
 
 
 # Grounds: a colour, and a light (size, size) that is added to it.
 GROUNDS = {
     "": ((0, 0, 0), octaves()),
-    "on grass": ((74, 96, 66), octaves((.014, 5, 5), (.02, 16, 64), (.056, 60, 260), (.06, 150, 600))),
-    "on sand": ((158, 142, 112), octaves((.015, 4, 4), (.02, 24, 12), (.05, 190, 190), (.06, 420, 420))),
+    "on grass": ((74, 96, 66),
+                 octaves((.014, 5, 5), (.02, 16, 64), (.056, 60, 260), (.06, 150, 600))),
+    "on sand": ((158, 142, 112),
+                octaves((.015, 4, 4), (.02, 24, 12), (.05, 190, 190), (.06, 420, 420))),
     "on bricks": ((118, 88, 80), bricks),
     "at night": ((22, 24, 35), night)}
 UNSEEN_PAIRS = {("star", "circling"), ("ring", "moving up"), ("cross", "growing"),
@@ -163,8 +166,8 @@ UNSEEN_PAIRS = {("star", "circling"), ("ring", "moving up"), ("cross", "growing"
 
 
 def split_of(colour: str, shape: str, motion: str) -> str | None:
-    """"train"; "held-out": triples that no video stage sees; "unseen": whole shape-motion pairs that
-    none sees; None: the motion cannot be seen."""
+    """"train"; "held-out": triples that no video stage sees; "unseen": of pairs that none sees;
+    None: the motion cannot be seen."""
     if motion == "spinning" and shape in ROUND:
         return None
     if (shape, motion) in UNSEEN_PAIRS:
@@ -177,23 +180,17 @@ EVERY = [(c, s, m) for c in COLOURS for s in SHAPES for m in MOTIONS]
 TRIPLES = {split: [triple for triple in EVERY if split_of(*triple) == split]
            for split in ("train", "held-out", "unseen")}
 TRIPLES["any"] = TRIPLES["train"] + TRIPLES["held-out"] + TRIPLES["unseen"]
-DRAWN = TRIPLES | {  # turned shapes, and rings at the border, are the hardest stills
+HARD = [(c, s, m) for c, s, m in TRIPLES["any"]  # turned shapes, and rings at the border
+        if m == "spinning" or s == "ring" and m.startswith("moving")]
+DRAWN = TRIPLES | {
     "train": [t for t in TRIPLES["train"] for _ in range(MOTIONS[t[2]].often)],
-    "still": [(c, s, m) for c, s, m in TRIPLES["any"]
-              for _ in range(4 if m == "spinning" or s == "ring" and m.startswith("moving") else 1)]}
+    "still": [t for t in TRIPLES["any"] for _ in range(4 if t in HARD else 1)]}
 
 
 def caption(scene: dict, still: bool = False) -> str:
     """"a red star bouncing on grass"; a still has no motion: "a red star on grass"."""
-    motion = "" if still else scene["motion"]
-    words = "a", scene["colour"], scene["shape"], motion, scene["ground"]
+    words = "a", scene["colour"], scene["shape"], "" if still else scene["motion"], scene["ground"]
     return " ".join(word for word in words if word)
-
-
-def training_captions() -> list:
-    """Every caption that a training clip can have."""
-    return sorted({caption({"colour": c, "shape": s, "motion": m, "ground": g})
-                   for c, s, m in TRIPLES["train"] for g in GROUNDS})
 
 
 def draw_scene(rng: np.random.Generator, split: str = "train", ground: str | None = None) -> dict:
@@ -226,8 +223,8 @@ def render_ground(name: str, seed: int, size: int) -> torch.Tensor:  # (3, size,
 
 
 def paint(scene: dict, path, size: int, window=None) -> torch.Tensor:
-    """A scene's object at x, y, radii and angles `path`, each (T,), on its ground: frames
-    (T, 3, size, size) in 0...1, or a window of them, (T, 3, side, side), as `crop` takes it."""
+    """A scene's object on its ground, where `path` says, x, y, radius and angle, each (T,): frames
+    (T, 3, size, size) in 0...1, or a window of them, as `crop` takes it."""
     left, top, side = window or (0, 0, size)
     x, y, r, angle = (value[:, None, None] for value in path)  # (T, 1, 1)
     centre = (torch.arange(size) + .5) / size
@@ -249,11 +246,8 @@ def render(scene: dict, times, size: int = SIDE, window=None) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Data: from a folder (args.folder), from the toy world (args.world), or from both. What is slow to make
-# is kept in runs/cache/.
-
-CLIP_KINDS = vae.VIDEOS + vae.IMAGES
-
+# Data: from a folder (args.folder), from the toy world (args.world), or from both. What is slow to
+# make is kept in runs/cache/.
 
 def say(message: str):
     """Print once, however many processes there are."""
@@ -284,7 +278,7 @@ def files_of(folder, *kinds: str) -> list:
 @cache
 def world_id() -> str:
     """Hash of how the toy world looks."""
-    clips = [draw_clip(np.random.default_rng(i), 16) for i in range(64)]
+    clips = [draw_item(np.random.default_rng(i), "clips", 16) for i in range(64)]
     grounds = [render_ground(name, 0, 128) for name in GROUNDS]
     return digest((DRAWN, [(255 * ground).byte().numpy().tobytes() for ground in grounds],
                    [(words, video.numpy().tobytes(), fps) for video, words, fps in clips]))
@@ -293,8 +287,9 @@ def world_id() -> str:
 @cache
 def folder_id(folder) -> str:
     """Hash of the names, sizes and dates of a folder's files."""
-    return digest([(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
-                   for path in files_of(folder, *CLIP_KINDS, ".txt", ".csv", ".jsonl")])
+    files = files_of(folder, *vae.VIDEOS, *vae.IMAGES, ".txt", ".csv")
+    stats = [(file.relative_to(folder).as_posix(), file.stat()) for file in files]
+    return digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
 def data_id(args) -> str:
@@ -304,81 +299,60 @@ def data_id(args) -> str:
     return digest((world, folder, SIDE, args.seed))
 
 
-def draw_still(rng, side: int):
-    """One frame (1, 3, side, side) of any triple, held out or not; its caption; 1. Beginning and end
-    come most often: what slides is at the border then."""
-    scene = draw_scene(rng, "still")
-    return render(scene, [SCENE_SECONDS * rng.beta(.25, .25)], side), caption(scene, still=True), 1.
+def draw_item(rng, kind: str, side: int) -> tuple:
+    """Frames (T, 3, side, side) of a random scene, caption, fps. Half of all clips run at 4 fps and
+    show a whole scene, the others at up to 30 from a random start. Stills are of any triple, most
+    often from the beginning or end, because what slides is at the border then. Three in four
+    "beginnings" have the full caption of a training scene, so that stills teach words of motion.
+
+    Differs: Make-A-Video (3.4) draws 1 to 30 fps by a beta function, high rates first; its captioned
+    pictures are LAION's."""
+    if kind == "clips":
+        scene = draw_scene(rng, "train")
+        fps = 4 * 7.5 ** max(0., rng.uniform(-1, 1))
+        start = rng.uniform(0, SCENE_SECONDS - 15 / fps)
+        return render(scene, start + np.arange(16) / fps, side), caption(scene), fps
+    if kind == "beginnings" and rng.random() >= .25:
+        scene = draw_scene(rng, "train")
+        return render(scene, [0.], side), caption(scene), 1.
+    scene, seconds = draw_scene(rng, "still"), SCENE_SECONDS * rng.beta(.25, .25)
+    return render(scene, [seconds], side), caption(scene, still=True), 1.
 
 
-def draw_beginning(rng, side: int):
-    """As draw_still, but three in four are the first frame of a training scene with its full caption.
-    So stills teach words of motion. Differs: Make-A-Video's captions of pictures are LAION's."""
-    if rng.random() < .25:
-        return draw_still(rng, side)
-    scene = draw_scene(rng, "train")
-    return render(scene, [0.], side), caption(scene), 1.
-
-
-def draw_clip(rng, side: int):
-    """Frames (16, 3, side, side) of a training scene, caption, fps. Half of all clips run at 4 fps and
-    show a whole scene, the others at up to 30 from a random start.
-    Differs: Make-A-Video (3.4) draws 1 to 30 fps by a beta function, high rates first."""
-    scene = draw_scene(rng, "train")
-    fps = 4 * 7.5 ** max(0., rng.uniform(-1, 1))
-    start = rng.uniform(0, SCENE_SECONDS - 15 / fps)
-    return render(scene, start + np.arange(16) / fps, side), caption(scene), fps
-
-
-DRAW = {"stills": (1, draw_still), "beginnings": (1, draw_beginning), "clips": (2, draw_clip)}
-
-
-def world_clips(kind: str, count: int, seed: int, side: int):
+def world_clips(args, kind: str, side: int):
     """Yields items of a kind, 64 at a time: pixels (n, T, 3, side, side), captions, fps (n,)."""
-    key, make = DRAW[kind]
-    for first in trange(0, count, 64, desc=f"rendering {kind}"):
-        rngs = [np.random.default_rng((seed, key, i)) for i in range(first, min(first + 64, count))]
-        videos, captions, rates = zip(*(make(rng, side) for rng in rngs))
+    key, count = (2, CLIPS) if kind == "clips" else (1, STILLS)
+    numbers = range(math.ceil(args.amount * count))
+    for first in trange(0, len(numbers), 64, desc=f"rendering {kind}"):
+        rngs = [np.random.default_rng((args.seed, key, i)) for i in numbers[first:first + 64]]
+        videos, captions, rates = zip(*(draw_item(rng, kind, side) for rng in rngs))
         yield {"pixels": torch.stack(videos), "captions": captions, "fps": torch.tensor(rates)}
 
 
 def read_captions(folder: Path) -> dict:
-    """{clip: caption} from captions.csv, metadata.csv or metadata.jsonl (Hugging Face's tables say
-    file_name and text), else from a .txt beside each clip. Stops if more than a tenth of both find no
-    partner."""
-    def plain(file):  # whichever slashes, case or kind of accents it is written with
-        name = unicodedata.normalize("NFC", str(file)).strip().replace("\\", "/")
-        return os.path.normpath(name).casefold()
+    """{clip: caption}, from captions.csv (file,caption), or else a .txt beside the clip."""
+    def plain(file):  # whichever slashes and case it is written with
+        return os.path.normpath(str(file).strip().replace("\\", "/")).lower()
 
     def read(path: Path) -> str:
         return path.read_text("utf-8-sig").strip() if path.is_file() else ""
 
-    table, captions, at = {}, {}, ""  # at: the file or row that was read last
+    table, captions, path = {}, {}, folder / "captions.csv"
     try:
-        for at in (folder / "captions.csv", folder / "metadata.csv", folder / "metadata.jsonl"):
-            lines = io.StringIO("" if table else read(at))  # the first table counts
-            is_csv = at.suffix == ".csv"
-            for at in csv.DictReader(lines, strict=True) if is_csv else map(json.loads, lines):
-                if None in at:
-                    raise ValueError("too many fields; a caption with commas needs quotes")
-                file, words = (at[key] if key in at else at[other] for key, other in (
-                    ("file", "file_name"), ("caption", "text")))
-                if None in (file, words):
-                    raise ValueError("a field is missing")
-                table[plain(file)] = str(words)
-        clips = files_of(folder, *CLIP_KINDS)
-        for clip in clips:
-            at = clip.with_suffix(".txt")
-            captions[clip] = table.pop(plain(clip.relative_to(folder)), "") or read(at)
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise UserError(f"{folder}, captions, {at}: {error!r}") from error
-    silent = [clip for clip in clips if not captions[clip]]
-    if table or 0 < len(silent) < len(clips):
-        some = ", ".join([*map(str, silent[:3]), *list(table)[:3]])
-        base.warn(f"{folder}: {len(silent)} of {len(clips)} clips have no caption, and "
-                  f"{len(table)} captions no clip: {some}")
-    if min(len(table), len(silent)) > len(clips) / 10:
-        raise UserError(f"{folder}: the captions are of other files; mend or drop these rows")
+        for row in csv.DictReader(io.StringIO(read(path)), strict=True):
+            if None in row or not row.get("file") or row.get("caption") is None:
+                raise ValueError(f"{row} is not file,caption; a caption with commas needs quotes")
+            table[plain(row["file"])] = row["caption"]
+        for clip in files_of(folder, *vae.VIDEOS, *vae.IMAGES):
+            path = clip.with_suffix(".txt")
+            captions[clip] = table.pop(plain(clip.relative_to(folder)), "") or read(path)
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}: {error}") from error
+    if table:
+        message = f"{folder} has no clip for {len(table)} captions: {', '.join(list(table)[:3])}"
+        if min(len(table), list(captions.values()).count("")) > len(captions) / 10:
+            raise UserError(f"{message}; mend or drop these rows")
+        base.warn(message)
     return captions
 
 
@@ -388,9 +362,10 @@ def look(folder) -> list:
     def read():
         clips, skipped = [], []
         for path, words in tqdm(read_captions(Path(folder)).items(), desc=f"looking at {folder}"):
+            file = str(path.relative_to(folder))
             try:
                 sides, rates = zip(*((min(x.shape[1:]), fps) for x, fps in vae.read_frames(path)))
-                clips.append((str(path.relative_to(folder)), words, len(sides), sides[0], rates[0]))
+                clips.append((file, words, len(sides), sides[0], rates[0]))
             except UserError as error:
                 skipped.append(str(error))
         if skipped:
@@ -399,61 +374,54 @@ def look(folder) -> list:
     return cached(f"look-{folder_id(folder)}", read)["clips"]
 
 
-def folder_clips(folder, frames: int, side: int):
-    """Yields pixels (1, frames, 3, side, side), [caption], fps (1,): middle squares of all clips
-    that are long and large enough: every frame, every second, every fourth; or four stills per
-    second. Nothing is padded or enlarged."""
-    for file, words, length, shorter, fps in look(folder):
+def folder_clips(args, frames: int, side: int):
+    """Yields pixels (1, frames, 3, side, side), [caption], fps (1,): middle squares of clips that
+    are long and large enough, of every frame, every second, every fourth; or four stills a second."""
+    for file, words, length, shorter, fps in look(args.folder):
         if length < frames or shorter < side:
             continue
         windows = {skip: [] for skip in ((1, 2, 4) if frames > 1 else [max(1, round(fps / 4))])}
-        for i, (frame, _) in enumerate(vae.read_frames(Path(folder) / file, side)):
+        for i, (frame, _) in enumerate(vae.read_frames(Path(args.folder) / file, side)):
             for skip, window in windows.items():
-                window += [frame] if i % skip == 0 else []
+                if i % skip == 0:
+                    window.append(frame)
                 if len(window) == frames:
                     yield {"pixels": torch.stack(window)[None], "captions": [words],
                            "fps": torch.tensor([fps / skip])}
                     window.clear()
 
 
-def gather(args, name: str, own, world, convert: Callable = lambda item: item) -> dict:
-    """convert(item) of all dicts that two generators yield, as tensors (N, ...) and captions (N);
-    and how many of these are the folder's own, which come first."""
+def gather(args, name: str, own, world) -> dict:
+    """All items of the folder and of the world as one dict of tensors (N, ...), captions (N), and
+    `own`, how many are the folder's, which come first."""
     def make():
-        items = [convert(item) for item in own] if args.folder else []
+        items = list(own) if args.folder else []
         count = sum(len(item["captions"]) for item in items)
-        items += [convert(item) for item in world] if args.world else []
+        items += world if args.world else []
         if not items:
-            raise UserError(f"{args.data} holds no clip long and large enough: {name.rsplit('-', 2)[0]}")
-        captions = chain.from_iterable(item["captions"] for item in items)
-        tensors = {key: torch.cat([item[key] for item in items])
-                   for key in items[0].keys() - {"captions"}}
-        return tensors | {"captions": list(captions), "own": count}
-    return cached(name, make)
-
-
-def clips_of(args, kind: str, side: int) -> tuple:
-    """What `gather` reads items of a kind from: the folder, and the world."""
-    frames, count = (16, CLIPS) if kind == "clips" else (1, STILLS)
-    world = world_clips(kind, math.ceil(args.amount * count), args.seed, side)
-    return folder_clips(args.folder, frames, side), world
+            raise UserError(f"{args.data} holds no clip long and large enough for {name}")
+        captions = [words for item in items for words in item.pop("captions")]
+        tensors = {key: torch.cat([item[key] for item in items]) for key in items[0]}
+        return tensors | {"captions": captions, "own": count}
+    return cached(f"{name}-{data_id(args)}", make)
 
 
 def stills(args, kind: str = "stills") -> dict:
     """pixels uint8 (N, 1, 3, side, side), captions, fps."""
-    return gather(args, f"{kind}-{data_id(args)}", *clips_of(args, kind, SIDE))
+    return gather(args, kind, folder_clips(args, 1, SIDE), world_clips(args, kind, SIDE))
 
 
 def latents(args, kind: str, side: int = SIDE) -> dict:
-    """Stills or clips as fp16 latents (N, T, 4, h, w), captions, fps, and facts: ids of what made
-    them. And what add_tokens adds or, with --captions none, add_embeddings."""
+    """Stills or clips as fp16 latents (N, T, 4, h, w), captions, fps; facts, ids of what made them;
+    and what add_tokens or, with --captions none, add_embeddings adds."""
     autoencoder, vae_id = vae.load(args.weights, args.device)
 
     def encode(item):
-        z = vae.encode_video(autoencoder, item["pixels"]).half()  # (n, T, 4, h, w)
-        return {"latents": z, "captions": item["captions"], "fps": item["fps"]}
-    name = f"{kind}-{side}-{vae_id}-{data_id(args)}"
-    data = gather(args, name, *clips_of(args, kind, side), encode)
+        pixels = item.pop("pixels")
+        return item | {"latents": vae.encode_video(autoencoder, pixels).half()}  # (n, T, 4, h, w)
+    own, world = folder_clips(args, 16 if kind == "clips" else 1, side), world_clips(args, kind, side)
+    name = f"{kind}-{side}-{vae_id}"
+    data = gather(args, name, map(encode, own), map(encode, world))
     data["facts"] = {"vae": vae_id, "side": data["latents"].shape[-1]}
     if args.captions == "none":
         return add_embeddings(args, data, autoencoder, name)
@@ -464,31 +432,33 @@ def add_tokens(args, data: dict) -> dict:
     """Adds the tokens of each distinct caption (K, L, D), rows (N,) in them, and null_tokens."""
     clip, tokenizer, facts = text.load(args.weights, args.device)
     distinct = sorted(set(data["captions"]))
-    cure = (f". Use words that it knows, or teach it these: `train.py clip --init {args.weights}/text.pt`, "
-            "and train later stages further, on these captions")
     if RANK == 0:
-        text.warn_unknown(distinct, facts["words"], cure)
-    encoded = [text.encode(clip, tokenizer, distinct[i:i + 256])[0] for i in range(0, len(distinct), 256)]
+        text.warn_unknown(distinct, facts["words"], ". Use words that it knows, or teach it these: "
+                          f"`train.py clip --init {args.weights}/text.pt`, and train later stages "
+                          "further, on these captions")
+    parts = (distinct[i:i + 256] for i in range(0, len(distinct), 256))
+    tokens = torch.cat([text.encode(clip, tokenizer, part)[0] for part in parts])
     row = {words: i for i, words in enumerate(distinct)}
-    return data | {"tokens": torch.cat(encoded),
-                   "rows": torch.tensor([row[words] for words in data["captions"]]),
+    return data | {"tokens": tokens, "rows": torch.tensor([row[words] for words in data["captions"]]),
                    "null_tokens": text.encode(clip, tokenizer, [""])[0],
                    "facts": data["facts"] | {"text": facts["id"]}}
 
 
 def add_embeddings(args, data: dict, autoencoder, name: str) -> dict:
-    """Adds tokens (N, 1, E), the CLIP embedding of each item's first frame as the autoencoder shows it,
-    and empties the captions."""
+    """Adds tokens (N, 1, E), the CLIP embedding of each item's first frame as the autoencoder shows
+    it, and empties the captions."""
     clip, _, facts = text.load(args.weights, args.device)
 
     def make():
         frames = vae.decode_video(autoencoder, data["latents"][:, :1], "decoding")[:, 0]
         return {"tokens": text.embed_images(clip, frames)}
     decoder = base.tensors_id(autoencoder.state_dict(), ("decoder.",))
-    tokens = cached(f"{name}-{decoder}-{facts['image_id']}", make)["tokens"][:, None]  # (N, 1, E)
-    return data | {"tokens": tokens, "rows": torch.arange(len(tokens)), "captions": [""] * len(tokens),
+    made = cached(f"{name}-{decoder}-{facts['image_id']}-{data_id(args)}", make)
+    tokens = made["tokens"][:, None]  # (N, 1, E)
+    ids = {"text": facts["id"], "image_encoder": facts["image_id"]}
+    return data | {"tokens": tokens, "rows": torch.arange(len(tokens)),
                    "null_tokens": torch.zeros_like(tokens[:1]),
-                   "facts": data["facts"] | {"text": facts["id"], "image_encoder": facts["image_id"]}}
+                   "captions": [""] * len(tokens), "facts": data["facts"] | ids}
 
 
 @dataclass
@@ -509,23 +479,24 @@ PAIRS = {"low": Pairs(8, 64, 32, 2400), "high": Pairs(1, 256, 64, 9600),
 
 
 def window_about(x: float, y: float, side: int, size: int) -> tuple:
-    """Left, top and side of a window about a point of the unit square, in an image of `size` pixels."""
+    """Left, top and side of a window about a point of the unit square, in a picture `size` wide."""
     left, top = (min(max(0, round(at * size) - side // 2), size - side) for at in (x, y))
     return left, top, side
 
 
-def world_pairs(p: Pairs, scale: int, key: int, seed: int):
+def world_pairs(args, name: str):
     """Yields a small clip, `whole` (1, T, 3, s, s), a window of it, and as `pixels` that window of
-    the large clip; captions [1] and fps (1,). Seven in ten windows are about an outline: little is
-    to be learnt elsewhere."""
-    for i in trange(p.count, desc="rendering pairs"):
-        rng = np.random.default_rng((seed, key, i))
+    the large clip; captions [1], fps (1,). Seven in ten windows are about an outline: there is
+    little to learn elsewhere."""
+    p, scale, key = PAIRS[name], NETWORKS[name].scale, 6 + list(PAIRS).index(name)
+    for i in trange(math.ceil(args.amount * p.count), desc="rendering pairs"):
+        rng = np.random.default_rng((args.seed, key, i))
         scene = draw_scene(rng, "train")
         fps = float(rng.choice(p.rates)) if p.rates else 4 * 7.5 ** rng.random()
         start = rng.uniform(0, SCENE_SECONDS - (p.frames - 1) / fps)
         times = torch.as_tensor(start + np.arange(p.frames) / fps, dtype=torch.float32)
         x, y, radius, _ = (float(path[p.frames // 2]) for path in trajectory(scene, times))
-        turn = 2 * math.pi * rng.random()
+        turn = TURN * rng.random()
         outline = x + radius * math.cos(turn), y + radius * math.sin(turn)
         window = window_about(*(outline if rng.random() < .7 else rng.random(2)), p.inner, p.side)
         large = render(scene, times, scale * p.side, [scale * n for n in window])
@@ -533,10 +504,10 @@ def world_pairs(p: Pairs, scale: int, key: int, seed: int):
                "captions": [caption(scene)], "fps": torch.tensor([fps])}
 
 
-def folder_pairs(folder, p: Pairs, scale: int, seed: int):
-    """The same from the clips of a folder."""
-    rng = np.random.default_rng((seed, 5))
-    for item in folder_clips(folder, p.frames, scale * p.side):
+def folder_pairs(args, name: str):
+    """The same from the clips of a folder, whose windows are anywhere."""
+    p, scale, rng = PAIRS[name], NETWORKS[name].scale, np.random.default_rng((args.seed, 5))
+    for item in folder_clips(args, p.frames, scale * p.side):
         large, window = item["pixels"][0], window_about(*rng.random(2), p.inner, p.side)
         small = F.interpolate(large.float(), (p.side, p.side), mode="area").round().byte()
         yield item | {"whole": small[None], "window": window,
@@ -544,12 +515,10 @@ def folder_pairs(folder, p: Pairs, scale: int, seed: int):
 
 
 def pairs(args, name: str) -> dict:
-    """pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (small as the autoencoder shows
-    it, or small again if that has not SIDE pixels), captions, fps (N,), facts."""
-    p, scale = PAIRS[name], NETWORKS[name].scale
-    p = replace(p, count=math.ceil(args.amount * p.count))
+    """pixels uint8 (N, T, 3, S, S), small (N, T, 3, s, s), decoded (small, as the autoencoder shows
+    it if it has SIDE pixels), captions, fps (N,), facts."""
     autoencoder, facts, shown_by = None, {}, ""
-    if p.side == SIDE:
+    if PAIRS[name].side == SIDE:
         autoencoder, vae_id = vae.load(args.weights, args.device)
         facts, shown_by = {"vae": vae_id}, base.tensors_id(autoencoder.state_dict(), ("",))
 
@@ -559,9 +528,8 @@ def pairs(args, name: str) -> dict:
         if autoencoder:
             whole = vae.decode_video(autoencoder, vae.encode_video(autoencoder, whole))
         return item | {"decoded": crop(whole, window).clone()}
-    own = folder_pairs(args.folder, p, scale, args.seed)
-    world = world_pairs(p, scale, 6 + list(PAIRS).index(name), args.seed)
-    data = gather(args, f"{name}-{digest((p, shown_by))}-{data_id(args)}", own, world, cut)
+    own, world = (map(cut, items) for items in (folder_pairs(args, name), world_pairs(args, name)))
+    data = gather(args, f"{name}-{digest((PAIRS[name], shown_by))}", own, world)
     return data | {"facts": facts}
 
 
@@ -575,8 +543,10 @@ def draw(args, step: int, samples, data: dict) -> tuple[list, list]:
     rngs, picks = [np.random.default_rng((args.seed, 3, step, i)) for i in samples], []
     own, count = data["own"], len(data["captions"])
     for rng in rngs:
-        of = (0, count) if own in (0, count) else (0, own) if rng.random() < .5 else (own, count)
-        picks.append(int(rng.integers(*of)))
+        bounds = 0, count
+        if 0 < own < count:
+            bounds = (0, own) if rng.random() < .5 else (own, count)
+        picks.append(int(rng.integers(*bounds)))
     return rngs, picks
 
 
@@ -586,14 +556,15 @@ def normal(rngs, shape) -> torch.Tensor:
 
 
 def middle_timesteps(rngs) -> torch.Tensor:
-    """t (N,) of density sin(pi t), most often from the middle. The loss weight has the same shape, so a
-    level counts by sin^2. Differs: Imagen Video draws t uniformly."""
+    """t (N,) of density sin(pi t), most often from the middle. The loss weight has the same shape,
+    so a level counts by sin^2. Differs: Imagen Video draws t uniformly."""
     return torch.tensor([int(1000 * math.acos(1 - 2 * rng.random()) / math.pi) for rng in rngs])
 
 
 def shifted_timesteps(rngs, shift: float = math.sqrt(16)) -> torch.Tensor:
     """t (N,), uniform and then moved by base.shift_noise, for clips of 16 frames by default."""
-    return torch.tensor([min(999, int(1000 * base.shift_noise(rng.random(), shift))) for rng in rngs])
+    times = (base.shift_noise(rng.random(), shift) for rng in rngs)
+    return torch.tensor([min(999, int(1000 * time)) for time in times])
 
 
 def drop_prompt(rngs, data: dict, picks: list) -> tuple[torch.Tensor, list]:
@@ -601,7 +572,8 @@ def drop_prompt(rngs, data: dict, picks: list) -> tuple[torch.Tensor, list]:
     dropped = [rng.random() < .1 for rng in rngs]
     tokens = data["tokens"][data["rows"][picks]]
     tokens = torch.where(torch.tensor(dropped)[:, None, None], data["null_tokens"], tokens)
-    return tokens, ["" if drop else data["captions"][i] for drop, i in zip(dropped, picks)]
+    captions = ["" if drop else data["captions"][i] for drop, i in zip(dropped, picks)]
+    return tokens, captions
 
 
 def diffusion_batch(args, data: dict, step: int, samples, timesteps=middle_timesteps) -> dict:
@@ -624,10 +596,10 @@ class Recipe:
     fresh_lr: float = 0.     # of layers that an image model does not have
     warmup: int = 100
     ema: float = .999
-    share: int = 2           # of --minutes, beside those of other stages
+    share: int = 2           # of --minutes, relative to other stages
 
 
-# Shares, a judgement: most goes to what all else stands on, and to what makes the right thing move.
+# Shares are a judgement: most goes to what all else stands on, and to what makes things move right.
 RECIPES = {"vae": Recipe(32000, 32, 1.5e-3, share=26), "clip": Recipe(700, 128, 1e-3, share=4),
            "prior": Recipe(3000, 128, 1e-3, share=2), "image": Recipe(4500, 128, 1e-3, share=12),
            "mean-clip": Recipe(2000, 64, 5e-3, warmup=50, share=4),
@@ -642,7 +614,7 @@ RECIPES = {"vae": Recipe(32000, 32, 1.5e-3, share=26), "clip": Recipe(700, 128, 
 @dataclass
 class Setup:
     model: torch.nn.Module
-    batch_of: Callable       # (step, samples) -> tensors, mostly (N, ...), and "captions" to look at
+    batch_of: Callable       # (step, samples) -> tensors, mostly (N, ...), and "captions" to show
     loss_of: Callable        # (model, batch) -> loss of each sample (N,)
     config: dict             # what the checkpoint says of the model
     facts: dict = field(default_factory=dict)  # ids of what it stands on, and more
@@ -650,14 +622,12 @@ class Setup:
     finish: Callable = lambda model, config: config  # (model, config) -> the config to ship
 
 
-def unet_setup(model: UNet, diffusion: base.Diffusion, loss, batch_of, facts: dict, preview) -> Setup:
+def unet_setup(model: UNet, diffusion: base.Diffusion, loss, batch_of, facts, preview) -> Setup:
     """The Setup of a U-Net with loss(model, diffusion, batch)."""
     config = {"unet": asdict(model.config),
               "diffusion": {"schedule": diffusion.schedule, "target": diffusion.target}}
-
-    def loss_of(model, batch):
-        return loss(model, diffusion, batch)
-    return Setup(model, batch_of, loss_of, config, facts, preview)
+    return Setup(model, batch_of, lambda model, batch: loss(model, diffusion, batch), config, facts,
+                 preview)
 
 
 def generates(diffusion: base.Diffusion, data: dict, **how) -> Callable:
@@ -670,10 +640,19 @@ def generates(diffusion: base.Diffusion, data: dict, **how) -> Callable:
     return preview
 
 
-def check_parent(made_by: dict, facts: dict, path):
+def check_same(path, then: dict, now: dict, cure: str):
+    """Refuse a file that was made from something else than this run."""
+    differing = [f"{key} (then {then.get(key)!s:.400}, now {now[key]!s:.400})"
+                 for key in sorted(now) if then.get(key) != now[key]]
+    if differing:
+        raise UserError(f"{path} differs in {'; '.join(differing)}. {cure}")
+
+
+def check_parent(path, made_by: dict, facts: dict):
     """Refuse weights to start from that stand on another autoencoder or text encoder."""
-    ids = [key for key in ("vae", "text", "image_encoder") if key in facts and key in made_by]
-    check_same(path, made_by, {key: facts[key] for key in ids}, "Train it anew")
+    ids = {key: facts[key] for key in ("vae", "text", "image_encoder")
+           if key in facts and key in made_by}
+    check_same(path, made_by, ids, "Train it anew")
 
 
 def prepare_vae(args) -> Setup:
@@ -685,8 +664,8 @@ def prepare_vae(args) -> Setup:
 
     def batch_of(step, samples):
         rngs, picks = draw(args, step, samples, data)
-        return {"pixels": vae.to_float(data["pixels"][picks, 0]), "noise": normal(rngs, latent_shape),
-                "captions": [data["captions"][i] for i in picks]}
+        return {"pixels": vae.to_float(data["pixels"][picks, 0]),
+                "noise": normal(rngs, latent_shape), "captions": [data["captions"][i] for i in picks]}
 
     def preview(model, batch):  # originals above their reconstructions
         made = model.decode(model.encode(batch["pixels"])[0])
@@ -695,19 +674,22 @@ def prepare_vae(args) -> Setup:
     def finish(model, config):  # unit variance, measured: latent diffusion, appendix G
         if args.freeze == "encoder":
             return config
-        pixels = vae.to_float(data["pixels"][draw(args, 0, range(2048), data)[1], 0])  # (N, 3, side, side)
+        _, picks = draw(args, 0, range(2048), data)
+        pixels = vae.to_float(data["pixels"][picks, 0])  # (N, 3, side, side)
         raw = [model.encode(chunk.to(args.device))[0] for chunk in pixels.split(128)]
         return config | {"scaling_factor": (1 / torch.cat(raw).std()).item()}
     return Setup(model, batch_of, vae.loss, asdict(c), {}, preview, finish)
 
 
 def prepare_clip(args) -> Setup:
-    """CLIP learns from captioned stills, and words of motion from captions without images. --init adds
-    new words to a trained one; --freeze text trains its image half further, on beginnings."""
+    """CLIP learns from captioned stills, and words of motion from captions without images. --init
+    adds new words to a trained one; --freeze text trains its image half further, on beginnings."""
     locked = args.freeze == "text"
     data = stills(args, "beginnings" if locked else "stills")
     captions = sorted(set(data["captions"])) if args.folder else []
-    captions += training_captions() if args.world else []
+    if args.world:  # every caption of its clips
+        captions += sorted(f"a {' '.join(triple)} {ground}".strip()
+                           for triple in TRIPLES["train"] for ground in GROUNDS)
     every = captions + data["captions"]
     if args.init:
         model, config = text.grow(args.init, [] if locked else every)
@@ -717,14 +699,14 @@ def prepare_clip(args) -> Setup:
         config = {"clip": asdict(model.config), "tokenizer": {"vocab": vocab, "merges": merges},
                   "words": text.words_of(every)}
     first_embedding = model.text_model.embeddings.token_embedding.weight.detach().clone()  # (V, D)
-    place = {words: i for i, words in enumerate(dict.fromkeys(every))}
-    ids = text.tokenize(text.build_tokenizer(**config["tokenizer"]), list(place), model.config.context)
-    ids = ids[[place[words] for words in every]]  # (M + N, L)
-    motion_ids, ids = ids.split([len(captions), len(data["captions"])])  # (M, L), (N, L)
+    distinct, tokenizer = sorted(set(every)), text.build_tokenizer(**config["tokenizer"])
+    ids_of = dict(zip(distinct, text.tokenize(tokenizer, distinct, model.config.context)))
+    motion_ids = torch.stack([ids_of[words] for words in captions])  # (M, L)
+    ids = torch.stack([ids_of[words] for words in data["captions"]])  # (N, L)
     if locked:
-        distinct, row = ids.unique(dim=0, return_inverse=True)  # (K, L), (N,)
+        distinct_ids, row = ids.unique(dim=0, return_inverse=True)  # (K, L), (N,)
         with torch.no_grad():
-            states = model.text_model(distinct)[1]  # (K, D)
+            states = model.text_model(distinct_ids)[1]  # (K, D)
 
     def batch_of(step, samples):
         rngs, picks = draw(args, step, samples, data)
@@ -758,12 +740,9 @@ def prepare_prior(args) -> Setup:
     data["null_tokens"] = context_of([""])
     config = text.PriorConfig(*data["tokens"].shape[1:])
     model, diffusion = text.Prior(config), base.Diffusion(target="sample")
-
     batch_of = partial(diffusion_batch, args, data, timesteps=partial(shifted_timesteps, shift=1.))
-
-    def loss_of(model, batch):
-        return text.prior_loss(model, diffusion, batch)
-    return Setup(model, batch_of, loss_of, asdict(config), data["facts"])
+    return Setup(model, batch_of, lambda model, batch: text.prior_loss(model, diffusion, batch),
+                 asdict(config), data["facts"])
 
 
 def prepare_image(args) -> Setup:
@@ -774,13 +753,13 @@ def prepare_image(args) -> Setup:
     changes = {} if args.captions == "all" else {"embeddings": ("image",), "gates": True}
     if changes and (Path(args.weights) / "image.pt").is_file():
         model, diffusion, made_by = base.load(args.weights, "cpu", "image", **changes)
-        check_parent(made_by, data["facts"], "image.pt")
+        check_parent("image.pt", made_by, data["facts"])
     else:
-        model = UNet(replace(base.TINY_IMAGE, context_dim=data["tokens"].shape[-1], in_channels=channels,
-                             out_channels=channels, **changes))
+        model = UNet(replace(base.TINY_IMAGE, context_dim=data["tokens"].shape[-1],
+                             in_channels=channels, out_channels=channels, **changes))
         diffusion = base.Diffusion()
-    return unet_setup(model, diffusion, base.loss, partial(diffusion_batch, args, data), data["facts"],
-                      generates(diffusion, data, frames=1))
+    return unet_setup(model, diffusion, base.loss, partial(diffusion_batch, args, data),
+                      data["facts"], generates(diffusion, data, frames=1))
 
 
 def prepare_mean_clip(args) -> Setup:
@@ -800,27 +779,28 @@ def prepare_base(args) -> Setup:
     fourth step is of stills, four for each clip. Differs: Make-A-Video's clips have no captions;
     Imagen Video packs its stills into clips."""
     image, mean_clip = output_of(args, "image"), output_of(args, "mean-clip")
-    temporal = ("mean_clip", "attention", "conv") if mean_clip.is_file() else ("attention", "conv")
-    embeddings = ("fps",) if args.captions == "all" else ("fps", "image")
     if args.init and not image.is_file():
         image = Path(args.init)
         model, diffusion, made_by = base.load(image, "cpu", "base")
     else:
-        model, diffusion, made_by = base.load(args.weights, "cpu", image.stem, "image", temporal=temporal,
-                                              gates=True, embeddings=embeddings)
+        temporal = ("mean_clip",) * mean_clip.is_file() + ("attention", "conv")
+        embeddings = ("fps",) + ("image",) * (args.captions == "none")
+        model, diffusion, made_by = base.load(args.weights, "cpu", image.stem, "image", gates=True,
+                                              temporal=temporal, embeddings=embeddings)
     side = 8 * made_by["side"]
     data = latents(args, "clips", side)
-    check_parent(made_by, data["facts"], image)
+    check_parent(image, made_by, data["facts"])
     if mean_clip.is_file():
         weights = base.load_checkpoint(mean_clip, "mean-clip")
-        check_parent(weights["made_by"], data["facts"], mean_clip)
+        check_parent(mean_clip, weights["made_by"], data["facts"])
         base.load_state(model.mean_clip, weights["model"], mean_clip)
     use_stills = args.freeze == "none" and args.captions == "all"
     joint = latents(args, "stills", side) if use_stills else None
 
     def batch_of(step, samples):
         if joint and step % 4 == 3:
-            return diffusion_batch(args, joint, step, [4 * i + k for i in samples for k in range(4)])
+            four_each = [4 * i + k for i in samples for k in range(4)]
+            return diffusion_batch(args, joint, step, four_each)
         return diffusion_batch(args, data, step, samples, shifted_timesteps)
     return unet_setup(model, diffusion, base.loss, batch_of, data["facts"],
                       generates(diffusion, data, steps=16))
@@ -829,11 +809,12 @@ def prepare_base(args) -> Setup:
 def prepare_interpolate(args) -> Setup:
     """Make-A-Video, 3.3: the video model learns from clips some of whose frames it is shown."""
     weights = base.load_checkpoint(args.weights, "base")
-    if "unet" not in weights["config"]:
-        raise UserError(f"{args.weights} holds no base.pt; train it first: `python train.py base --weights "
-                        f"{args.weights}`")
-    weights, data = interpolate.widen(weights), latents(args, "clips", 8 * weights["made_by"]["side"])
-    check_parent(weights["made_by"], data["facts"], "base.pt")
+    if "unet" not in weights["config"]:  # Stable Diffusion's
+        raise UserError(f"{args.weights} holds no base.pt; train it first: `python train.py base "
+                        f"--weights {args.weights}`")
+    data = latents(args, "clips", 8 * weights["made_by"]["side"])
+    check_parent("base.pt", weights["made_by"], data["facts"])
+    weights = interpolate.widen(weights)
     model = UNet(base.UNetConfig(**weights["config"]["unet"]))
     base.load_state(model, weights["model"], "base.pt")
     diffusion = base.Diffusion(**weights["config"]["diffusion"])
@@ -851,9 +832,9 @@ def prepare_interpolate(args) -> Setup:
 
 
 def prepare_pixels(args, name: str) -> Setup:
-    """A network between pixels. Every fourth step is of single frames, except for TSR, which needs two.
-    Differs: Make-A-Video's SR_l is an image model first; Imagen Video's networks see whole blocks of
-    whole frames, the last one crops. Here all see windows of short clips."""
+    """A network between pixels. Every fourth step is of single frames, except for TSR, which needs
+    two. Differs: Make-A-Video's SR_l is an image model first; Imagen Video's networks see whole
+    blocks of whole frames, the last one crops. Here all see windows of short clips."""
     stage, diffusion = NETWORKS[name], base.Diffusion(target="sample")
     is_tsr, reads_text = name in interpolate.TSR, "text" in stage.unet.embeddings
     data = pairs(args, name)
@@ -907,8 +888,9 @@ def prepare_pixels(args, name: str) -> Setup:
 
 
 PREPARE = {"vae": prepare_vae, "clip": prepare_clip, "prior": prepare_prior, "image": prepare_image,
-           "mean-clip": prepare_mean_clip, "base": prepare_base, "interpolate": prepare_interpolate}
-PREPARE |= {stage.checkpoint: partial(prepare_pixels, name=name) for name, stage in NETWORKS.items()}
+           "mean-clip": prepare_mean_clip, "base": prepare_base, "interpolate": prepare_interpolate,
+           **{network.checkpoint: partial(prepare_pixels, name=name)
+              for name, network in NETWORKS.items()}}
 OUTPUT = {name: f"{name}.pt" for name in PREPARE} | {"clip": "text.pt", "mean-clip": "mean_clip.pt"}
 UNCAPTIONED = {"image": "make-a-video-image.pt", "mean-clip": "make-a-video-mean-clip.pt",
                "base": "make-a-video.pt"}  # what --captions none trains
@@ -923,23 +905,31 @@ def output_of(args, name: str) -> Path:
 # ------------------------------------------------------------------------------------------------
 # The loop, one for all stages
 
+FITTED = "steps", "batch", "warmup"  # of a recipe: what --minutes decides
+RESTART = "Start over with --fresh, or go on from finished weights with --fresh --init FILE"
+
+
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """A share of the full rate: up over the warm-up, level for a third, then straight down to zero."""
+    """A share of the full rate: up over the warm-up, level for a third, then down to zero."""
     left = (recipe.steps - step) / recipe.steps
     return max(0., min(1., (step + 1) / recipe.warmup, 1.5 * left))
 
 
+FREEZES = {  # --freeze: of which stage, and which of its parameters still train
+    "none": ("", lambda name: True), "spatial": ("base", UNet.is_inflation),
+    "encoder": ("vae", lambda name: name.startswith(("decoder.", "post_quant_conv."))),
+    "text": ("clip", lambda name: not name.startswith("text_model."))}
+
+
 def make_optimizer(model, recipe: Recipe, freeze: str) -> torch.optim.Optimizer:
-    """AdamW for what --freeze leaves, with another rate for layers that an image model does not have."""
+    """AdamW for what --freeze leaves, with another rate for layers that an image model lacks."""
     fresh, others = [], []
     for name, parameter in model.named_parameters():
-        new, decodes = UNet.is_inflation(name), name.startswith(("decoder.", "post_quant_conv."))
-        trains = {"none": parameter.requires_grad, "spatial": new, "encoder": decodes,
-                  "text": not name.startswith("text_model.")}[freeze]
-        parameter.requires_grad_(trains)
-        if trains:
-            (fresh if new and recipe.fresh_lr else others).append(parameter)
-    groups = [{"params": fresh, "base_lr": recipe.fresh_lr}, {"params": others, "base_lr": recipe.lr}]
+        parameter.requires_grad_(parameter.requires_grad and FREEZES[freeze][1](name))
+        if parameter.requires_grad:
+            (fresh if recipe.fresh_lr and UNet.is_inflation(name) else others).append(parameter)
+    groups = [{"params": fresh, "base_lr": recipe.fresh_lr},
+              {"params": others, "base_lr": recipe.lr}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr,
                              betas=(.9, .99), weight_decay=.01)
 
@@ -979,7 +969,7 @@ def take_step(step: int, parts: list, model, loss_of: Callable, ema, optimizer, 
 
 
 def ahead(make: Callable, calls, threads: int = 4):
-    """make(*call) for each of `calls`, in order, made ahead by threads, so that a GPU need not wait."""
+    """make(*call) for each call, in order, made ahead by threads, so that a GPU need not wait."""
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque(pool.submit(make, *call) for call in islice(calls, threads))
         while waiting:
@@ -990,14 +980,14 @@ def ahead(make: Callable, calls, threads: int = 4):
 def my_parts(batch: int, args) -> list:
     """The samples of a step that this process computes, in --accumulate equal parts."""
     if batch % (RANKS * args.accumulate):
-        raise UserError(f"a batch of {batch} does not split into {RANKS * args.accumulate} equal parts, "
-                        "processes times --accumulate")
+        raise UserError(f"a batch of {batch} does not split into {RANKS * args.accumulate} equal "
+                        "parts, processes times --accumulate")
     return np.array_split(range(RANK, batch, RANKS), args.accumulate)
 
 
 def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
-    """As many steps as fit into the time, of fewer samples where 300 do not fit. Five steps of a copy
-    are timed. Another machine would decide otherwise, so the checkpoint keeps it."""
+    """As many steps as fit into the time, of fewer samples where 300 do not fit. Five steps of a
+    copy are timed. Another machine would decide otherwise, so the checkpoint keeps it."""
     model, clocks = copy.deepcopy(setup.model), [time.time()]
     optimizer = make_optimizer(model, recipe, args.freeze)
     for step in range(5):
@@ -1015,33 +1005,29 @@ def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
     return replace(recipe, steps=steps, warmup=min(recipe.warmup, steps // 5))
 
 
-def recipe_of(name: str, args, steps: int | None) -> Recipe:
-    """A stage's recipe, as the flags change it."""
-    recipe = RECIPES[name]
-    lr = args.lr or recipe.lr
-    return replace(recipe, steps=args.steps or steps or recipe.steps, lr=lr,
-                   batch=args.batch or recipe.batch, fresh_lr=recipe.fresh_lr * lr / recipe.lr)
-
-
 def origin_of(args, recipe: Recipe, limit: float | None) -> dict:
-    """What a run is made from, as its checkpoint keeps it; the model's config and the ids of what it
-    stands on come later. More steps are welcome, so their number is not among it."""
+    """What a run is made from, as its checkpoint keeps it, except the model's config and facts. More
+    steps are welcome, so their number is not among it."""
     flags = "seed", "freeze", "init", "teacher", "captions", "distill"
     rates = "batch", "lr", "fresh_lr", "warmup", "ema"
-    return {"data": data_id(args), "minutes": limit, **{key: getattr(args, key) for key in flags},
-            **{key: getattr(recipe, key) for key in rates}}
+    return ({"data": data_id(args), "minutes": limit} | {key: getattr(args, key) for key in flags}
+            | {key: getattr(recipe, key) for key in rates})
 
 
-def check_same(path, then: dict, now: dict, cure: str):
-    """Refuse a file that was made from something else than this run."""
-    differing = [f"{key} (then {then.get(key)!s:.400}, now {now[key]!s:.400})"
-                 for key in sorted(now) if then.get(key) != now[key]]
-    if differing:
-        raise UserError(f"{path} differs in {'; '.join(differing)}. {cure}")
-
-
-FITTED = "steps", "batch", "warmup"  # what fit_recipe decides
-RESTART = "Start over with --fresh, or go on from finished weights with --fresh --init FILE"
+def resume(name: str, args, steps: int | None, limit: float | None) -> tuple[Recipe, dict]:
+    """A stage's recipe, as the flags change it, and what its checkpoint holds, {} at first. Refuses
+    a checkpoint of another run."""
+    recipe, checkpoint = RECIPES[name], RUNS / args.name / name / "checkpoint.pt"
+    lr = args.lr or recipe.lr
+    recipe = replace(recipe, steps=args.steps or steps or recipe.steps, lr=lr,
+                     batch=args.batch or recipe.batch, fresh_lr=recipe.fresh_lr * lr / recipe.lr)
+    if args.fresh or not checkpoint.is_file():
+        return recipe, {}
+    state = load_pt(checkpoint)
+    if limit:
+        recipe = replace(recipe, **{key: state[key] for key in FITTED})
+    check_same(checkpoint, state["run"], origin_of(args, recipe, limit), RESTART)
+    return recipe, state
 
 
 def is_current(name: str, args) -> bool:
@@ -1049,20 +1035,23 @@ def is_current(name: str, args) -> bool:
     output, earlier = output_of(args, name), list(PREPARE)[:list(PREPARE).index(name)]
     files = [*Path(__file__).parent.glob("*.py"), *(output_of(args, other) for other in earlier)]
     files += [Path(file) for file in (args.init, args.teacher) if file]
-    files += [Path(args.weights) / "image.pt"] if args.captions == "none" else []
+    if args.captions == "none":
+        files.append(Path(args.weights) / "image.pt")
     return all(file.stat().st_mtime <= output.stat().st_mtime for file in files if file.is_file())
 
 
 def load_init(model, setup: Setup, name: str, args):
     """--init: weights of this stage and config, on the same autoencoder and text encoder."""
     weights = base.load_checkpoint(args.init, name)
-    check_parent(weights["made_by"], setup.facts, args.init)
+    check_parent(args.init, weights["made_by"], setup.facts)
     for part in ("unet", "diffusion"):
         check_same(args.init, weights["config"].get(part, {}), setup.config.get(part, {}),
                    "Train from other weights, or change the code back")
-    state = {key: tensor for key, tensor in weights["model"].items()
-             if not key.startswith("mean_clip.")}  # which was just read from mean_clip.pt
-    base.load_state(model, state, args.init, lambda key: key.startswith("mean_clip."))
+
+    def is_mean_clip(key):  # it was just read from mean_clip.pt
+        return key.startswith("mean_clip.")
+    state = {key: tensor for key, tensor in weights["model"].items() if not is_mean_clip(key)}
+    base.load_state(model, state, args.init, is_mean_clip)
 
 
 def write_sheet(path: Path, videos, args):
@@ -1076,32 +1065,26 @@ def write_sheet(path: Path, videos, args):
     vae.write_image(path, vae.contact_sheet(videos.cpu()))
 
 
-def show_batch(folder: Path, batch: dict, args):
-    """Samples and their captions: errors of range, order or caption show here."""
-    videos = vae.to_uint8(batch["pixels"]) if "pixels" in batch else batch["latents"]
-    if videos.ndim > 2:  # P's are embeddings
-        write_sheet(folder / "first_batch.png", videos, args)
-    (folder / "first_batch.txt").write_text("\n".join(batch["captions"]) + "\n", encoding="utf-8")
-
-
-def mean_losses(seen: list) -> list:
-    """The mean loss and that of each quartile of t, from losses and noise levels, each (N, 2)."""
+def log_losses(path: Path, step: int, minutes: float, seen: list) -> float:
+    """Logs the mean loss and that of each quartile of t, from losses and noise levels, each (N, 2)."""
     losses, levels = torch.cat(seen).unbind(1)
     quartiles = [losses[(levels * 4).long() == q].mean() for q in range(4)]
-    return [round(x.item(), 5) for x in (losses.mean(), *quartiles)]
+    row = [round(x.item(), 5) for x in (losses.mean(), *quartiles)]
+    if RANK == 0:
+        with open(path, "a") as log:
+            print(step, f"{minutes:.2f}", *row, sep=",", file=log)
+    return row[0]
 
 
-def train(name: str, args, steps: int | None = None, limit: float | None = None):
-    """Train a stage from where its checkpoint stands to the end, and write weights/STAGE.pt."""
-    recipe, folder, output = recipe_of(name, args, steps), RUNS / args.name / name, output_of(args, name)
+def train(name: str, args, steps: int | None, limit: float | None):
+    """Train a stage from where its checkpoint stands to the end, and write its weights."""
+    recipe, state = resume(name, args, steps, limit)
+    folder, output = RUNS / args.name / name, output_of(args, name)
     checkpoint = folder / "checkpoint.pt"
-    for path in (checkpoint, output):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    state = load_pt(checkpoint) if checkpoint.is_file() and not args.fresh else {}
-    if limit and state:
-        recipe = replace(recipe, **{key: state[key] for key in FITTED})
-    finished = output.is_file() and state.get("wrote") == str(output.resolve()) and (
-        state["step"] >= recipe.steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    start, wrote = state.get("step", 0), str(output.resolve())
+    finished = output.is_file() and state.get("wrote") == wrote and start >= recipe.steps
 
     if finished and is_current(name, args):  # spares preparing its data
         return say(f"{name}: already trained")
@@ -1118,62 +1101,66 @@ def train(name: str, args, steps: int | None = None, limit: float | None = None)
         load_init(model, setup, name, args)
     if limit and not state:  # a sixth is for data and pictures
         recipe = fit_recipe(recipe, 50 * limit, setup, args)
-    origin = origin_of(args, recipe, limit) | setup.config | setup.facts
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, recipe, args.freeze)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     for key in parts.keys() & state.keys():
         parts[key].load_state_dict(state[key])
-    start, minutes = state.get("step", 0), state.get("minutes", 0.)
-
-    def save(step: int, wrote: str = ""):
-        save_pt(checkpoint, {key: part.state_dict() for key, part in parts.items()} | {
-            "step": step, "minutes": minutes, "wrote": wrote, "run": origin,
-            **{key: getattr(recipe, key) for key in FITTED}})
-
     loss_of = setup.loss_of
     if args.compile:
         torch.compiler.assume_constant_result(base.has_fast_bf16)  # which it cannot look into
         loss_of = torch.compile(loss_of)
+
     if RANK == 0:
         size = sum(p.numel() for p in ema.parameters()) / 1e6
         print(f"{name}: {size:.2f} M parameters, {recipe}")
-        first_batch = setup.batch_of(0, range(min(8, recipe.batch)))
-        show_batch(folder, first_batch, args)
+        first = setup.batch_of(0, range(min(8, recipe.batch)))  # shows errors of range or caption
+        videos = vae.to_uint8(first["pixels"]) if "pixels" in first else first["latents"]
+        if videos.ndim > 2:  # P's are embeddings
+            write_sheet(folder / "first_batch.png", videos, args)
+        (folder / "first_batch.txt").write_text("\n".join(first["captions"]), encoding="utf-8")
         if start == 0:
             (folder / "log.csv").write_text("step,minutes,loss,t<1/4,t<1/2,t<3/4,t<1\n")
+    origin = origin_of(args, recipe, limit) | setup.config | setup.facts
+    began = last_save = time.time()
 
-    mine = my_parts(recipe.batch, args)
+    def minutes() -> float:
+        return state.get("minutes", 0.) + (time.time() - began) / 60
+
+    def save(step: int, wrote: str = ""):
+        save_pt(checkpoint, {key: part.state_dict() for key, part in parts.items()} | {
+            "step": step, "minutes": minutes(), "wrote": wrote, "run": origin,
+            **{key: getattr(recipe, key) for key in FITTED}})
+
+    mine, seen = my_parts(recipe.batch, args), []
     calls = ((step, part) for step in range(start, recipe.steps) for part in mine)
-    batches, seen, clock, last_save = ahead(setup.batch_of, calls), [], time.time(), time.time()
-    bar = trange(start, recipe.steps, initial=start, total=recipe.steps, desc=name,
-                 disable=RANK > 0)
-    for step in bar:
+    batches = ahead(setup.batch_of, calls)
+    bar = tqdm(total=recipe.steps, initial=start, desc=name, disable=RANK > 0)
+    for step in range(start, recipe.steps):
         batch = [next(batches) for _ in mine]
         seen.append(take_step(step, batch, model, loss_of, ema, optimizer, recipe, args.device))
-        minutes, clock = minutes + (time.time() - clock) / 60, time.time()
+        bar.update()
         last = step + 1 == recipe.steps
         if (step + 1) % 25 == 0 or last:
-            losses, seen = mean_losses(seen), []
-            bar.set_postfix(loss=losses[0])
-            if RANK == 0:
-                with open(folder / "log.csv", "a") as log:
-                    print(step + 1, f"{minutes:.2f}", *losses, sep=",", file=log)
+            bar.set_postfix(loss=log_losses(folder / "log.csv", step + 1, minutes(), seen))
+            seen.clear()
         if RANK == 0 and not last and time.time() - last_save > 60 * SAVE_MINUTES:
             save(step + 1)
             last_save = time.time()
+
     if RANK == 0:
         steps = max(start, recipe.steps)
-        made_by = setup.facts | ({"distill": args.distill} if args.distill else {})
+        made_by = {"stage": name, "command": args.command, "steps": steps, "seed": args.seed,
+                   "data": args.data, "minutes": round(minutes(), 1), **setup.facts}
+        if args.distill:
+            made_by["distill"] = args.distill
         with torch.inference_mode():
-            config = setup.finish(ema, setup.config)
-            base.save_checkpoint(output, config, ema, stage=name, command=args.command, steps=steps,
-                                 seed=args.seed, data=args.data, minutes=round(minutes, 1), **made_by)
-            save(steps, wrote=str(output.resolve()))
+            base.save_checkpoint(output, setup.finish(ema, setup.config), ema, **made_by)
+            save(steps, wrote)
             if setup.preview:
-                videos = setup.preview(ema, to_device(first_batch, args.device))
+                videos = setup.preview(ema, to_device(first, args.device))
                 write_sheet(folder / "preview.png", videos, args)
-        print(f"{name}: {minutes:.1f} minutes; wrote {output}; look at {folder}")
+        print(f"{name}: {minutes():.1f} minutes; wrote {output}; look at {folder}")
     if RANKS > 1:
         dist.barrier()  # the next stage reads what this one wrote
 
@@ -1182,14 +1169,14 @@ def train(name: str, args, steps: int | None = None, limit: float | None = None)
 # The command line
 
 def plan(args, stages: list) -> dict:
-    """{stage: steps} of the stages that a folder of clips can train: about a hundred passes, at most
-    the recipe's. Prints what the folder holds, and what the others would need."""
+    """{stage: steps} of the stages that a folder can train: about a hundred passes, at most the
+    recipe's. Prints what the folder holds, and what the other stages would need."""
     clips, steps = look(args.folder), {}
     needs = dict.fromkeys(("vae", "clip", "prior", "image"), (1, SIDE))
     needs |= {NETWORKS[key].checkpoint: (p.frames, NETWORKS[key].scale * p.side)
               for key, p in PAIRS.items()}
-    report = [f"{args.folder}: {len(clips)} clips, {sum(n / fps for *_, n, _, fps in clips):.0f} s; "
-              f"{sum(not words for _, words, *_ in clips)} have no caption"]
+    say(f"{args.folder}: {len(clips)} clips, {sum(n / fps for *_, n, _, fps in clips):.0f} s; "
+        f"{sum(not words for _, words, *_ in clips)} have no caption")
     for name in stages:
         frames, side = needs.get(name, (16, SIDE))
         fitting = [(n, fps) for *_, n, shorter, fps in clips if n >= frames and shorter >= side]
@@ -1199,8 +1186,7 @@ def plan(args, stages: list) -> dict:
             batch = args.batch or RECIPES[name].batch
             steps[name] = min(RECIPES[name].steps, max(200, 100 * samples // batch))
             verdict = "trained" if args.minutes or args.steps else f"{steps[name]} steps"
-        report.append(f"  {name:14s} {frames:2d} frames of {side} x {side}: {len(fitting)} fit, {verdict}")
-    say("\n".join(report))
+        say(f"  {name:14s} {frames:2d} frames of {side} x {side}: {len(fitting)} fit, {verdict}")
     if not steps:
         raise UserError(f"{args.folder} holds no clip that {', '.join(stages)} can learn from")
     return steps
@@ -1218,9 +1204,6 @@ def check_autoencoder(args):
         + ", which is blurred: train vae on them first" * (psnr < 20))
 
 
-FREEZES = {"none": "", "spatial": "base", "encoder": "vae", "text": "clip"}  # part: of which stage
-
-
 def read_flags(argv=None):
     parser = base.command_line(__doc__, argv, seed=False)
     flag = parser.add_argument
@@ -1229,15 +1212,16 @@ def read_flags(argv=None):
     flag("--data", default="world", help="'world', or a folder of clips [world]")
     flag("--with-world", action="store_true", help="mix in clips of the world")
     flag("--init", metavar="FILE", help="train these weights of the stage further")
-    flag("--freeze", choices=FREEZES, default="none", help="base: all but temporal layers; vae: the "
-         "encoder; clip: the text transformer [none]")
-    flag("--captions", choices=("all", "none"), default="all", help="none: image, mean-clip and base read "
-         "the CLIP embedding of a frame instead, as in Make-A-Video [all]")
+    flag("--freeze", choices=FREEZES, default="none",
+         help="base: all but temporal layers; vae: the encoder; clip: the text transformer [none]")
+    flag("--captions", choices=("all", "none"), default="all",
+         help="none: image, mean-clip and base read the CLIP embedding of a frame instead, as in "
+         "Make-A-Video [all]")
     flag("--steps", type=base.positive, help="[the recipe's]")
     flag("--minutes", type=float, help="so long for all stages together, whatever --steps says")
     flag("--batch", type=base.positive, help="samples per step [the recipe's]")
     flag("--lr", type=float, help="learning rate [the recipe's]")
-    flag("--accumulate", type=base.positive, default=1, metavar="N", help="make batches in N parts [1]")
+    flag("--accumulate", type=base.positive, default=1, metavar="N", help="parts of a batch [1]")
     flag("--checkpointing", action="store_true", help="U-Nets: less memory, more time")
     flag("--compile", action="store_true", help="torch.compile the model")
     flag("--distill", type=base.positive, nargs=2, metavar=("TEACHER", "STUDENT"),
@@ -1254,26 +1238,25 @@ def read_flags(argv=None):
 
 def check_flags(args, stages: list):
     """Refuse what cannot work before the first stage is trained for hours."""
+    of_stage = FREEZES[args.freeze][0]
     rules = {
         "--seed is 0 or more": args.seed < 0,
-        "--minutes and --lr are above 0": any(x is not None and x <= 0 for x in (args.minutes, args.lr)),
+        "--minutes and --lr are above 0":
+            any(x is not None and x <= 0 for x in (args.minutes, args.lr)),
         "--init goes with one stage": args.init and args.stage == "all",
-        "--with-world goes with --data FOLDER": args.with_world and not args.folder,
-        f"--freeze {args.freeze} goes with {FREEZES[args.freeze]}":
-            FREEZES[args.freeze] not in ("", args.stage),
-        f"--freeze {args.freeze} wants --init": args.freeze in ("encoder", "text") and not args.init,
+        f"--freeze {args.freeze} goes with {of_stage}": of_stage not in ("", args.stage),
+        f"--freeze {args.freeze} wants --init":
+            args.freeze in ("encoder", "text") and not args.init,
         f"--captions none goes with {', '.join(UNCAPTIONED)}":
             args.captions == "none" and not set(stages) <= UNCAPTIONED.keys(),
         "--distill goes with superres or ssr, and wants --init":
             args.distill and not (args.init and args.stage.startswith(("superres", "ssr"))),
         "--teacher goes with --distill": args.teacher and not args.distill}
-    for rule in filter(rules.get, rules):
-        raise UserError(rule)
     for file in filter(None, (args.init, args.teacher)):
-        if not Path(file).is_file():
-            raise UserError(f"{file}: no such file")
-    if args.folder and not Path(args.folder).is_dir():
-        raise UserError(f"{args.folder}: no such folder of clips")
+        rules[f"{file}: no such file"] = not Path(file).is_file()
+    for message, broken in rules.items():
+        if broken:
+            raise UserError(message)
     for name in stages:
         my_parts(args.batch or RECIPES[name].batch, args)
 
@@ -1291,20 +1274,16 @@ def main(argv=None):
     steps = plan(args, stages) if args.folder else dict.fromkeys(stages)
     size = sum(path.stat().st_size for path in files_of(RUNS / "cache", ".pt"))
     say(f"{RUNS / 'cache'} holds {size / 1e9:.1f} GB, and may be deleted at any time")
-    args.amount, limits = .125 if args.with_world else 1., dict.fromkeys(steps)  # of the world
+    limits = dict.fromkeys(steps)
+    args.amount = .125 if args.folder and args.world else 1.  # of the world
     if args.minutes:
         unit = args.minutes / sum(RECIPES[name].share for name in steps)
         limits = {name: unit * RECIPES[name].share for name in steps}
         args.amount *= min(1., unit / 6)  # all for ten hours
     if args.folder and not {"vae", "clip", "prior"} & steps.keys():
         check_autoencoder(args)
-    for name in steps:  # before the first is trained, for hours
-        checkpoint = RUNS / args.name / name / "checkpoint.pt"
-        if checkpoint.is_file() and not args.fresh:
-            now = origin_of(args, recipe_of(name, args, steps[name]), limits[name])
-            fitted = FITTED if limits[name] else ()
-            check_same(checkpoint, load_pt(checkpoint)["run"],
-                       {key: now[key] for key in now if key not in fitted}, RESTART)
+    for name in steps:  # refuse all before the first is trained for hours
+        resume(name, args, steps[name], limits[name])
     for name in steps:
         train(name, args, steps[name], limits[name])
     if RANKS > 1:
