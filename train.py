@@ -7,8 +7,8 @@
     torchrun --nproc_per_node 2 train.py base  each batch shared by two processes
 
 Stages, in order: vae; clip; prior, Make-A-Video's P; image, a text-to-image U-Net; mean-clip; base,
-that U-Net on video (Make-A-Video, 3.4); interpolate, base on masked frames; superres-low, -high; and
-Imagen Video's ssr-128, ssr-256, ssr-768, tsr-32, tsr-128.
+that U-Net on video (Make-A-Video, 3.4); interpolate; superres-low, -high; and Imagen Video's
+ssr-128, ssr-256, ssr-768, tsr-32, tsr-128.
 
 Sample i of step n is a pure function of (seed, n, i), so a stopped run goes on to the same bits.
 runs/STAGE/ gets checkpoint.pt, log.csv (loss by quartile of t), the first batch as pictures and
@@ -113,19 +113,16 @@ MOTIONS = {
                        radius=(.14, .2), often=4)}
 
 
-def octaves(*layers):
-    """The light of a ground: a sum of random lattices (weight, rows, columns), averaged where they
-    are finer than the pixels, so that nothing aliases."""
-    def light(seed: int, size: int):
-        total = torch.zeros(size, size)
-        for weight, rows, columns in layers:
-            if rows <= 8 * size:
-                rng = np.random.default_rng((seed, rows, columns))
-                lattice = torch.from_numpy(rng.standard_normal((1, 1, rows, columns), np.float32))
-                shape = max(rows, size), max(columns, size)
-                fine = F.interpolate(lattice, shape, mode="bilinear", align_corners=False)
-                total = total + weight * F.adaptive_avg_pool2d(fine, size)[0, 0]
-        return total
+def octaves(layers, seed: int, size: int):
+    """The light of a ground: a sum of random lattices (weight, rows, columns), without aliases."""
+    light = torch.zeros(size, size)
+    for weight, rows, columns in layers:
+        if rows <= 8 * size:
+            rng = np.random.default_rng((seed, rows, columns))
+            lattice = torch.from_numpy(rng.standard_normal((1, 1, rows, columns), np.float32))
+            shape = max(rows, size), max(columns, size)
+            fine = F.interpolate(lattice, shape, mode="bilinear", align_corners=False)
+            light = light + weight * F.adaptive_avg_pool2d(fine, size)[0, 0]
     return light
 
 
@@ -137,13 +134,13 @@ def bricks(seed: int, size: int):
     def to_joint(position, period: float):
         return (torch.remainder(position / period + .5, 1) - .5).abs() * period
     joint = torch.minimum(to_joint(y, .1).expand(size, size), to_joint(x + .1 * (row % 2), .2))
-    light = octaves((.02, 10, 5), (.045, 260, 260))(seed, size)
+    light = octaves([(.02, 10, 5), (.045, 260, 260)], seed, size)
     return light + .13 * (.0045 / blur) * torch.exp(-(joint / blur) ** 2)
 
 
 def night(seed: int, size: int):
     centre = (torch.arange(size) + .5) / size
-    light, seen = octaves((.006, 6, 6))(seed, size), math.hypot(.003, .4 / size)
+    light, seen = octaves([(.006, 6, 6)], seed, size), math.hypot(.003, .4 / size)
     stars = torch.from_numpy(np.random.default_rng((seed, 7)).uniform(size=(16, 3))).float()
     for x, y, bright in stars:  # a star smaller than a pixel keeps its light
         square = (centre[None, :] - x) ** 2 + (centre[:, None] - y) ** 2
@@ -152,13 +149,12 @@ def night(seed: int, size: int):
     return light
 
 
-# Grounds: a colour, and a light (size, size) that is added to it.
-GROUNDS = {
-    "": ((0, 0, 0), octaves()),
-    "on grass": ((74, 96, 66),
-                 octaves((.014, 5, 5), (.02, 16, 64), (.056, 60, 260), (.06, 150, 600))),
-    "on sand": ((158, 142, 112),
-                octaves((.015, 4, 4), (.02, 24, 12), (.05, 190, 190), (.06, 420, 420))),
+GRASS = (.014, 5, 5), (.02, 16, 64), (.056, 60, 260), (.06, 150, 600)
+SAND = (.015, 4, 4), (.02, 24, 12), (.05, 190, 190), (.06, 420, 420)
+GROUNDS = {  # a colour, and the light of (seed, size) that is added to it
+    "": ((0, 0, 0), partial(octaves, ())),
+    "on grass": ((74, 96, 66), partial(octaves, GRASS)),
+    "on sand": ((158, 142, 112), partial(octaves, SAND)),
     "on bricks": ((118, 88, 80), bricks),
     "at night": ((22, 24, 35), night)}
 UNSEEN_PAIRS = {("star", "circling"), ("ring", "moving up"), ("cross", "growing"),
@@ -166,8 +162,7 @@ UNSEEN_PAIRS = {("star", "circling"), ("ring", "moving up"), ("cross", "growing"
 
 
 def split_of(colour: str, shape: str, motion: str) -> str | None:
-    """"train"; "held-out": triples that no video stage sees; "unseen": of pairs that none sees;
-    None: the motion cannot be seen."""
+    """"train"; "held-out" or "unseen" (a whole pair) from video stages; None: invisible motion."""
     if motion == "spinning" and shape in ROUND:
         return None
     if (shape, motion) in UNSEEN_PAIRS:
@@ -302,11 +297,11 @@ def data_id(args) -> str:
 def draw_item(rng, kind: str, side: int) -> tuple:
     """Frames (T, 3, side, side) of a random scene, caption, fps. Half of all clips run at 4 fps and
     show a whole scene, the others at up to 30 from a random start. Stills are of any triple, most
-    often from the beginning or end, because what slides is at the border then. Three in four
-    "beginnings" have the full caption of a training scene, so that stills teach words of motion.
+    often from the beginning or end, when what slides is at the border. Three in four "beginnings"
+    are captioned as training clips, so that stills teach words of motion.
 
-    Differs: Make-A-Video (3.4) draws 1 to 30 fps by a beta function, high rates first; its captioned
-    pictures are LAION's."""
+    Differs: Make-A-Video (3.4) draws 1 to 30 fps by a beta function, high rates first; its stills
+    are LAION's."""
     if kind == "clips":
         scene = draw_scene(rng, "train")
         fps = 4 * 7.5 ** max(0., rng.uniform(-1, 1))
@@ -357,8 +352,7 @@ def read_captions(folder: Path) -> dict:
 
 
 def look(folder) -> list:
-    """(file, caption, frames, shorter side, fps) of each readable clip of a folder. The first look
-    names the others."""
+    """(file, caption, frames, shorter side, fps) of each readable clip. Names the others once."""
     def read():
         clips, skipped = [], []
         for path, words in tqdm(read_captions(Path(folder)).items(), desc=f"looking at {folder}"):
@@ -376,7 +370,7 @@ def look(folder) -> list:
 
 def folder_clips(args, frames: int, side: int):
     """Yields pixels (1, frames, 3, side, side), [caption], fps (1,): middle squares of clips that
-    are long and large enough, of every frame, every second, every fourth; or four stills a second."""
+    are long and large enough, at full, half and quarter rate; or four stills a second."""
     for file, words, length, shorter, fps in look(args.folder):
         if length < frames or shorter < side:
             continue
@@ -419,9 +413,9 @@ def latents(args, kind: str, side: int = SIDE) -> dict:
     def encode(item):
         pixels = item.pop("pixels")
         return item | {"latents": vae.encode_video(autoencoder, pixels).half()}  # (n, T, 4, h, w)
-    own, world = folder_clips(args, 16 if kind == "clips" else 1, side), world_clips(args, kind, side)
-    name = f"{kind}-{side}-{vae_id}"
-    data = gather(args, name, map(encode, own), map(encode, world))
+    name, frames = f"{kind}-{side}-{vae_id}", 16 if kind == "clips" else 1
+    data = gather(args, name, map(encode, folder_clips(args, frames, side)),
+                  map(encode, world_clips(args, kind, side)))
     data["facts"] = {"vae": vae_id, "side": data["latents"].shape[-1]}
     if args.captions == "none":
         return add_embeddings(args, data, autoencoder, name)
@@ -439,14 +433,14 @@ def add_tokens(args, data: dict) -> dict:
     parts = (distinct[i:i + 256] for i in range(0, len(distinct), 256))
     tokens = torch.cat([text.encode(clip, tokenizer, part)[0] for part in parts])
     row = {words: i for i, words in enumerate(distinct)}
-    return data | {"tokens": tokens, "rows": torch.tensor([row[words] for words in data["captions"]]),
-                   "null_tokens": text.encode(clip, tokenizer, [""])[0],
+    rows = torch.tensor([row[words] for words in data["captions"]])
+    null_tokens, _ = text.encode(clip, tokenizer, [""])
+    return data | {"tokens": tokens, "rows": rows, "null_tokens": null_tokens,
                    "facts": data["facts"] | {"text": facts["id"]}}
 
 
 def add_embeddings(args, data: dict, autoencoder, name: str) -> dict:
-    """Adds tokens (N, 1, E), the CLIP embedding of each item's first frame as the autoencoder shows
-    it, and empties the captions."""
+    """Adds tokens (N, 1, E), CLIP embeddings of decoded first frames, and empties the captions."""
     clip, _, facts = text.load(args.weights, args.device)
 
     def make():
@@ -486,8 +480,7 @@ def window_about(x: float, y: float, side: int, size: int) -> tuple:
 
 def world_pairs(args, name: str):
     """Yields a small clip, `whole` (1, T, 3, s, s), a window of it, and as `pixels` that window of
-    the large clip; captions [1], fps (1,). Seven in ten windows are about an outline: there is
-    little to learn elsewhere."""
+    the large clip; captions [1], fps (1,). Most windows are about an outline."""
     p, scale, key = PAIRS[name], NETWORKS[name].scale, 6 + list(PAIRS).index(name)
     for i in trange(math.ceil(args.amount * p.count), desc="rendering pairs"):
         rng = np.random.default_rng((args.seed, key, i))
@@ -528,8 +521,8 @@ def pairs(args, name: str) -> dict:
         if autoencoder:
             whole = vae.decode_video(autoencoder, vae.encode_video(autoencoder, whole))
         return item | {"decoded": crop(whole, window).clone()}
-    own, world = (map(cut, items) for items in (folder_pairs(args, name), world_pairs(args, name)))
-    data = gather(args, f"{name}-{digest((PAIRS[name], shown_by))}", own, world)
+    data = gather(args, f"{name}-{digest((PAIRS[name], shown_by))}",
+                  map(cut, folder_pairs(args, name)), map(cut, world_pairs(args, name)))
     return data | {"facts": facts}
 
 
@@ -538,8 +531,7 @@ def pairs(args, name: str) -> dict:
 # stills, 2 clips, 3 samples, 5 masks and windows of a folder's clips, 6 and up the world's pairs.
 
 def draw(args, step: int, samples, data: dict) -> tuple[list, list]:
-    """The generator of each sample of a step, and which item it is. With --with-world, half are the
-    folder's own, however few it holds."""
+    """The generator of each sample of a step, and its item, with --with-world half the folder's."""
     rngs, picks = [np.random.default_rng((args.seed, 3, step, i)) for i in samples], []
     own, count = data["own"], len(data["captions"])
     for rng in rngs:
@@ -650,9 +642,8 @@ def check_same(path, then: dict, now: dict, cure: str):
 
 def check_parent(path, made_by: dict, facts: dict):
     """Refuse weights to start from that stand on another autoencoder or text encoder."""
-    ids = {key: facts[key] for key in ("vae", "text", "image_encoder")
-           if key in facts and key in made_by}
-    check_same(path, made_by, ids, "Train it anew")
+    ids = {"vae", "text", "image_encoder"} & facts.keys() & made_by.keys()
+    check_same(path, made_by, {key: facts[key] for key in ids}, "Train it anew")
 
 
 def prepare_vae(args) -> Setup:
@@ -660,12 +651,12 @@ def prepare_vae(args) -> Setup:
     if args.freeze == "encoder":  # latents stay what they are, and so does their scale
         model, _ = vae.load(args.init)
     c = model.config
-    latent_shape = c.latent_channels, SIDE // c.factor, SIDE // c.factor
+    shape = c.latent_channels, SIDE // c.factor, SIDE // c.factor
 
     def batch_of(step, samples):
         rngs, picks = draw(args, step, samples, data)
         return {"pixels": vae.to_float(data["pixels"][picks, 0]),
-                "noise": normal(rngs, latent_shape), "captions": [data["captions"][i] for i in picks]}
+                "captions": [data["captions"][i] for i in picks], "noise": normal(rngs, shape)}
 
     def preview(model, batch):  # originals above their reconstructions
         made = model.decode(model.encode(batch["pixels"])[0])
@@ -765,13 +756,11 @@ def prepare_image(args) -> Setup:
 def prepare_mean_clip(args) -> Setup:
     """The mean clip of a prompt, regressed on the clips that base will see."""
     data = latents(args, "clips")
-    config = {"context_dim": data["tokens"].shape[-1], "channels": data["latents"].shape[2]}
-
-    def preview(model, batch):
-        T, _, h, w = batch["latents"].shape[1:]
-        return model(batch["context"], batch["fps"], T, h, w)
+    T, C, h, w = data["latents"].shape[1:]
+    config = {"context_dim": data["tokens"].shape[-1], "channels": C}
     return Setup(base.MeanClip(**config), partial(diffusion_batch, args, data), base.mean_clip_loss,
-                 config, data["facts"], preview)
+                 config, data["facts"],
+                 lambda model, batch: model(batch["context"], batch["fps"], T, h, w))
 
 
 def prepare_base(args) -> Setup:
@@ -810,8 +799,7 @@ def prepare_interpolate(args) -> Setup:
     """Make-A-Video, 3.3: the video model learns from clips some of whose frames it is shown."""
     weights = base.load_checkpoint(args.weights, "base")
     if "unet" not in weights["config"]:  # Stable Diffusion's
-        raise UserError(f"{args.weights} holds no base.pt; train it first: `python train.py base "
-                        f"--weights {args.weights}`")
+        raise UserError(f"no base.pt yet: run `python train.py base --weights {args.weights}`")
     data = latents(args, "clips", 8 * weights["made_by"]["side"])
     check_parent("base.pt", weights["made_by"], data["facts"])
     weights = interpolate.widen(weights)
@@ -867,7 +855,8 @@ def prepare_pixels(args, name: str) -> Setup:
         noise = normal(rngs, (frames, *x.shape[2:])).expand_as(x)  # (N, T, 3, S, S)
         level = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32)
         batch = {"pixels": x, "small": vae.to_float(small), "level": level, "noise": noise,
-                 "fps": data["fps"][picks].float(), "captions": [data["captions"][i] for i in picks]}
+                 "captions": [data["captions"][i] for i in picks],
+                 "fps": data["fps"][picks].float()}
         if args.distill:
             batch["path"] = paths[[int(rng.integers(len(paths))) for rng in rngs]]  # (N, K + 1)
             batch["t"] = batch["path"][:, 0]
@@ -909,12 +898,6 @@ FITTED = "steps", "batch", "warmup"  # of a recipe: what --minutes decides
 RESTART = "Start over with --fresh, or go on from finished weights with --fresh --init FILE"
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """A share of the full rate: up over the warm-up, level for a third, then down to zero."""
-    left = (recipe.steps - step) / recipe.steps
-    return max(0., min(1., (step + 1) / recipe.warmup, 1.5 * left))
-
-
 FREEZES = {  # --freeze: of which stage, and which of its parameters still train
     "none": ("", lambda name: True), "spatial": ("base", UNet.is_inflation),
     "encoder": ("vae", lambda name: name.startswith(("decoder.", "post_quant_conv."))),
@@ -928,10 +911,9 @@ def make_optimizer(model, recipe: Recipe, freeze: str) -> torch.optim.Optimizer:
         parameter.requires_grad_(parameter.requires_grad and FREEZES[freeze][1](name))
         if parameter.requires_grad:
             (fresh if recipe.fresh_lr and UNet.is_inflation(name) else others).append(parameter)
-    groups = [{"params": fresh, "base_lr": recipe.fresh_lr},
-              {"params": others, "base_lr": recipe.lr}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr,
-                             betas=(.9, .99), weight_decay=.01)
+    groups = [{"params": group, "base_lr": lr}
+              for group, lr in ((fresh, recipe.fresh_lr), (others, recipe.lr)) if group]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
 
 
 def to_device(batch: dict, device) -> dict:
@@ -957,8 +939,10 @@ def take_step(step: int, parts: list, model, loss_of: Callable, ema, optimizer, 
     if not torch.nn.utils.clip_grad_norm_(parameters, 1.).isfinite():
         raise UserError(f"step {step}: the gradient is not finite, and would be again; use --fresh "
                         "and a lower --lr")
+    left = (recipe.steps - step) / recipe.steps  # warm up, stay for a third, then go down to zero
+    rate = max(0., min(1., (step + 1) / recipe.warmup, 1.5 * left))
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * learning_rate(step, recipe)
+        group["lr"] = group["base_lr"] * rate
     optimizer.step()
     optimizer.zero_grad()
     decay = min(recipe.ema, (1 + step) / (10 + step))
@@ -986,8 +970,8 @@ def my_parts(batch: int, args) -> list:
 
 
 def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
-    """As many steps as fit into the time, of fewer samples where 300 do not fit. Five steps of a
-    copy are timed. Another machine would decide otherwise, so the checkpoint keeps it."""
+    """As many steps as fit into the time, of fewer samples where 300 do not fit, by timing five
+    steps of a copy. Another time would differ, so the checkpoint keeps it."""
     model, clocks = copy.deepcopy(setup.model), [time.time()]
     optimizer = make_optimizer(model, recipe, args.freeze)
     for step in range(5):
@@ -1006,8 +990,7 @@ def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
 
 
 def origin_of(args, recipe: Recipe, limit: float | None) -> dict:
-    """What a run is made from, as its checkpoint keeps it, except the model's config and facts. More
-    steps are welcome, so their number is not among it."""
+    """What a run is made from, except the model's config and facts. More steps are welcome."""
     flags = "seed", "freeze", "init", "teacher", "captions", "distill"
     rates = "batch", "lr", "fresh_lr", "warmup", "ema"
     return ({"data": data_id(args), "minutes": limit} | {key: getattr(args, key) for key in flags}
@@ -1015,8 +998,7 @@ def origin_of(args, recipe: Recipe, limit: float | None) -> dict:
 
 
 def resume(name: str, args, steps: int | None, limit: float | None) -> tuple[Recipe, dict]:
-    """A stage's recipe, as the flags change it, and what its checkpoint holds, {} at first. Refuses
-    a checkpoint of another run."""
+    """A stage's recipe, and what its checkpoint holds, {} at first. Refuses that of another run."""
     recipe, checkpoint = RECIPES[name], RUNS / args.name / name / "checkpoint.pt"
     lr = args.lr or recipe.lr
     recipe = replace(recipe, steps=args.steps or steps or recipe.steps, lr=lr,
@@ -1033,8 +1015,8 @@ def resume(name: str, args, steps: int | None, limit: float | None) -> tuple[Rec
 def is_current(name: str, args) -> bool:
     """Are the weights of a stage newer than the code and the weights that it reads?"""
     output, earlier = output_of(args, name), list(PREPARE)[:list(PREPARE).index(name)]
-    files = [*Path(__file__).parent.glob("*.py"), *(output_of(args, other) for other in earlier)]
-    files += [Path(file) for file in (args.init, args.teacher) if file]
+    files = [*Path(__file__).parent.glob("*.py"), *(output_of(args, other) for other in earlier),
+             *(Path(file) for file in (args.init, args.teacher) if file)]
     if args.captions == "none":
         files.append(Path(args.weights) / "image.pt")
     return all(file.stat().st_mtime <= output.stat().st_mtime for file in files if file.is_file())
@@ -1047,16 +1029,13 @@ def load_init(model, setup: Setup, name: str, args):
     for part in ("unet", "diffusion"):
         check_same(args.init, weights["config"].get(part, {}), setup.config.get(part, {}),
                    "Train from other weights, or change the code back")
-
-    def is_mean_clip(key):  # it was just read from mean_clip.pt
-        return key.startswith("mean_clip.")
-    state = {key: tensor for key, tensor in weights["model"].items() if not is_mean_clip(key)}
-    base.load_state(model, state, args.init, is_mean_clip)
+    mean_clip = {key: tensor for key, tensor in model.state_dict().items()
+                 if key.startswith("mean_clip.")}  # just read from mean_clip.pt
+    base.load_state(model, weights["model"] | mean_clip, args.init)
 
 
 def write_sheet(path: Path, videos, args):
-    """A picture of videos or stills (B, ..., C, H, W), uint8 pixels or latents: a row for each
-    video, or one of all stills."""
+    """A picture of (B, ..., C, H, W), pixels or latents: a row for each video, or one of stills."""
     videos = videos.reshape(len(videos), -1, *videos.shape[-3:])  # (B, T, C, H, W)
     if videos.is_floating_point():
         autoencoder, _ = vae.load(args.weights, args.device)
@@ -1066,7 +1045,7 @@ def write_sheet(path: Path, videos, args):
 
 
 def log_losses(path: Path, step: int, minutes: float, seen: list) -> float:
-    """Logs the mean loss and that of each quartile of t, from losses and noise levels, each (N, 2)."""
+    """Logs the mean loss and that of each quartile of t. seen: losses and noise levels (N, 2)."""
     losses, levels = torch.cat(seen).unbind(1)
     quartiles = [losses[(levels * 4).long() == q].mean() for q in range(4)]
     row = [round(x.item(), 5) for x in (losses.mean(), *quartiles)]
@@ -1132,15 +1111,14 @@ def train(name: str, args, steps: int | None, limit: float | None):
             "step": step, "minutes": minutes(), "wrote": wrote, "run": origin,
             **{key: getattr(recipe, key) for key in FITTED}})
 
-    mine, seen = my_parts(recipe.batch, args), []
-    calls = ((step, part) for step in range(start, recipe.steps) for part in mine)
+    mine, seen, steps = my_parts(recipe.batch, args), [], max(start, recipe.steps)
+    calls = ((step, part) for step in range(start, steps) for part in mine)
     batches = ahead(setup.batch_of, calls)
-    bar = tqdm(total=recipe.steps, initial=start, desc=name, disable=RANK > 0)
-    for step in range(start, recipe.steps):
+    bar = trange(start, steps, initial=start, total=steps, desc=name, disable=RANK > 0)
+    for step in bar:
         batch = [next(batches) for _ in mine]
         seen.append(take_step(step, batch, model, loss_of, ema, optimizer, recipe, args.device))
-        bar.update()
-        last = step + 1 == recipe.steps
+        last = step + 1 == steps
         if (step + 1) % 25 == 0 or last:
             bar.set_postfix(loss=log_losses(folder / "log.csv", step + 1, minutes(), seen))
             seen.clear()
@@ -1149,7 +1127,6 @@ def train(name: str, args, steps: int | None, limit: float | None):
             last_save = time.time()
 
     if RANK == 0:
-        steps = max(start, recipe.steps)
         made_by = {"stage": name, "command": args.command, "steps": steps, "seed": args.seed,
                    "data": args.data, "minutes": round(minutes(), 1), **setup.facts}
         if args.distill:
@@ -1182,7 +1159,8 @@ def plan(args, stages: list) -> dict:
         fitting = [(n, fps) for *_, n, shorter, fps in clips if n >= frames and shorter >= side]
         verdict = "so it is not trained"
         if fitting:  # of stills, four a second are taken
-            samples = sum(n // (frames if frames > 1 else max(1, round(fps / 4))) for n, fps in fitting)
+            samples = sum(n // (frames if frames > 1 else max(1, round(fps / 4)))
+                          for n, fps in fitting)
             batch = args.batch or RECIPES[name].batch
             steps[name] = min(RECIPES[name].steps, max(200, 100 * samples // batch))
             verdict = "trained" if args.minutes or args.steps else f"{steps[name]} steps"
@@ -1252,8 +1230,8 @@ def check_flags(args, stages: list):
         "--distill goes with superres or ssr, and wants --init":
             args.distill and not (args.init and args.stage.startswith(("superres", "ssr"))),
         "--teacher goes with --distill": args.teacher and not args.distill}
-    for file in filter(None, (args.init, args.teacher)):
-        rules[f"{file}: no such file"] = not Path(file).is_file()
+    rules |= {f"{file}: no such file": not Path(file).is_file()
+              for file in (args.init, args.teacher) if file}
     for message, broken in rules.items():
         if broken:
             raise UserError(message)
