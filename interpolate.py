@@ -30,17 +30,16 @@ WINDOW = 16  # frames that the network sees at once
 # ------------------------------------------------------------------------------------------------
 # The masked-frame model: base's U-Net with nine input channels
 
-def widen(checkpoint: dict) -> dict:
-    """base's checkpoint with input channels for `condition`. The weights of these and of the output
-    are zero, and the target is x."""
-    model, config = dict(checkpoint["model"]), checkpoint["config"]
-    C = model["conv_in.weight"].shape[1]
-    model["conv_in.weight"] = F.pad(model["conv_in.weight"], (0, 0, 0, 0, 0, C + 1))  # (D, 9, 3, 3)
+def widen(unet: UNet, diffusion: Diffusion) -> tuple[UNet, Diffusion]:
+    """base's U-Net with input channels for `condition`. The weights of these and of the output are
+    zero, and the target is x."""
+    state, C = unet.state_dict(), unet.config.in_channels
+    state["conv_in.weight"] = F.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, C + 1))  # (D, 9, 3, 3)
     for name in ("conv_out.weight", "conv_out.bias"):
-        model[name] = torch.zeros_like(model[name])
-    unet = config["unet"] | {"in_channels": 2 * C + 1}
-    diffusion = config["diffusion"] | {"target": "sample"}
-    return checkpoint | {"config": {"unet": unet, "diffusion": diffusion}, "model": model}
+        state[name] = torch.zeros_like(state[name])
+    wide = UNet(replace(unet.config, in_channels=2 * C + 1))
+    wide.load_state_dict(state)
+    return wide, Diffusion(diffusion.schedule, "sample")
 
 
 def blend(x, known):

@@ -517,12 +517,10 @@ def test_training_masks_hide_and_show_something():
 
 
 def test_a_fresh_interpolator_gives_the_blend():
-    video = randomize(UNet(SMALL)).state_dict()
-    start = interpolate.widen({"model": video, "config": {"unet": asdict(SMALL), "diffusion": {}}})
-    model = base.load_state(UNet(UNetConfig(**start["config"]["unet"])), start["model"], "")
-    assert torch.equal(model.conv_in.weight[:, :4], video["conv_in.weight"])
+    video = randomize(UNet(SMALL))
+    model, diffusion = interpolate.widen(video, V)
+    assert torch.equal(model.conv_in.weight[:, :4], video.conv_in.weight)
     x, known = interpolate.timeline(randn(2, 6, 4, 4, 4), skip=3)
-    diffusion = Diffusion(**start["config"]["diffusion"])
     made = interpolate.fill_timeline(model, diffusion, x, known, text_emb(), 8., guidance=3.)
     close(made, interpolate.blend(x, known.expand(2, -1)), 1e-6)
 

@@ -117,7 +117,7 @@ def octaves(layers, seed: int, size: int):
     """The light of a ground: a sum of random lattices (weight, rows, columns), without aliases."""
     light = torch.zeros(size, size)
     for weight, rows, columns in layers:
-        if rows <= 8 * size:
+        if rows <= 8 * size:  # finer ones would average out
             rng = np.random.default_rng((seed, rows, columns))
             lattice = torch.from_numpy(rng.standard_normal((1, 1, rows, columns), np.float32))
             shape = max(rows, size), max(columns, size)
@@ -162,7 +162,8 @@ UNSEEN_PAIRS = {("star", "circling"), ("ring", "moving up"), ("cross", "growing"
 
 
 def split_of(colour: str, shape: str, motion: str) -> str | None:
-    """"train"; "held-out" or "unseen" (a whole pair) from video stages; None: invisible motion."""
+    """"train"; "held-out", which no video stage sees; "unseen", of pairs that none sees; None, where
+    the motion is invisible."""
     if motion == "spinning" and shape in ROUND:
         return None
     if (shape, motion) in UNSEEN_PAIRS:
@@ -531,15 +532,16 @@ def pairs(args, name: str) -> dict:
 # stills, 2 clips, 3 samples, 5 masks and windows of a folder's clips, 6 and up the world's pairs.
 
 def draw(args, step: int, samples, data: dict) -> tuple[list, list]:
-    """The generator of each sample of a step, and its item, with --with-world half the folder's."""
-    rngs, picks = [np.random.default_rng((args.seed, 3, step, i)) for i in samples], []
+    """The generator and the item of each sample; with --with-world, half are the folder's."""
     own, count = data["own"], len(data["captions"])
-    for rng in rngs:
-        bounds = 0, count
+
+    def pick(rng) -> int:
+        first, end = 0, count
         if 0 < own < count:
-            bounds = (0, own) if rng.random() < .5 else (own, count)
-        picks.append(int(rng.integers(*bounds)))
-    return rngs, picks
+            first, end = (0, own) if rng.random() < .5 else (own, count)
+        return int(rng.integers(first, end))
+    rngs = [np.random.default_rng((args.seed, 3, step, i)) for i in samples]
+    return rngs, [pick(rng) for rng in rngs]
 
 
 def normal(rngs, shape) -> torch.Tensor:
@@ -772,8 +774,9 @@ def prepare_base(args) -> Setup:
         image = Path(args.init)
         model, diffusion, made_by = base.load(image, "cpu", "base")
     else:
-        temporal = ("mean_clip",) * mean_clip.is_file() + ("attention", "conv")
-        embeddings = ("fps",) + ("image",) * (args.captions == "none")
+        new = ("attention", "conv")
+        temporal = ("mean_clip", *new) if mean_clip.is_file() else new
+        embeddings = ("fps",) if args.captions == "all" else ("fps", "image")
         model, diffusion, made_by = base.load(args.weights, "cpu", image.stem, "image", gates=True,
                                               temporal=temporal, embeddings=embeddings)
     side = 8 * made_by["side"]
@@ -797,15 +800,12 @@ def prepare_base(args) -> Setup:
 
 def prepare_interpolate(args) -> Setup:
     """Make-A-Video, 3.3: the video model learns from clips some of whose frames it is shown."""
-    weights = base.load_checkpoint(args.weights, "base")
-    if "unet" not in weights["config"]:  # Stable Diffusion's
+    model, diffusion, made_by = base.load(args.weights, "cpu", "base")
+    if "stage" not in made_by:  # it is Stable Diffusion's
         raise UserError(f"no base.pt yet: run `python train.py base --weights {args.weights}`")
-    data = latents(args, "clips", 8 * weights["made_by"]["side"])
-    check_parent("base.pt", weights["made_by"], data["facts"])
-    weights = interpolate.widen(weights)
-    model = UNet(base.UNetConfig(**weights["config"]["unet"]))
-    base.load_state(model, weights["model"], "base.pt")
-    diffusion = base.Diffusion(**weights["config"]["diffusion"])
+    data = latents(args, "clips", 8 * made_by["side"])
+    check_parent("base.pt", made_by, data["facts"])
+    model, diffusion = interpolate.widen(model, diffusion)
 
     def batch_of(step, samples):
         rngs = [np.random.default_rng((args.seed, 5, step, i)) for i in samples]
@@ -970,8 +970,8 @@ def my_parts(batch: int, args) -> list:
 
 
 def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
-    """As many steps as fit into the time, of fewer samples where 300 do not fit, by timing five
-    steps of a copy. Another time would differ, so the checkpoint keeps it."""
+    """As many steps as fit into the time, of fewer samples where 300 do not fit. Five steps of a
+    copy are timed. Timings vary, so the checkpoint keeps the result."""
     model, clocks = copy.deepcopy(setup.model), [time.time()]
     optimizer = make_optimizer(model, recipe, args.freeze)
     for step in range(5):
@@ -1056,7 +1056,8 @@ def log_losses(path: Path, step: int, minutes: float, seen: list) -> float:
 
 
 def train(name: str, args, steps: int | None, limit: float | None):
-    """Train a stage from where its checkpoint stands to the end, and write its weights."""
+    """Train a stage from where its checkpoint stands to the end, and write its weights. steps: what
+    the folder is good for, if there is one; limit: minutes, if --minutes is given."""
     recipe, state = resume(name, args, steps, limit)
     folder, output = RUNS / args.name / name, output_of(args, name)
     checkpoint = folder / "checkpoint.pt"
@@ -1229,7 +1230,8 @@ def check_flags(args, stages: list):
             args.captions == "none" and not set(stages) <= UNCAPTIONED.keys(),
         "--distill goes with superres or ssr, and wants --init":
             args.distill and not (args.init and args.stage.startswith(("superres", "ssr"))),
-        "--teacher goes with --distill": args.teacher and not args.distill}
+        "--teacher goes with --distill": args.teacher and not args.distill,
+        f"{args.data}: no such folder of clips": args.folder and not Path(args.folder).is_dir()}
     rules |= {f"{file}: no such file": not Path(file).is_file()
               for file in (args.init, args.teacher) if file}
     for message, broken in rules.items():
