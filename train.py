@@ -423,20 +423,23 @@ def latents(args, kind: str, side: int = SIDE) -> dict:
     return add_tokens(args, data)
 
 
-def add_tokens(args, data: dict) -> dict:
-    """Adds the tokens of each distinct caption (K, L, D), rows (N,) in them, and null_tokens."""
+def add_tokens(args, data: dict, for_prior: bool = False) -> dict:
+    """Adds the tokens of each distinct caption (K, L, D), rows (N,) in them, and null_tokens. P
+    reads one token more, the CLIP embedding of the caption."""
     clip, tokenizer, facts = text.load(args.weights, args.device)
     distinct = sorted(set(data["captions"]))
     if RANK == 0:
         text.warn_unknown(distinct, facts["words"], ". Use words that it knows, or teach it these: "
                           f"`train.py clip --init {args.weights}/text.pt`, and train later stages "
                           "further, on these captions")
-    parts = (distinct[i:i + 256] for i in range(0, len(distinct), 256))
-    tokens = torch.cat([text.encode(clip, tokenizer, part)[0] for part in parts])
+
+    def encode(prompts):
+        tokens, embedding = text.encode(clip, tokenizer, prompts)
+        return torch.cat([tokens, embedding[:, None]], dim=1) if for_prior else tokens
+    tokens = torch.cat([encode(distinct[i:i + 256]) for i in range(0, len(distinct), 256)])
     row = {words: i for i, words in enumerate(distinct)}
     rows = torch.tensor([row[words] for words in data["captions"]])
-    null_tokens, _ = text.encode(clip, tokenizer, [""])
-    return data | {"tokens": tokens, "rows": rows, "null_tokens": null_tokens,
+    return data | {"tokens": tokens, "rows": rows, "null_tokens": encode([""]),
                    "facts": data["facts"] | {"text": facts["id"]}}
 
 
@@ -721,16 +724,10 @@ def prepare_clip(args) -> Setup:
 
 def prepare_prior(args) -> Setup:
     """P learns from captioned stills which image embedding a caption has. It never sees a video."""
-    clip, tokenizer, facts = text.load(args.weights, args.device)
+    clip, _, facts = text.load(args.weights, args.device)
     data = stills(args, "beginnings") | {"facts": {"image_encoder": facts["image_id"]}}
-    data = add_tokens(args, data)
+    data = add_tokens(args, data, for_prior=True)  # (K, L + 1, D)
     data["latents"] = text.embed_images(clip, data["pixels"][:, 0])  # (N, D)
-
-    def context_of(prompts):  # tokens and CLIP embeddings, (K, L + 1, D)
-        tokens, embedding = text.encode(clip, tokenizer, prompts)
-        return torch.cat([tokens, embedding[:, None]], dim=1)
-    data["tokens"] = context_of(sorted(set(data["captions"])))
-    data["null_tokens"] = context_of([""])
     config = text.PriorConfig(*data["tokens"].shape[1:])
     model, diffusion = text.Prior(config), base.Diffusion(target="sample")
     batch_of = partial(diffusion_batch, args, data, timesteps=partial(shifted_timesteps, shift=1.))
@@ -825,7 +822,6 @@ def prepare_pixels(args, name: str) -> Setup:
     blocks of whole frames, the last one crops. Here all see windows of short clips."""
     stage, diffusion = NETWORKS[name], base.Diffusion(target="sample")
     is_tsr, reads_text = name in interpolate.TSR, "text" in stage.unet.embeddings
-    data = pairs(args, name)
     if args.distill:
         teacher, _, made_by = base.load(args.teacher or args.init, args.device, stage.checkpoint)
         steps, student_steps = args.distill
@@ -833,6 +829,7 @@ def prepare_pixels(args, name: str) -> Setup:
             raise UserError(f"the teacher takes {made_by['distill'][-1]} steps, not {steps}")
         paths = base.teacher_paths(steps, student_steps, stage.shift)  # (STUDENT, K + 1)
         stage = replace(stage, steps=student_steps)
+    data = pairs(args, name)
     if reads_text:
         data = add_tokens(args, data)
         stage = replace(stage, unet=replace(stage.unet, context_dim=data["tokens"].shape[-1]))
@@ -1223,6 +1220,7 @@ def check_flags(args, stages: list):
         "--minutes and --lr are above 0":
             any(x is not None and x <= 0 for x in (args.minutes, args.lr)),
         "--init goes with one stage": args.init and args.stage == "all",
+        "--with-world goes with --data FOLDER": args.with_world and not args.folder,
         f"--freeze {args.freeze} goes with {of_stage}": of_stage not in ("", args.stage),
         f"--freeze {args.freeze} wants --init":
             args.freeze in ("encoder", "text") and not args.init,
@@ -1255,7 +1253,7 @@ def main(argv=None):
     size = sum(path.stat().st_size for path in files_of(RUNS / "cache", ".pt"))
     say(f"{RUNS / 'cache'} holds {size / 1e9:.1f} GB, and may be deleted at any time")
     limits = dict.fromkeys(steps)
-    args.amount = .125 if args.folder and args.world else 1.  # of the world
+    args.amount = .125 if args.with_world else 1.  # of the world
     if args.minutes:
         unit = args.minutes / sum(RECIPES[name].share for name in steps)
         limits = {name: unit * RECIPES[name].share for name in steps}

@@ -349,6 +349,8 @@ def encode_clip(path, weights=WEIGHTS, device="cpu") -> dict:
     vae, vae_id = load(weights, device)
     video, fps = read_video(path)
     H, W = (side - side % vae.config.factor for side in video.shape[-2:])
+    if not H * W:
+        raise UserError(f"{path} is smaller than {vae.config.factor} pixels")
     z = encode_video(vae, video[None, ..., :H, :W], "vae encode")
     return base.new_clip("latents", z, prompts=[Path(path).stem], fps=fps, vae=vae_id)
 
