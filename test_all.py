@@ -126,6 +126,19 @@ def test_a_gate_told_an_image_starts_open_and_stays_below_one():
     assert (alpha < 1).all() and differ(alpha, gate(skip, gating, emb + 1) / skip)
 
 
+def test_only_gates_whose_skip_comes_again_have_closed():
+    """up_blocks.0.gates.0 takes what the middle block also adds to its result."""
+    unet, *_ = base.load(name="make-a-video", stage="base")
+    means, tokens = {}, randn(2, 1, unet.config.context_dim)
+    for name, gate in unet.named_modules():
+        if isinstance(gate, base.AttentionGate):
+            gate.register_forward_hook(lambda gate, args, out, name=name: means.update(
+                {name: (out.norm() / args[0].norm()).item()}))
+    with torch.inference_mode():
+        unet(randn(2, 16, 4, 8, 8), torch.tensor([300, 700]), tokens, torch.tensor([4., 4.]))
+    assert means.pop("up_blocks.0.gates.0") < .01 and min(means.values()) > .1
+
+
 @cases("layer, reach", [
     (base.PseudoConv3d(8, 8, True), [1, 2, 3]), (base.TemporalAttention(8, 2), [0, 1, 2, 3, 4])])
 def test_temporal_layers_relate_frames_of_one_pixel_and_know_their_order(layer, reach):
@@ -997,8 +1010,7 @@ def steep(model, batch):
 @pytest.fixture
 def two_run(tmp_path, monkeypatch):
     """Trains two numbers, one of a new layer; returns the checkpoint."""
-    patch_all(monkeypatch, RUNS=tmp_path, SAVE_MINUTES=0,
-              data_id=lambda args: 0, is_current=lambda *args: False)
+    patch_all(monkeypatch, RUNS=tmp_path, SAVE_MINUTES=0, data_id=lambda args: 0)
     monkeypatch.chdir(tmp_path)
 
     def batch_of(step, samples):
@@ -1046,7 +1058,7 @@ def test_accumulation_clipping_average_and_log(two_run):
 def test_a_run_goes_on_only_as_it_began(argv, changes, message, two_run):
     assert two_run(steep)["step"] == two_run(steep)["step"] == 1
     with pytest.raises(UserError, match=message):
-        two_run(steep, argv, **changes)
+        two_run(steep, argv, steps=3, **changes)
     assert two_run(steep, steps=3)["step"] == 3
 
 

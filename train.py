@@ -1009,16 +1009,6 @@ def resume(name: str, args, steps: int | None, limit: float | None) -> tuple[Rec
     return recipe, state
 
 
-def is_current(name: str, args) -> bool:
-    """Are the weights of a stage newer than the code and the weights that it reads?"""
-    output, earlier = output_of(args, name), list(PREPARE)[:list(PREPARE).index(name)]
-    files = [*Path(__file__).parent.glob("*.py"), *(output_of(args, other) for other in earlier),
-             *(Path(file) for file in (args.init, args.teacher) if file)]
-    if args.captions == "none":
-        files.append(Path(args.weights) / "image.pt")
-    return all(file.stat().st_mtime <= output.stat().st_mtime for file in files if file.is_file())
-
-
 def load_init(model, setup: Setup, name: str, args):
     """--init: weights of this stage and config, on the same autoencoder and text encoder."""
     weights = base.load_checkpoint(args.init, name)
@@ -1061,16 +1051,13 @@ def train(name: str, args, steps: int | None, limit: float | None):
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     start, wrote = state.get("step", 0), str(output.resolve())
-    finished = output.is_file() and state.get("wrote") == wrote and start >= recipe.steps
-
-    if finished and is_current(name, args):  # spares preparing its data
-        return say(f"{name}: already trained")
+    if output.is_file() and state.get("wrote") == wrote and start >= recipe.steps:
+        return say(f"{name}: already trained; use --fresh after a change of code or of an earlier "
+                   "stage")
     torch.manual_seed(args.seed)
     setup = PREPARE[name](args)
     if state:
         check_same(checkpoint, state["run"], setup.config | setup.facts, RESTART)
-    if finished:
-        return say(f"{name}: already trained; use --fresh after new weights of an earlier stage")
 
     model = setup.model.to(args.device, memory_format=torch.channels_last).train()
     model.gradient_checkpointing = args.checkpointing
