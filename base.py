@@ -86,6 +86,10 @@ def attend(q, k, v, is_causal: bool = False):
     if len(q) >= 2 ** 16:  # over time, B*H*W sequences; CUDA's kernels take fewer than 2^16
         parts = zip(*(x.split(2 ** 16 - 1) for x in (q, k, v)))
         return torch.cat([attend(*part, is_causal) for part in parts])
+    if q.device.type == "cpu" and q.requires_grad:  # backward in bf16 takes ten times as long
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = q.float(), k.float(), v.float()
+            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
 
