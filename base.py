@@ -143,10 +143,14 @@ class ChannelNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x):
-        x = x.permute(0, 2, 3, 1).float()  # (N, H, W, C); on a CPU bf16 takes twice as long
-        x = F.rms_norm(x, self.weight.shape, self.weight, self.eps) + self.bias
-        return x.permute(0, 3, 1, 2)
+    def forward(self, x):  # a few pictures at a time fit into a CPU's cache; saves a third of `low`
+        few = len(x) if x.is_cuda else max(1, 2 ** 19 // x[0].numel())
+        return torch.cat([self.normalize(part) for part in x.split(few)])
+
+    def normalize(self, x):
+        h = x.permute(0, 2, 3, 1).float()  # (N, H, W, C); on a CPU bf16 takes twice as long
+        h = F.rms_norm(h, self.weight.shape, self.weight, self.eps) + self.bias
+        return h.permute(0, 3, 1, 2).to(x.dtype)
 
 
 def make_norm(groups: int, channels: int, eps: float = 1e-5) -> nn.Module:
