@@ -2,8 +2,7 @@
 
 Make-A-Video (2209.14792), 3.2, adds temporal layers to a trained text-to-image U-Net. They start as
 the identity, so video training starts from the image model on every frame. Diffusion, guidance and
-distillation are Imagen Video's (2210.02303), 2.1, 2.4, 2.6 and 2.7; DPM-Solver++ and shifted noise
-are not. "Differs:" marks where the code leaves a paper.
+distillation are Imagen Video's (2210.02303). "Differs:" marks where the code leaves a paper.
 Differs: both work in pixels; here the U-Net is Stable Diffusion's (2112.10752), on latents.
 
     in    text.pt   tokens (B, L, D) of B prompts, from text.py
@@ -43,10 +42,10 @@ from tqdm import tqdm
 # Pseudo-3D layers. Frames are channels-last in memory, so the convolution over them copies nothing.
 
 def sinusoid(position: torch.Tensor, dim: int) -> torch.Tensor:
-    """[cos, sin] of positions (N,) at dim/2 frequencies from 1 down to about 1/10000. (N, dim)"""
+    """[cos, sin] of positions (...) at dim/2 frequencies from 1 to about 1/10000. (..., dim)"""
     index = torch.arange(dim // 2, device=position.device)
     frequency = torch.exp(-math.log(10000) * index / (dim // 2))
-    angle = position.float()[:, None] * frequency  # (N, dim/2)
+    angle = position.float()[..., None] * frequency  # (..., dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
@@ -240,8 +239,8 @@ class AttentionGate(nn.Module):
 
     With emb_dim the gate also reads the embedding of timestep and image, and alpha starts at .95.
     Without it (all networks but make-a-video.pt) alpha is doubled: it starts at 1 and may reach 2.
-    In base.pt, interpolate.pt and make-a-video.pt the deepest gate, up_blocks.0.gates.0, is 0
-    everywhere: its skip is the middle block's input, which that block's residual path brings too.
+    In base.pt, interpolate.pt and make-a-video.pt the deepest gate, up_blocks.0.gates.0, is 0: the
+    middle block's residual path brings its skip, too.
     Differs: the video papers have no gates. In 1804.03999 alpha is at most 1 and on g's coarser
     grid."""
 
@@ -279,7 +278,7 @@ class MeanClip(nn.Module):
 
     Trained first, then frozen and shown to the U-Net: at high noise the mean is the MSE-optimal
     prediction. Position depends jointly on prompt, time and pixel, so the network multiplies them.
-    Motion rests on it: without it, 8 prompts fell from 96 to 38 % right. Differs: it is ours."""
+    Prompt-to-motion rests on it. Differs: it is ours."""
 
     def __init__(self, context_dim: int, channels: int, dim: int = 128):
         super().__init__()
@@ -290,8 +289,7 @@ class MeanClip(nn.Module):
 
     def forward(self, context, fps, T: int, H: int, W: int):
         seconds = torch.arange(T, device=fps.device) / fps[:, None]  # (B, T)
-        time = self.time_proj(sinusoid(4 * seconds.flatten(), 64))  # (B*T, D')
-        time = time.unflatten(0, seconds.shape)  # (B, T, D')
+        time = self.time_proj(sinusoid(4 * seconds, 64))  # (B, T, D')
         y, x = (sinusoid(8 * (torch.arange(n, device=fps.device) + .5) / n, 32) for n in (H, W))
         place = torch.cat([y[:, None].expand(H, W, 32), x.expand(H, W, 32)], dim=-1)  # (H, W, 64)
         text = self.text_proj(self.norm(context[:, -1]))[:, None]  # (B, 1, D'); CLIP is causal
@@ -329,7 +327,7 @@ class UNetBlock(nn.Module):
     widths_in: channels into each residual block; skips: how many of these a skip brings."""
 
     def __init__(self, c: UNetConfig, widths_in: list, width: int, attentions: int,
-                 skips: tuple = (), resampler: str = ""):
+                 skips: tuple = (), down=False, up=False):
         super().__init__()
         emb_dim, over_time = 4 * c.channels[0], "conv" in c.temporal
         self.resnets = nn.ModuleList(
@@ -341,8 +339,8 @@ class UNetBlock(nn.Module):
         self.gates = nn.ModuleList(
             AttentionGate(skip, w - skip, emb_dim if "image" in c.embeddings else None)
             for skip, w in zip(skips, widths_in) if c.gates)
-        self.downsamplers = nn.ModuleList([downsample(width)] if resampler == "down" else [])
-        self.upsamplers = nn.ModuleList([upsample(width)] if resampler == "up" else [])
+        self.downsamplers = nn.ModuleList([downsample(width)] if down else [])
+        self.upsamplers = nn.ModuleList([upsample(width)] if up else [])
 
     def layer(self, i: int, x, skip, emb, context, frames: int):  # (B*T, C, H, W)
         if skip is not None:
@@ -388,8 +386,7 @@ class UNet(nn.Module):
         for i, out in enumerate(c.channels):
             widths_in = [skip_widths[-1]] + [out] * (c.layers - 1)
             attentions = c.layers if c.attention[i] else 0
-            self.down_blocks.append(UNetBlock(c, widths_in, out, attentions,
-                                              resampler="down" if i < last else ""))
+            self.down_blocks.append(UNetBlock(c, widths_in, out, attentions, down=i < last))
             skip_widths += [out] * (c.layers + (i < last))
         below = c.channels[-1]  # width of what comes up
         self.mid_block = UNetBlock(c, [below, below], below, 1 if any(c.attention) else 0)
@@ -398,8 +395,7 @@ class UNet(nn.Module):
             out, skips = c.channels[i], [skip_widths.pop() for _ in range(c.layers + 1)]
             widths_in = [w + s for w, s in zip([below] + [out] * c.layers, skips)]
             attentions = c.layers + 1 if c.attention[i] else 0
-            self.up_blocks.append(UNetBlock(c, widths_in, out, attentions, skips,
-                                            resampler="up" if i else ""))
+            self.up_blocks.append(UNetBlock(c, widths_in, out, attentions, skips, up=i > 0))
             below = out
         self.conv_norm_out = make_norm(c.groups, width)
         self.conv_out = zero_module(nn.Conv2d(width, c.out_channels * patch, 3, padding=1))
@@ -499,7 +495,7 @@ class Diffusion:
         else:
             beta = torch.linspace(.00085 ** .5, .012 ** .5, 1000, dtype=torch.float64) ** 2
             alpha_bar = torch.cumprod(1 - beta, 0)
-        self.alpha_bar = torch.cat([alpha_bar, torch.ones(1, dtype=torch.float64)])  # [-1] is clean
+        self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1.)  # [-1] is clean
 
     def alpha_sigma(self, t, like):
         """alpha_t and sigma_t of timesteps (B,), in fp32, (B, 1, ...) where like is (B, ...)."""
@@ -622,8 +618,8 @@ def dynamic_threshold(x):
 
     x (B, T, C, H, W). One s for all frames of a video, against flicker; the paper is silent."""
     rank = math.ceil(.995 * x[0].numel())  # as in Imagen (2205.11487); torch.quantile stops at 2^24
-    s = torch.stack([video.abs().float().flatten().kthvalue(rank).values for video in x])
-    s = s.clamp(min=1).view(-1, *[1] * (x.ndim - 1)).to(x)  # (B, 1, 1, 1, 1)
+    s = x.abs().float().flatten(1).kthvalue(rank).values.clamp(min=1)  # (B,)
+    s = s.view(-1, *[1] * (x.ndim - 1)).to(x)  # (B, 1, 1, 1, 1)
     return x.clamp(-s, s) / s
 
 
@@ -820,9 +816,8 @@ def new_clip(kind: str, data=None, text=None, prompts=(), fps: float = 1., **mor
     """What a .pt file between stages holds. kind: "text", "latents" (data is float (B, T, 4, h, w))
     or "pixels" (uint8 (B, T, 3, H, W)). text: tokens (B, L, D), null_tokens (1, L, D), perhaps an
     image_embedding (B, E); encoder, vae, image_encoder: ids of what made tokens, latents and it."""
-    clip = {"kind": kind, "data": data, "text": text, "prompts": list(prompts), "fps": float(fps)}
-    origin = {"seed": None, "history": [], "encoder": None, "vae": None, "image_encoder": None}
-    return clip | origin | more
+    return {"kind": kind, "data": data, "text": text, "prompts": list(prompts), "fps": float(fps),
+            "seed": None, "history": [], "encoder": None, "vae": None, "image_encoder": None} | more
 
 
 def save_clip(path, clip: dict, command: str):
@@ -836,11 +831,9 @@ def load_clip(path, kind: str) -> dict:
     """Read a file between stages, and check what the next stage relies on."""
     remedy = f"; make one with `{COMMANDS[kind]}`"
     clip = new_clip("something else", fps=math.nan) | load_pt(path, remedy)
-    problem = f"holds {clip['kind']}, not {kind}"
+    if clip["kind"] != kind:
+        raise UserError(f"{path} holds {clip['kind']}, not {kind}{remedy}")
     try:
-        assert clip["kind"] == kind
-        problem = ("needs finite data (B, T, C, H, W), tokens (B, L, D) and null_tokens (1, L, D), "
-                   "B prompts and fps")
         data, text, B = clip["data"], clip["text"], len(clip["prompts"])
         if kind != "text":
             assert data.ndim == 5 and len(data) == B and (data.shape[2] == 3) == (kind == "pixels")
@@ -851,7 +844,8 @@ def load_clip(path, kind: str) -> dict:
         assert all(x.isfinite().all() for x in (data, *(text or {}).values()) if x is not None)
         assert isinstance(clip["history"], list)
     except Exception as error:  # whatever a foreign file holds
-        raise UserError(f"{path} {problem}{remedy}") from error
+        raise UserError(f"{path} needs finite data (B, T, C, H, W), tokens (B, L, D), null_tokens "
+                        f"(1, L, D), B prompts and fps{remedy}") from error
     return clip
 
 
@@ -889,8 +883,7 @@ def load_checkpoint(weights, name: str, stage: str = "") -> dict:
     if part.is_dir() and not path.is_file():
         return load_stable_diffusion(part)
     train = stage + " --captions none" * name.startswith("make-a-video")
-    remedy = (f"; train it with `python train.py {train} --weights {path.parent}`, or give a "
-              "local folder of Stable Diffusion 1.x")
+    remedy = f"; train it with `python train.py {train} --weights {path.parent}`"
     checkpoint = load_pt(path, remedy)
     held = checkpoint.get("made_by", {}).get("stage", "something else")
     if held != stage:
@@ -900,22 +893,19 @@ def load_checkpoint(weights, name: str, stage: str = "") -> dict:
 
 def load_stable_diffusion(folder: Path) -> dict:
     """A checkpoint from unet/, vae/ or text_encoder/, whose config is config.json."""
-    for pattern in ("*model.safetensors", "*model.bin", "*.safetensors", "*.bin"):  # shards last
-        files = sorted(folder.glob(pattern), reverse=True)  # .non_ema first, so .fp16 replaces it
-        if files:
-            break
-    else:
+    files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+    if not files:
         raise UserError(f"{folder} holds no weights")
+    file = min(files, key=lambda file: len(file.name))  # .fp16 and .non_ema have longer names
     old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # 2022
     state = {}
-    for file in files:
-        for name, tensor in load_pt(file).items():
-            for old, new in old_names.items():
-                name = name.replace(f".{old}.", f".{new}.")
-            if folder.name == "text_encoder" and not name.startswith("text_model."):
-                name = f"text_model.{name}"  # transformers 5 leaves it out
-            if not name.endswith("position_ids"):
-                state[name] = tensor
+    for name, tensor in load_pt(file).items():
+        for old, new in old_names.items():
+            name = name.replace(f".{old}.", f".{new}.")
+        if folder.name == "text_encoder" and not name.startswith("text_model."):
+            name = f"text_model.{name}"  # transformers 5 leaves it out
+        if not name.endswith("position_ids"):
+            state[name] = tensor
     config = json.loads((folder / "config.json").read_bytes())
     return {"config": config, "model": state, "made_by": {"vae": SD_ID, "text": SD_ID}}
 
@@ -959,12 +949,11 @@ def load(weights=WEIGHTS, device="cpu", name: str = "base", stage: str = "", **c
 
 def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, frames: int = 16,
                   fps: float = 4., **how) -> dict:
-    """A clip of text -> a clip of latents. `how` goes to `generate`, except what is None.
+    """A clip of text -> a clip of latents. `how` goes to `generate`.
 
     An image embedding goes to make-a-video.pt, and later stages read the null prompt: in
     Make-A-Video text reaches a video only through that embedding. Differs: its interpolation began
     as D^t; ours began as the captioned base."""
-    how = {name: value for name, value in how.items() if value is not None}
     text, embedding = clip["text"], clip["text"].get("image_embedding")
     name = "base" if embedding is None else "make-a-video"
     unet, diffusion, made_by = load(weights, device, name, "base")
@@ -988,8 +977,8 @@ def main(argv=None):
     parser.add_argument("-o", "--out", default="base.pt", help="latents to write [base.pt]")
     parser.add_argument("--frames", type=positive, default=16, help="1 makes a picture [16]")
     parser.add_argument("--fps", type=float, default=4., help="trained on 4 to 30 [4]")
-    parser.add_argument("--steps", type=positive, help="[24]")
-    parser.add_argument("--guidance", type=float, help="scale; 1 is none [2]")
+    parser.add_argument("--steps", type=positive, default=24, help="[24]")
+    parser.add_argument("--guidance", type=float, default=2., help="scale; 1 is none [2]")
     parser.add_argument("--sampler", choices=("dpmpp", "ddim", "ancestral", "stochastic"),
                         help="[ancestral, or dpmpp for a picture]")
     args = parser.parse_args(argv)

@@ -21,13 +21,11 @@ import io
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 
 import base
@@ -162,8 +160,8 @@ UNSEEN_PAIRS = {("star", "circling"), ("ring", "moving up"), ("cross", "growing"
 
 
 def split_of(colour: str, shape: str, motion: str) -> str | None:
-    """"train"; "held-out", which no video stage sees; "unseen", of pairs that none sees; None, where
-    the motion is invisible."""
+    """"train"; "held-out" or "unseen" (a whole pair), which no video stage sees; None, where the
+    motion is invisible."""
     if motion == "spinning" and shape in ROUND:
         return None
     if (shape, motion) in UNSEEN_PAIRS:
@@ -200,17 +198,18 @@ def draw_scene(rng: np.random.Generator, split: str = "train", ground: str | Non
             "phase": rng.uniform(0, 1), "seed": int(rng.integers(2 ** 31))}
 
 
-def trajectory(scene: dict, t: torch.Tensor) -> tuple:
-    """Where the object is at times t (T,): x, y, radius and clockwise angle, each (T,)."""
+def trajectory(scene: dict, times) -> tuple:
+    """Where the object is at times (T,): x, y, radius and clockwise angle, each (T,)."""
+    t = torch.as_tensor(times, dtype=torch.float32)
     numbers = (scene[key] for key in ("x", "y", "radius", "phase"))
     path = MOTIONS[scene["motion"]].path(*numbers, t)
     return tuple(torch.as_tensor(value, dtype=t.dtype).expand_as(t) for value in path)
 
 
 def crop(video: torch.Tensor, window) -> torch.Tensor:
-    """A window (left, top, side) of every frame. (..., S, S) -> (..., side, side)"""
+    """A copy of a window (left, top, side) of every frame. (..., S, S) -> (..., side, side)"""
     left, top, side = window
-    return video[..., top:top + side, left:left + side]
+    return video[..., top:top + side, left:left + side].clone()
 
 
 def render_ground(name: str, seed: int, size: int) -> torch.Tensor:  # (3, size, size) in 0...1
@@ -237,8 +236,7 @@ def paint(scene: dict, path, size: int, window=None) -> torch.Tensor:
 
 def render(scene: dict, times, size: int = SIDE, window=None) -> torch.Tensor:
     """Frames of a scene at times in seconds, or a window of each. uint8 (T, 3, size, size)"""
-    path = trajectory(scene, torch.as_tensor(times, dtype=torch.float32))
-    return (paint(scene, path, size, window) * 255).round().to(torch.uint8)
+    return (paint(scene, trajectory(scene, times), size, window) * 255).round().to(torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -491,7 +489,7 @@ def world_pairs(args, name: str):
         scene = draw_scene(rng, "train")
         fps = float(rng.choice(p.rates)) if p.rates else 4 * 7.5 ** rng.random()
         start = rng.uniform(0, SCENE_SECONDS - (p.frames - 1) / fps)
-        times = torch.as_tensor(start + np.arange(p.frames) / fps, dtype=torch.float32)
+        times = start + np.arange(p.frames) / fps
         x, y, radius, _ = (float(path[p.frames // 2]) for path in trajectory(scene, times))
         turn = TURN * rng.random()
         outline = x + radius * math.cos(turn), y + radius * math.sin(turn)
@@ -519,12 +517,12 @@ def pairs(args, name: str) -> dict:
         autoencoder, vae_id = vae.load(args.weights, args.device)
         facts, shown_by = {"vae": vae_id}, base.tensors_id(autoencoder.state_dict(), ("",))
 
-    def cut(item):  # clones, or each window would keep its whole clip in memory
+    def cut(item):
         whole, window = item.pop("whole"), item.pop("window")
-        item |= {"small": crop(whole, window).clone(), "pixels": item["pixels"].clone()}
+        item["small"] = crop(whole, window)
         if autoencoder:
             whole = vae.decode_video(autoencoder, vae.encode_video(autoencoder, whole))
-        return item | {"decoded": crop(whole, window).clone()}
+        return item | {"decoded": crop(whole, window)}
     data = gather(args, f"{name}-{digest((PAIRS[name], shown_by))}",
                   map(cut, folder_pairs(args, name)), map(cut, world_pairs(args, name)))
     return data | {"facts": facts}
@@ -594,6 +592,7 @@ class Recipe:
     warmup: int = 100
     ema: float = .999
     share: int = 2           # of --minutes, relative to other stages
+    lr_scale: float = 1.     # of both rates; --minutes decides
 
 
 # Shares are a judgement: most goes to what all else stands on, and to what makes things move right.
@@ -852,8 +851,7 @@ def prepare_pixels(args, name: str) -> Setup:
         noise = normal(rngs, (frames, *x.shape[2:])).expand_as(x)  # (N, T, 3, S, S)
         level = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32)
         batch = {"pixels": x, "small": vae.to_float(small), "level": level, "noise": noise,
-                 "captions": [data["captions"][i] for i in picks],
-                 "fps": data["fps"][picks].float()}
+                 "captions": [data["captions"][i] for i in picks], "fps": data["fps"][picks]}
         if args.distill:
             batch["path"] = paths[[int(rng.integers(len(paths))) for rng in rngs]]  # (N, K + 1)
             batch["t"] = batch["path"][:, 0]
@@ -891,7 +889,7 @@ def output_of(args, name: str) -> Path:
 # ------------------------------------------------------------------------------------------------
 # The loop, one for all stages
 
-FITTED = "steps", "batch", "warmup"  # of a recipe: what --minutes decides
+FITTED = "steps", "batch", "warmup", "lr_scale"  # of a recipe: what --minutes decides
 RESTART = "Start over with --fresh, or go on from finished weights with --fresh --init FILE"
 
 
@@ -937,7 +935,7 @@ def take_step(step: int, parts: list, model, loss_of: Callable, ema, optimizer, 
         raise UserError(f"step {step}: the gradient is not finite, and would be again; use --fresh "
                         "and a lower --lr")
     left = (recipe.steps - step) / recipe.steps  # warm up, stay for a third, then go down to zero
-    rate = max(0., min(1., (step + 1) / recipe.warmup, 1.5 * left))
+    rate = recipe.lr_scale * max(0., min(1., (step + 1) / recipe.warmup, 1.5 * left))
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * rate
     optimizer.step()
@@ -949,13 +947,16 @@ def take_step(step: int, parts: list, model, loss_of: Callable, ema, optimizer, 
     return torch.cat(seen).cpu()
 
 
-def ahead(make: Callable, calls, threads: int = 4):
-    """make(*call) for each call, in order, made ahead by threads, so that a GPU need not wait."""
+def ahead(make: Callable, steps, threads: int = 4):
+    """make(step) for each step, in order, made ahead by threads, so that a GPU need not wait."""
     with ThreadPoolExecutor(threads) as pool:
-        waiting = deque(pool.submit(make, *call) for call in islice(calls, threads))
-        while waiting:
-            waiting.extend(pool.submit(make, *call) for call in islice(calls, 1))
-            yield waiting.popleft().result()
+        waiting = []
+        for step in steps:
+            waiting.append(pool.submit(make, step))
+            if len(waiting) > threads:
+                yield waiting.pop(0).result()
+        for made in waiting:
+            yield made.result()
 
 
 def my_parts(batch: int, args) -> list:
@@ -967,8 +968,9 @@ def my_parts(batch: int, args) -> list:
 
 
 def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
-    """As many steps as fit into the time, of fewer samples where 300 do not fit. Five steps of a
-    copy are timed. Timings vary, so the checkpoint keeps the result."""
+    """As many steps as fit into the time. Where neither the recipe's nor 2,000 fit, batches are
+    halved, and the rate falls as their root: at first, more steps help more. Five steps of a copy
+    are timed. Timings vary, so the checkpoint keeps the result."""
     model, clocks = copy.deepcopy(setup.model), [time.time()]
     optimizer = make_optimizer(model, recipe, args.freeze)
     for step in range(5):
@@ -980,8 +982,9 @@ def fit_recipe(recipe: Recipe, seconds: float, setup: Setup, args) -> Recipe:
     if RANKS > 1:
         dist.broadcast_object_list(steps, 0)
     splits = recipe.batch > 4 and recipe.batch % (2 * RANKS * args.accumulate) == 0
-    if steps[0] < 300 and splits:
-        return fit_recipe(replace(recipe, batch=recipe.batch // 2), seconds, setup, args)
+    if steps[0] < min(2000, recipe.steps) and splits:
+        recipe = replace(recipe, batch=recipe.batch // 2, lr_scale=recipe.lr_scale / math.sqrt(2))
+        return fit_recipe(recipe, seconds, setup, args)
     steps = max(20, steps[0])
     return replace(recipe, steps=steps, warmup=min(recipe.warmup, steps // 5))
 
@@ -1097,11 +1100,9 @@ def train(name: str, args, steps: int | None, limit: float | None):
             **{key: getattr(recipe, key) for key in FITTED}})
 
     mine, seen, steps = my_parts(recipe.batch, args), [], max(start, recipe.steps)
-    calls = ((step, part) for step in range(start, steps) for part in mine)
-    batches = ahead(setup.batch_of, calls)
+    batches = ahead(lambda step: [setup.batch_of(step, part) for part in mine], range(start, steps))
     bar = trange(start, steps, initial=start, total=steps, desc=name, disable=RANK > 0)
-    for step in bar:
-        batch = [next(batches) for _ in mine]
+    for step, batch in zip(bar, batches):
         seen.append(take_step(step, batch, model, loss_of, ema, optimizer, recipe, args.device))
         last = step + 1 == steps
         if (step + 1) % 25 == 0 or last:

@@ -285,10 +285,10 @@ def read_video(path):
     return torch.stack(frames), rates[0]
 
 
-def contact_sheet(videos, columns: int = 16):
+def contact_sheet(videos):
     """(B, T, 3, H, W) as one image (3, rows*H, columns*W); every video starts a new row."""
     B, T, C, H, W = videos.shape
-    columns = min(columns, T)
+    columns = min(16, T)
     videos = F.pad(videos, (0, 0, 0, 0, 0, 0, 0, -T % columns))  # black frames end the last row
     grid = videos.reshape(-1, columns, C, H, W)  # (rows, columns, 3, H, W)
     return grid.permute(2, 0, 3, 1, 4).reshape(C, -1, columns * W)
