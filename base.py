@@ -237,7 +237,7 @@ def upsample(channels: int) -> nn.Module:
 class AttentionGate(nn.Module):
     """alpha = sigmoid(psi(relu(W_x x + W_g g))), skip <- alpha skip    Attention U-Net, Eqs. 1-2
 
-    With emb_dim the gate also reads the embedding of timestep and image, and alpha starts at .95.
+    With emb_dim the gate also reads the embedding of timestep, fps and image; alpha starts at .95.
     Without it (all networks but make-a-video.pt) alpha is doubled: it starts at 1 and may reach 2.
     In base.pt, interpolate.pt and make-a-video.pt the deepest gate, up_blocks.0.gates.0, is 0: the
     middle block's residual path brings its skip, too.
@@ -952,8 +952,8 @@ def generate_clip(clip: dict, weights=WEIGHTS, device="cpu", seed: int = 0, fram
     """A clip of text -> a clip of latents. `how` goes to `generate`.
 
     An image embedding goes to make-a-video.pt, and later stages read the null prompt: in
-    Make-A-Video text reaches a video only through that embedding. Differs: its interpolation began
-    as D^t; ours began as the captioned base."""
+    Make-A-Video text reaches a video only through that embedding. Differs: its interpolation is D^t
+    trained further; ours is the captioned base trained further, with captions."""
     text, embedding = clip["text"], clip["text"].get("image_embedding")
     name = "base" if embedding is None else "make-a-video"
     unet, diffusion, made_by = load(weights, device, name, "base")

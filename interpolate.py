@@ -219,7 +219,7 @@ def fill_clip(clip: dict, weights=base.WEIGHTS, device="cpu", seed: int = 0, ski
 def animate_clip(clip: dict, image, weights=base.WEIGHTS, device="cpu", seed: int = 0,
                  frames: int = WINDOW, guidance: float = 2.) -> dict:
     """A clip of text and an image file -> latents at 4 fps that begin with the image, whose shorter
-    side becomes that of the training clips."""
+    side becomes that of the training clips. An image embedding is not read."""
     side = base.load_checkpoint(weights, "interpolate")["made_by"]["side"]
     autoencoder, vae_id = vae.load(weights, device)
     pixels = next(vae.read_frames(image))[0][None].float()  # (1, 3, H, W)

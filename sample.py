@@ -3,6 +3,7 @@
     python sample.py "a red star moving left"
     python sample.py "a blue ring bouncing on sand" "a pink cross spinning" --samples 2 -o videos/
     python sample.py "a yellow star moving up" --animate image.png
+    python sample.py "a yellow triangle growing" --prior
     python sample.py "a red star moving left" --cascade imagen-video
 """
 import re
@@ -23,9 +24,9 @@ def make_a_video(prompts: list, weights=WEIGHTS, device="cpu", seed: int = 0, fr
                  image=None, prior: bool = False, **how):
     """SR_h o SR_l^t o F o D^t o P (text)                                   Make-A-Video, Eq. 1
 
-    Differs: all stages of the paper are in pixels. Without `prior`, D^t reads the prompt itself and
-    was trained on captioned clips. `how` goes to base.generate_clip, or with an image to
-    animate_clip."""
+    Differs: all stages of the paper are in pixels. F learned from captioned clips. Without `prior`,
+    so did D^t, which then reads the prompt itself. `how` goes to base.generate_clip, or with an
+    image to animate_clip."""
     where = weights, device, seed
     yield "text", (clip := text.encode_clip(prompts, *where, prior))  # P, if `prior`
     yield "base", (clip := keyframes(clip, *where, frames, image, **how))  # D^t: (B, 16, 4, 8, 8)

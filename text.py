@@ -261,9 +261,9 @@ def loss(model: CLIP, batch: dict) -> torch.Tensor:
 
 def locked_loss(model: CLIP, batch: dict) -> torch.Tensor:
     """Cross-entropy of each image's caption among all M captions of the data, (N,), with a locked
-    text half, as in LiT (2111.07991). batch: pixels (N, 3, H, W), states (M, D) of the captions,
-    row (N,), which of them is an image's. Differs: LiT compares the captions of a batch, of which
-    too few differ only in the shape."""
+    text half. batch: pixels (N, 3, H, W), states (M, D) of the captions, row (N,), which of them is
+    an image's. Differs: LiT (2111.07991) locks the image half, and compares the captions of a
+    batch, of which too few differ only in the shape."""
     logits = model.similarity(batch["pixels"], batch["states"])  # (N, M)
     return F.cross_entropy(logits, batch["row"], reduction="none")
 
@@ -295,8 +295,8 @@ def embed_images(model: CLIP, images) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Make-A-Video's P, trained on captioned stills; it never sees a video. Three in four of its stills
-# are first frames of training scenes, whose captions name the motion.
+# Make-A-Video's P, trained on captioned stills, not on the clips of the video network. Three in four
+# are first frames of scenes of their own, of training triples, whose captions name the motion.
 
 @dataclass
 class PriorConfig:

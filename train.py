@@ -442,7 +442,8 @@ def add_tokens(args, data: dict, for_prior: bool = False) -> dict:
 
 
 def add_embeddings(args, data: dict, autoencoder, name: str) -> dict:
-    """Adds tokens (N, 1, E), CLIP embeddings of decoded first frames, and empties the captions."""
+    """Adds tokens (N, 1, E), CLIP embeddings of decoded first frames (P's are of the originals),
+    and empties the captions."""
     clip, _, facts = text.load(args.weights, args.device)
 
     def make():
@@ -722,7 +723,7 @@ def prepare_clip(args) -> Setup:
 
 
 def prepare_prior(args) -> Setup:
-    """P learns from captioned stills which image embedding a caption has. It never sees a video."""
+    """P learns from captioned stills which image embedding a caption has."""
     clip, _, facts = text.load(args.weights, args.device)
     data = stills(args, "beginnings") | {"facts": {"image_encoder": facts["image_id"]}}
     data = add_tokens(args, data, for_prior=True)  # (K, L + 1, D)
