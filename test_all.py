@@ -574,11 +574,11 @@ def test_training_and_sampling_tell_a_network_the_same(name, shift, sampling_lev
 
 
 def test_a_guided_clip_is_one_chunk_and_thresholded(monkeypatch):
-    clip, shapes = noise_clip("tsr-32", 30), []
+    clip, shapes = noise_clip("tsr-32", 100), []
     monkeypatch.setattr(base, "dynamic_threshold", lambda x: shapes.append(tuple(x.shape)) or 0 * x)
     upscale("tsr-32", clip, pixels=1)
     assert not shapes and upscale("tsr-32", clip, 2, 1, guidance=4.).unique().item() == 128
-    assert shapes == [(1, 30, 3, 8, 8)] * 2
+    assert shapes == [(1, 100, 3, 8, 8)] * 2
 
 
 def test_shared_noise_keeps_a_static_clip_static_and_seeds_differ():
@@ -768,6 +768,7 @@ def test_an_image_is_animated(weights):
     (vae.main, "decode z.pt -o o.mp4 --weights text.pt", "not vae"),
     (vae.main, "encode a.mp4 -o o.pt", "cannot be read"),
     (base.main, "text.pt -o o.mp4", "extension"),
+    (interpolate.main, "z.pt --skip 7", "it takes 2 frames and a skip of 2 to 6"),
     (base.main, "text.pt --weights thin.pt", "does not fit"),
     (train.main, "all --batch 12 --accumulate 5", "a batch of 12 does not split into 5")])
 def test_a_mistake_is_one_line_and_writes_nothing(capsys, monkeypatch, main, argv, message):
