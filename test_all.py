@@ -860,7 +860,7 @@ def test_a_scene_is_the_same_at_any_size_and_in_a_window(ground):
 
 def test_stars_at_night_are_points():
     bright = train.render_ground("at night", 0, 256).mean(0) > .3
-    assert 16 < bright.sum() < 400
+    assert bright.sum() < 400 and min(bright.any(0).sum(), bright.any(1).sum()) > 16
 
 
 def test_folders_of_clips(capsys, monkeypatch):
@@ -1093,8 +1093,6 @@ def test_every_stage_trains_and_ships_its_average(trained, monkeypatch, capsys):
         weights = base.load_checkpoint(trained / file, name)["model"]
         ema = base.load_pt(trained / "runs" / name / "checkpoint.pt")["ema"]
         assert all(torch.equal(weights[n], ema[n].half()) for n in ema), name
-    data = train.stills(args_of(weights=trained))
-    assert vae.encode_video(vae.load(trained)[0], data["pixels"]).std().item() == pytest.approx(1, .05)
 
 
 def test_weights_are_trained_further_frozen_or_distilled(trained):
