@@ -86,8 +86,8 @@ class StageConfig:
 
 
 # Differs: Imagen Video goes from 24 x 40 to 768 x 1280 in pixels, by x 2, x 4, x 4; here 64 x 64
-# comes out of latents. This is what train.py makes now; the shipped ssr-128, ssr-256 and TSR are
-# older and have groups=8, GroupNorm, in their config.
+# comes out of latents. This is what train.py makes now; the shipped ssr-128 and TSR are older and
+# have groups=8, GroupNorm, in their config.
 PIXELS = UNetConfig(in_channels=6, out_channels=3, channels=(24, 48, 64), context_dim=None,
                     attention=(False, False, False), groups=0, temporal=("conv",), patch_size=4,
                     embeddings=("fps", "level"))
