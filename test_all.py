@@ -1095,6 +1095,12 @@ def test_every_stage_trains_and_ships_its_average(trained, monkeypatch, capsys):
         assert all(torch.equal(weights[n], ema[n].half()) for n in ema), name
 
 
+def test_an_autoencoder_ships_the_scale_of_its_means(trained):
+    stub = Namespace(encode=lambda pixels: (2 * randn(len(pixels), 64), 5 * randn(len(pixels), 64)))
+    config = train.prepare_vae(args_of(weights=trained)).finish(stub, {})
+    assert config["scaling_factor"] == pytest.approx(.5, .02)
+
+
 def test_weights_are_trained_further_frozen_or_distilled(trained):
     for path in trained.glob("*.pt"):
         os.symlink(path, path.name)
