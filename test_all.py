@@ -1585,7 +1585,7 @@ def evaluate_make_a_video():
         factors = prompts_of(share, split=split)
         read = [describe(video) for video in make(factors, prior=True)]
         row(f"{split} triples, all grounds", *fidelity(factors, read))
-        for kind in ("moving", "growing", "shrinking", "bouncing", "circling", "spinning"):
+        for kind in dict.fromkeys(motion.split()[0] for motion in train.MOTIONS):
             right = [f[2] == r[2] for f, r in zip(factors, read) if kind in f[2]]
             print(f"  {kind} {sum(right)} of {len(right)}" if right else "", end="")
         print()

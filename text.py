@@ -295,8 +295,8 @@ def embed_images(model: CLIP, images) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Make-A-Video's P, trained on captioned stills, not on the clips of the video network. Three in four
-# are first frames of scenes of their own, of training triples, whose captions name the motion.
+# Make-A-Video's P, trained on captioned stills, not on the clips of the video network. Three in
+# four are first frames of other scenes of training triples, and their captions name the motion.
 
 @dataclass
 class PriorConfig:
