@@ -175,11 +175,13 @@ def timeline(latents, skip: int = 1, before: int = 0, after: int = 0):
 
 # Between two given frames little is left to invent: TSR is in effect a regressor, and another seed
 # moves it by less than 0.1 of 255. So it takes one step. Differs: Imagen Video takes 128 steps, or
-# 8 distilled, and augments the condition when sampling, too.
-DOUBLE = replace(superres.SSR, in_channels=3 + 6, channels=(16, 32, 48))  # z, before, after
+# 8 distilled, and augments the condition.
+DOUBLE = replace(superres.SSR, in_channels=3 + 6, out_channels=6, channels=(16, 32, 48),
+                 embeddings=("fps", "text"))  # z, before, after -> share, what is new
 TSR = {stage.name: stage for stage in (  # named after the frames they make
     superres.StageConfig("tsr-32", 1, replace(DOUBLE, patch_size=1), 0., 32 * 64 ** 2, False, 1),
-    superres.StageConfig("tsr-128", 1, DOUBLE, 0., 128 * 256 ** 2, False, 1))}
+    superres.StageConfig("tsr-128", 1, replace(DOUBLE, patch_size=2), 0., 128 * 256 ** 2, False,
+                         1))}
 
 
 def double(video):

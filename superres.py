@@ -86,8 +86,8 @@ class StageConfig:
 
 
 # Differs: Imagen Video goes from 24 x 40 to 768 x 1280 in pixels, by x 2, x 4, x 4; here 64 x 64
-# comes out of latents. This is what train.py makes now; the shipped ssr-128 and TSR are older and
-# have groups=8, GroupNorm, in their config.
+# comes out of latents. This is what train.py makes now; the shipped ssr-128 is older and has
+# groups=8, GroupNorm, in its config.
 PIXELS = UNetConfig(in_channels=6, out_channels=3, channels=(24, 48, 64), context_dim=None,
                     attention=(False, False, False), groups=0, temporal=("conv",), patch_size=4,
                     embeddings=("fps", "level"))
@@ -106,7 +106,9 @@ STAGES = {stage.name: stage for stage in (
 
 def clean_predictor(unet: UNet, large, level, fps=None, context=None, null_context=None, scale=1.):
     """A predict(z, t) of the clean clip: the condition `large` (B, T, 3, H, W) plus the output. For
-    TSR it is (B, T, 6, H, W), the frames before and after, and the output lies between them.
+    TSR it is (B, T, 6, H, W), the frames before and after, and the output is a share, where between
+    them a pixel lies, and what to add: a tip that moved is in neither. A given frame is its own
+    neighbour, and stays.
 
     Differs: Imagen Video predicts v. A narrow network cannot carry the noise of a whole patch; it
     can carry a correction of the condition."""
@@ -117,10 +119,12 @@ def clean_predictor(unet: UNet, large, level, fps=None, context=None, null_conte
         if large.shape[2] == 3:
             return large + output
         before, after = large.chunk(2, dim=2)
-        share = .5 + output  # 0 is the frame before, 1 the one after
+        share, new = output.chunk(2, dim=2)  # (B, T, 3, H, W)
+        share = .5 + share  # 0 is the frame before, 1 the one after
         if not unet.training:  # a clamp stops gradients
             share = share.clamp(0, 1)
-        return before + share * (after - before)
+        given = (before == after).flatten(2).all(2)[..., None, None, None]  # (B, T, 1, 1, 1)
+        return before + share * (after - before) + new * ~given
     return predict_x
 
 

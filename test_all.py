@@ -501,14 +501,15 @@ def test_a_fresh_interpolator_gives_the_blend():
     close(made, interpolate.blend(x, known.expand(2, -1)), 1e-6)
 
 
-def test_tsr_doubles_the_rate_and_its_share_of_one_is_the_frame_after():
+def test_tsr_doubles_the_rate_and_adds_to_a_share_what_is_new():
     (unet, stage, prompt), clip = small_network("tsr-32"), torch.arange(0, 250, 50).byte()
     twice = interpolate.double(clip.view(1, 5, 1, 1, 1).expand(1, 5, 3, 8, 8))[0]
     assert twice[:, 0, 0, 0].tolist() == [0, 0, 50, 50, 100, 100, 150, 150, 200, 200]
     assert twice[:, 5, 0, 0].tolist() == [0, 50, 50, 100, 100, 150, 150, 200, 200, 200]
     base.zero_module(unet.conv_out)
-    for share, between in ((-1, [0, 50, 100]), (.5, [25, 75, 125]), (2, [50, 100, 150])):
-        unet.conv_out.bias.data.fill_(share - .5)
+    for share, new, between in ((-1, 0, [0, 50, 100]), (.5, 0, [25, 75, 125]),
+                                (2, 0, [50, 100, 150]), (2, .4, [101, 151, 201])):
+        unet.conv_out.bias.data[:] = torch.tensor([share - .5, new]).repeat_interleave(3)
         made = superres.upscale(unet, X, stage, twice, 8., **prompt)[:, 0, 0, 0]
         assert torch.equal(made[::2], clip) and made[1:7:2].tolist() == between
 

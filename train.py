@@ -850,7 +850,7 @@ def prepare_pixels(args, name: str) -> Setup:
             x, small = x[:, :1], small[:, :1]
         frames = 1 if stage.shared_noise else x.shape[1]
         noise = normal(rngs, (frames, *x.shape[2:])).expand_as(x)  # (N, T, 3, S, S)
-        level = torch.tensor([rng.random() for rng in rngs], dtype=torch.float32)
+        level = torch.tensor([0. if is_tsr else rng.random() for rng in rngs])
         batch = {"pixels": x, "small": vae.to_float(small), "level": level, "noise": noise,
                  "captions": [data["captions"][i] for i in picks], "fps": data["fps"][picks]}
         if args.distill:
