@@ -1,8 +1,8 @@
 """interpolate.py - the frames between, before and after: interpolation, extrapolation, animation.
 
 Make-A-Video (2209.14792), 3.3: the video model, fine-tuned to fill in the frames that a mask hides.
-Imagen Video (2210.02303), 2.2-2.3, has TSR instead: a network in pixels sees each frame twice and
-makes all frames at once.
+Imagen Video (2210.02303), 2.2-2.3, has TSR instead: a network in pixels sees each frame twice,
+or blanks between, and makes all frames at once.
 
     in    base.pt     latents (B, T, 4, h, w), from base.py or `vae.py encode`
     out   frames.pt   latents (B, T', 4, h, w); known frames keep every bit
@@ -186,7 +186,8 @@ TSR = {stage.name: stage for stage in (  # named after the frames they make
 
 def double(video):
     """(..., T, 3, H, W) -> (..., 2*T, 6, H, W): frames 0 0 1 1 2 2 and, as further channels,
-    0 1 1 2 2 2. Differs: Imagen Video has only the former, or blanks for the repeated frames."""
+    0 1 1 2 2 2: nothing comes after the last frame, so it stands still. Differs: Imagen Video has
+    only the former, or blanks for the repeated frames."""
     first = video.repeat_interleave(2, dim=-4)
     second = torch.cat([first[..., 1:, :, :, :], first[..., -1:, :, :, :]], dim=-4)
     return torch.cat([first, second], dim=-3)

@@ -45,13 +45,15 @@ def blur(video, sigma: float):
 
 def enlarge(small, scale: int, level):
     """The condition: clips (B, T, C, h, w), bilinearly `scale` times as large, blurred by level
-    (B,) in 0...1. In training the level is random and the network is told, so that it copes with
-    the faults of the stage before.
+    (B,) in 0...1. In training it is random and SR and SSR are told, so that they cope with the
+    faults of the stage before; for TSR it is 0.
 
     Differs: Imagen Video (2.5) adds Gaussian noise; our networks are too narrow to take it out of
     every pixel. A blur is unCLIP's (2204.06125), for its first upsampler."""
     large = F.interpolate(small.flatten(0, 1), scale_factor=scale, mode="bilinear")
     large = large.unflatten(0, small.shape[:2])  # (B, T, C, H, W)
+    if not level.any():
+        return large
     return large.lerp(blur(large, scale * .75), level.view(-1, 1, 1, 1, 1).to(large))
 
 
@@ -64,7 +66,7 @@ class StageConfig:
     scale: int            # times as many pixels each way
     unet: UNetConfig
     level: float          # of augmentation, when sampling
-    chunk_pixels: int     # in all frames that are sampled at once
+    chunk_pixels: int     # of the frames that a chunk yields
     shared_noise: bool    # do all frames of a clip start from one noise?
     steps: int = 4        # of sampling; the weights say if they are distilled to fewer
 
@@ -81,13 +83,12 @@ class StageConfig:
     @property
     def shift(self) -> float:
         """For base.shift_noise. Fine detail is decided only at low noise, so most steps go there.
-        TSR invents none and needs no shift."""
+        TSR invents little and needs no shift."""
         return 1 / (2 * self.scale) if self.scale > 1 else 1.
 
 
 # Differs: Imagen Video goes from 24 x 40 to 768 x 1280 in pixels, by x 2, x 4, x 4; here 64 x 64
-# comes out of latents. This is what train.py makes now; the shipped ssr-128 is older and has
-# groups=8, GroupNorm, in its config.
+# comes out of latents.
 PIXELS = UNetConfig(in_channels=6, out_channels=3, channels=(24, 48, 64), context_dim=None,
                     attention=(False, False, False), groups=0, temporal=("conv",), patch_size=4,
                     embeddings=("fps", "level"))
@@ -106,9 +107,9 @@ STAGES = {stage.name: stage for stage in (
 
 def clean_predictor(unet: UNet, large, level, fps=None, context=None, null_context=None, scale=1.):
     """A predict(z, t) of the clean clip: the condition `large` (B, T, 3, H, W) plus the output. For
-    TSR it is (B, T, 6, H, W), the frames before and after, and the output is a share, where between
-    them a pixel lies, and what to add: a tip that moved is in neither. A given frame is its own
-    neighbour, and stays.
+    TSR it is (B, T, 6, H, W), the frames before and after, and the output is two things: how to mix
+    them, and what to add, as neither shows a tip that moved. Where both are the same, it is that
+    frame.
 
     Differs: Imagen Video predicts v. A narrow network cannot carry the noise of a whole patch; it
     can carry a correction of the condition."""
@@ -120,11 +121,8 @@ def clean_predictor(unet: UNet, large, level, fps=None, context=None, null_conte
             return large + output
         before, after = large.chunk(2, dim=2)
         share, new = output.chunk(2, dim=2)  # (B, T, 3, H, W)
-        share = .5 + share  # 0 is the frame before, 1 the one after
-        if not unet.training:  # a clamp stops gradients
-            share = share.clamp(0, 1)
         given = (before == after).flatten(2).all(2)[..., None, None, None]  # (B, T, 1, 1, 1)
-        return before + share * (after - before) + new * ~given
+        return before + (.5 + share) * (after - before) + new * ~given
     return predict_x
 
 

@@ -507,8 +507,8 @@ def test_tsr_doubles_the_rate_and_adds_to_a_share_what_is_new():
     assert twice[:, 0, 0, 0].tolist() == [0, 0, 50, 50, 100, 100, 150, 150, 200, 200]
     assert twice[:, 5, 0, 0].tolist() == [0, 50, 50, 100, 100, 150, 150, 200, 200, 200]
     base.zero_module(unet.conv_out)
-    for share, new, between in ((-1, 0, [0, 50, 100]), (.5, 0, [25, 75, 125]),
-                                (2, 0, [50, 100, 150]), (2, .4, [101, 151, 201])):
+    for share, new, between in ((0, 0, [0, 50, 100]), (.5, 0, [25, 75, 125]),
+                                (1, 0, [50, 100, 150]), (1, .4, [101, 151, 201])):
         unet.conv_out.bias.data[:] = torch.tensor([share - .5, new]).repeat_interleave(3)
         made = superres.upscale(unet, X, stage, twice, 8., **prompt)[:, 0, 0, 0]
         assert torch.equal(made[::2], clip) and made[1:7:2].tolist() == between
@@ -947,7 +947,7 @@ def test_batches_of_networks_between_pixels(name, median, monkeypatch):
     assert torch.equal(decoded[:, 0], decoded[:, 1]) and abs(decoded.float().mean() - .5) < .1
     assert torch.equal(batch["fps"], item[:, 0, 0].float())
     assert abs((batch["t"] < median).sum() - 100) < 20
-    assert batch_of(3, range(4))["small"].shape[1] == (4 if is_tsr else 1)
+    assert batch_of(3, range(4))["small"].shape[1] == (3 if is_tsr else 1)
     assert not is_tsr or (given[:, 1, 3:] - given[:, 1, :3] == 100).all()
     shared = (batch["noise"][:, 0] == batch["noise"][:, 1]).flatten(1).all(1)
     assert shared.all() if name == "low" else not shared.any()
