@@ -1,8 +1,8 @@
 """interpolate.py - the frames between, before and after: interpolation, extrapolation, animation.
 
 Make-A-Video (2209.14792), 3.3: the video model, fine-tuned to fill in the frames that a mask hides.
-Imagen Video (2210.02303), 2.2-2.3, has TSR instead: a network in pixels sees each frame twice,
-or blanks between, and makes all frames at once.
+Imagen Video (2210.02303), 2.2-2.3, has TSR instead: a network in pixels sees each frame twice, or
+blanks between, and makes all frames at once.
 
     in    base.pt     latents (B, T, 4, h, w), from base.py or `vae.py encode`
     out   frames.pt   latents (B, T', 4, h, w); known frames keep every bit
@@ -173,15 +173,14 @@ def timeline(latents, skip: int = 1, before: int = 0, after: int = 0):
 # ------------------------------------------------------------------------------------------------
 # Imagen Video's TSR: a network of superres.py that enlarges by 1
 
-# Between two given frames little is left to invent: TSR is in effect a regressor, and another seed
-# moves it by less than 0.1 of 255. So it takes one step. Differs: Imagen Video takes 128 steps, or
-# 8 distilled, and augments the condition.
+# Between two given frames little is left to invent: TSR is in effect a regressor, which another
+# seed hardly moves. So it takes one step. Differs: Imagen Video takes 128 steps, or 8 distilled,
+# and augments the condition.
 DOUBLE = replace(superres.SSR, in_channels=3 + 6, out_channels=6, channels=(16, 32, 48),
-                 embeddings=("fps", "text"))  # z, before, after -> share, what is new
+                 patch_size=2, embeddings=("fps", "text"))  # z, before, after -> share, what is new
 TSR = {stage.name: stage for stage in (  # named after the frames they make
     superres.StageConfig("tsr-32", 1, replace(DOUBLE, patch_size=1), 0., 32 * 64 ** 2, False, 1),
-    superres.StageConfig("tsr-128", 1, replace(DOUBLE, patch_size=2), 0., 128 * 256 ** 2, False,
-                         1))}
+    superres.StageConfig("tsr-128", 1, DOUBLE, 0., 128 * 256 ** 2, False, 1))}
 
 
 def double(video):

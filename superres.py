@@ -45,8 +45,8 @@ def blur(video, sigma: float):
 
 def enlarge(small, scale: int, level):
     """The condition: clips (B, T, C, h, w), bilinearly `scale` times as large, blurred by level
-    (B,) in 0...1. In training it is random and SR and SSR are told, so that they cope with the
-    faults of the stage before; for TSR it is 0.
+    (B,) in 0...1. In training the level is random and the network is told, so that it copes with
+    the faults of the stage before; TSR has level 0.
 
     Differs: Imagen Video (2.5) adds Gaussian noise; our networks are too narrow to take it out of
     every pixel. A blur is unCLIP's (2204.06125), for its first upsampler."""
@@ -107,9 +107,8 @@ STAGES = {stage.name: stage for stage in (
 
 def clean_predictor(unet: UNet, large, level, fps=None, context=None, null_context=None, scale=1.):
     """A predict(z, t) of the clean clip: the condition `large` (B, T, 3, H, W) plus the output. For
-    TSR it is (B, T, 6, H, W), the frames before and after, and the output is two things: how to mix
-    them, and what to add, as neither shows a tip that moved. Where both are the same, it is that
-    frame.
+    TSR it is (B, T, 6, H, W), the frames before and after. The output mixes them, and adds what is
+    new: neither shows a tip that moved. Where both frames are the same, the result is that frame.
 
     Differs: Imagen Video predicts v. A narrow network cannot carry the noise of a whole patch; it
     can carry a correction of the condition."""
@@ -120,7 +119,7 @@ def clean_predictor(unet: UNet, large, level, fps=None, context=None, null_conte
         if large.shape[2] == 3:
             return large + output
         before, after = large.chunk(2, dim=2)
-        share, new = output.chunk(2, dim=2)  # (B, T, 3, H, W)
+        share, new = output.chunk(2, dim=2)  # (B, T, 3, H, W); a share of 0 is the mean
         given = (before == after).flatten(2).all(2)[..., None, None, None]  # (B, T, 1, 1, 1)
         return before + (.5 + share) * (after - before) + new * ~given
     return predict_x
